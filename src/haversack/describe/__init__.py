@@ -1,0 +1,1 @@
+"""What is there: the model, the machine, the workload."""

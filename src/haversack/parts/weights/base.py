@@ -1,0 +1,216 @@
+"""The whole contract of weight parts, and the option that composes them.
+
+An option is a composition, one part per stage: transform -> select -> factor -> grid -> rounding -> correct -> code. The
+parts meet in a `WeightTask`, the working state of one site while it is packed: each transform rewrites the matrix (and the
+second-order statistics with it), the rounding chooses codes on the grid, corrections store what the grid left over.
+At run time the same parts compute `y = x W^T` from what they stored, each adding its contribution.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from haversack.ledger import StoredTensor, total_bytes
+from haversack.parts.base import Part, part_from_dict
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class WeightTask:
+    """Working state of one site while it is packed; all in float32.
+
+    `weight` is `(out_features, in_features)`: what remains to be represented. `hessian` is `(in, in)`, the mean of
+    `x x^T` over calibration tokens (None without calibration). `row_importance` is `(out,)` or None. `notes` collects
+    what had to be changed (damping raised, a group padded); they end up in the pack log, never silently.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor | None = None
+    row_importance: torch.Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class WeightPart(Part):
+    """A part of the weights resident."""
+
+    resident: ClassVar[str] = "weights"
+
+    @abstractmethod
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        """The tensors this part stores for a matrix of this shape; exact, and all of them."""
+
+
+class Transform(WeightPart):
+    """Rewrites the matrix before it is represented, and the input at run time, so that the product is unchanged."""
+
+    stage: ClassVar[str] = "transform"
+
+    @abstractmethod
+    def apply(self, task: WeightTask) -> dict[str, torch.Tensor]:
+        """Rewrite `task.weight` and `task.hessian` in place; return what must be stored."""
+
+    @abstractmethod
+    def transform_input(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The input `(..., in_features)` in the transformed basis."""
+
+
+class Grid(WeightPart):
+    """The set of values a weight can take, and how codes and scales are stored.
+
+    `fit` chooses scales for a block of columns; `quantize` and `dequantize` map values to codes and back under those
+    scales; `pack` and `unpack` map codes and scales to stored tensors. Codes are uint8 `(out, in)`.
+    """
+
+    stage: ClassVar[str] = "grid"
+
+    group_size: int
+
+    @abstractmethod
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Scales (and zero points) for `(out, columns)`, columns a whole number of groups; `importance` is `(columns,)`."""
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0) -> torch.Tensor:
+        """Nearest codes, uint8, of columns `first_column ...` under the scales of the whole matrix."""
+
+    @abstractmethod
+    def dequantize(
+        self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0
+    ) -> torch.Tensor:
+        """Values, float32, of codes."""
+
+    @abstractmethod
+    def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The stored tensors, named and shaped as `stored` declares."""
+
+    @abstractmethod
+    def matmul(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        """`x W^T` for `x` `(..., in_features)`, straight from the stored tensors, through the kernel registry."""
+
+    @abstractmethod
+    def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """Rows of the matrix, `(len(index), in_features)` float32: an embedding lookup, or a tile for tests."""
+
+    @abstractmethod
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
+        """The most bytes `matmul` allocates beyond its output for `num_tokens` rows of input."""
+
+
+class Rounding(WeightPart):
+    """How codes are chosen on a grid. Stores nothing of its own."""
+
+    stage: ClassVar[str] = "rounding"
+
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        return ()
+
+    @abstractmethod
+    def round(self, task: WeightTask, grid: Grid) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Codes `(out, in)` and the grid's scales for `task.weight`."""
+
+
+class Correction(WeightPart):
+    """Stores and adds back part of what the grid left over."""
+
+    stage: ClassVar[str] = "correct"
+
+    @abstractmethod
+    def correct(self, task: WeightTask, approximation: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Store a correction of `task.weight - approximation`."""
+
+    @abstractmethod
+    def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        """What to add to the grid's product, `(..., out_features)`."""
+
+
+@dataclass(frozen=True)
+class WeightOption:
+    """A composition of parts at a weight site. Without a grid it is *neutral*: the checkpoint's own dtype, untouched."""
+
+    grid: Grid | None = None
+    rounding: Rounding | None = None
+    transforms: tuple[Transform, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+
+    @property
+    def parts(self) -> tuple[WeightPart, ...]:
+        middle: tuple[WeightPart, ...] = tuple(p for p in (self.grid, self.rounding) if p is not None)
+        return (*self.transforms, *middle, *self.corrections)
+
+    @property
+    def is_neutral(self) -> bool:
+        return not self.parts
+
+    def stored(self, out_features: int, in_features: int, dtype: str) -> tuple[StoredTensor, ...]:
+        """Declared tensors; names carry the stage's index where a stage may repeat (`correct0.up`)."""
+        if self.grid is None:
+            return (StoredTensor("weight", dtype, (out_features, in_features)),)
+        declared: list[StoredTensor] = []
+        for i, transform in enumerate(self.transforms):
+            declared += [t.prefixed(f"transform{i}") for t in transform.stored(out_features, in_features)]
+        declared += self.grid.stored(out_features, in_features)
+        for i, correction in enumerate(self.corrections):
+            declared += [t.prefixed(f"correct{i}") for t in correction.stored(out_features, in_features)]
+        return tuple(declared)
+
+    def stored_bytes(self, out_features: int, in_features: int, dtype: str) -> int:
+        return total_bytes(self.stored(out_features, in_features, dtype))
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        if self.transforms:
+            data["transforms"] = [part.to_dict() for part in self.transforms]
+        if self.grid is not None:
+            data["grid"] = self.grid.to_dict()
+        if self.rounding is not None:
+            data["rounding"] = self.rounding.to_dict()
+        if self.corrections:
+            data["corrections"] = [part.to_dict() for part in self.corrections]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WeightOption:
+        return cls(
+            grid=part_from_dict(data["grid"]) if "grid" in data else None,  # type: ignore[arg-type]
+            rounding=part_from_dict(data["rounding"]) if "rounding" in data else None,  # type: ignore[arg-type]
+            transforms=tuple(part_from_dict(d) for d in data.get("transforms", ())),  # type: ignore[misc]
+            corrections=tuple(part_from_dict(d) for d in data.get("corrections", ())),  # type: ignore[misc]
+        )
+
+    def encode(self, task: WeightTask) -> dict[str, torch.Tensor]:
+        """Pack `task.weight`: the stored tensors by declared name. `task` is consumed."""
+        if self.grid is None:
+            return {"weight": task.weight}
+        assert self.rounding is not None, "a grid needs a rounding"
+        tensors: dict[str, torch.Tensor] = {}
+        for i, transform in enumerate(self.transforms):
+            tensors |= {f"transform{i}.{k}": v for k, v in transform.apply(task).items()}
+        codes, scales = self.rounding.round(task, self.grid)
+        tensors |= self.grid.pack(codes, scales)
+        approximation = self.grid.dequantize(codes, scales) if self.corrections else None
+        for i, correction in enumerate(self.corrections):
+            assert approximation is not None
+            tensors |= {f"correct{i}.{k}": v for k, v in correction.correct(task, approximation).items()}
+        return tensors
+
+    def linear(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        """`x W^T` for `x` `(..., in_features)` from the stored tensors."""
+        if self.grid is None:
+            import torch.nn.functional as F
+
+            return F.linear(x, tensors["weight"])
+        for i, transform in enumerate(self.transforms):
+            x = transform.transform_input(x, _strip(tensors, f"transform{i}."))
+        y = self.grid.matmul(x, tensors, out_features)
+        for i, correction in enumerate(self.corrections):
+            y = y + correction.contribute(x, _strip(tensors, f"correct{i}."), out_features)
+        return y
+
+
+def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
