@@ -146,6 +146,11 @@ class WeightOption:
     def is_neutral(self) -> bool:
         return not self.parts
 
+    @property
+    def label(self) -> str:
+        """A few words for tables, unique among options."""
+        return " + ".join(part.label for part in self.parts) or "as is"
+
     def stored(self, out_features: int, in_features: int, dtype: str) -> tuple[StoredTensor, ...]:
         """Declared tensors; names carry the stage's index where a stage may repeat (`correct0.up`)."""
         if self.grid is None:
@@ -160,6 +165,10 @@ class WeightOption:
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str) -> int:
         return total_bytes(self.stored(out_features, in_features, dtype))
+
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
+        """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input."""
+        return 0 if self.grid is None else self.grid.workspace_bytes(num_tokens, out_features, in_features)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {}
