@@ -118,9 +118,7 @@ def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:
     return stored_bytes
 
 
-def kv_candidates(
-    serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]
-) -> list[KVCandidate]:
+def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]) -> list[KVCandidate]:
     """Every KV option at a layer, for the planned users and context."""
     workload, model = serving.workload, serving.model
     out: list[KVCandidate] = []
@@ -128,8 +126,7 @@ def kv_candidates(
         shape = {"batch_size": workload.users, "capacity_tokens": workload.context_tokens, "dtype": model.dtype}
         stored_bytes = option.stored_bytes(site, **shape)  # type: ignore[arg-type]
         running = [
-            profile.at_attention[site.layer]
-            + option.workspace_bytes(site, new_tokens=profile.new_tokens, **shape)  # type: ignore[arg-type]
+            profile.at_attention[site.layer] + option.workspace_bytes(site, new_tokens=profile.new_tokens, **shape)  # type: ignore[arg-type]
             for profile in (serving.prefill, serving.decode)
         ]
         out.append(

@@ -55,7 +55,11 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     sites = [site for site in model.weights if site.layer is None or site.layer in shown]
     probe = _Probe()
     take_off(skeleton, sites)
-    attach(skeleton, [PackedSite(site, probe.matrix(site.id, site.out_features, site.in_features)) for site in sites], compute)
+    attach(
+        skeleton,
+        [PackedSite(site, probe.matrix(site.id, site.out_features, site.in_features)) for site in sites],
+        compute,
+    )
     for module in skeleton.modules():
         if any(getattr(tensor, "experts", None) for tensor in module.parameters(recurse=False)):
             module.forward = _dense_experts(module)  # type: ignore[method-assign]
@@ -67,9 +71,7 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
         probe.live = live
         _ACTIVE.append(probe)
         try:
-            skeleton(
-                input_ids=tokens, attention_mask=ones, position_ids=positions, use_cache=False, logits_to_keep=1
-            )
+            skeleton(input_ids=tokens, attention_mask=ones, position_ids=positions, use_cache=False, logits_to_keep=1)
         finally:
             _ACTIVE.pop()
     attended = dict(zip(sorted(shown), probe.at_attention, strict=True))

@@ -126,9 +126,7 @@ def _largest_difference(model: PreTrainedModel) -> float:
     for step in STEPS:
         chunk = slice(done, done + step)
         done += step
-        output = model(
-            input_ids=tokens[:, chunk], attention_mask=real[:, :done], past_key_values=cache, use_cache=True
-        )
+        output = model(input_ids=tokens[:, chunk], attention_mask=real[:, :done], past_key_values=cache, use_cache=True)
         pieces.append(output.logits)
     difference = (torch.cat(pieces, dim=1) - expected).abs().amax(-1)[real.bool()].max() / expected.abs().max()
     return float(difference) if difference.isfinite() else float("inf")

@@ -137,9 +137,7 @@ class RingLayer(KVLayer):
             self.counts[row] = count + num_new
             self.packed_until[row] = packed_until
 
-    def _pack(
-        self, rows: slice, keys: torch.Tensor, values: torch.Tensor, offset: int, first: int, last: int
-    ) -> int:
+    def _pack(self, rows: slice, keys: torch.Tensor, values: torch.Tensor, offset: int, first: int, last: int) -> int:
         """Move whole groups that leave the ring into the packed store, a bounded piece at a time.
 
         Ordinals below `first` are read from the ring, the others from the new tokens, which start at `offset`. Returns
@@ -342,7 +340,9 @@ class RingLayer(KVLayer):
             return
         sinks = self.regions.sink_tokens
         overwritten = self.regions.drops and max(self.counts) > sinks + self.ring_tokens
-        packed = any(count - num_tokens - sinks < until for count, until in zip(self.counts, self.packed_until) if until)
+        packed = any(
+            count - num_tokens - sinks < until for count, until in zip(self.counts, self.packed_until) if until
+        )
         if num_tokens > self.real_since_padding or overwritten or packed:
             why = "padding" if num_tokens > self.real_since_padding else "tokens that were dropped or packed since"
             raise UsageError(f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; that needs {why} back.")

@@ -28,9 +28,7 @@ class PlainKV(Represent):
     title: ClassVar[str] = "Keys and values in the model's dtype"
     lossless: ClassVar[bool] = True
 
-    def stored(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str
-    ) -> tuple[StoredTensor, ...]:
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
         return plain_slabs(site, batch_size, regions.total_tokens, dtype)
 
     def workspace_bytes(
