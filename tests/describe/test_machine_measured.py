@@ -82,6 +82,6 @@ def test_without_o_direct_pages_are_dropped(tmp_path, monkeypatch):
 def test_own_work_is_not_taken_for_a_disturbance():
     before = _CpuTimes.now()
     after = _CpuTimes(before.busy + 1.0, before.own + 1.0, before.clock + 1.0)
-    assert after.others_share_since(before) == 0
+    assert after.others_share_since(before) == pytest.approx(0, abs=1e-9)
     disturbed = _CpuTimes(before.busy + 1.0, before.own + 0.5, before.clock + 1.0)
     assert disturbed.others_share_since(before) == pytest.approx(0.5 / os.cpu_count())
