@@ -66,11 +66,11 @@ def test_cgroup_v2_limits_count_at_every_level(tmp_path):
 def test_cgroup_v1_limits_count_and_its_largest_number_is_no_limit(tmp_path):
     (tmp_path / "self").write_text("9:name=systemd:/\n4:cpu,memory:/job\n")
     v1 = tmp_path / "fs/memory/job"
-    cgroup(v1, **{"memory__limit_in_bytes": 9223372036854771712, "memory__usage_in_bytes": 5})
+    cgroup(v1, memory__limit_in_bytes=9223372036854771712, memory__usage_in_bytes=5)
     assert cgroup_headroom_bytes(tmp_path / "self", tmp_path / "fs") is None
-    cgroup(v1, **{"memory__limit_in_bytes": GIB, "memory__usage_in_bytes": 5, "memory__stat": "total_inactive_file 2"})
+    cgroup(v1, memory__limit_in_bytes=GIB, memory__usage_in_bytes=5, memory__stat="total_inactive_file 2")
     assert cgroup_headroom_bytes(tmp_path / "self", tmp_path / "fs") == GIB - 3
-    cgroup(v1, **{"memory__usage_in_bytes": 2 * GIB})
+    cgroup(v1, memory__usage_in_bytes=2 * GIB)
     assert cgroup_headroom_bytes(tmp_path / "self", tmp_path / "fs") == 0
     assert cgroup_headroom_bytes(tmp_path / "missing", tmp_path / "fs") is None
 

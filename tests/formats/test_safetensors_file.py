@@ -1,13 +1,11 @@
-"""Declared equals written; readers accept it; a kill at any point loses at most one tensor; lies are refused."""
+"""Declared equals written; readers accept it; a kill at any point loses at most one tensor."""
 
 import errno
 import itertools
-import json
 import os
 import random
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -15,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from haversack.describe.checkpoint import Checkpoint, torch_dtype
 from haversack.errors import CheckpointError, OutputError
 from haversack.formats import safetensors_file
 from haversack.formats.safetensors_file import (
@@ -27,9 +25,7 @@ from haversack.formats.safetensors_file import (
     file_order,
     hash_tensors,
     read_pieces,
-    read_spans,
     shards,
-    torch_dtype,
     total_file_bytes,
 )
 from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
@@ -56,6 +52,7 @@ declarations = st.lists(
 ).map(lambda rows: [StoredTensor(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(rows)])
 
 
+@settings(max_examples=40, deadline=None)
 @given(declarations, st.randoms(use_true_random=False))
 def test_written_in_any_order_reads_back_everywhere(tmp_path_factory, declared, rng):
     path = tmp_path_factory.mktemp("st") / "a.safetensors"
@@ -68,7 +65,7 @@ def test_written_in_any_order_reads_back_everywhere(tmp_path_factory, declared, 
         hashes = writer.finish()
     assert path.stat().st_size == total_file_bytes(declared, {"format": "pt"})
     loaded = load_file(path)
-    spans = read_spans(path)
+    spans = Checkpoint.open(path).tensors
     assert {span.stored for span in spans.values()} == set(declared)
     assert dict(hash_tensors(spans.values())) == hashes
     for name, tensor in tensors.items():
@@ -213,68 +210,13 @@ def test_a_read_only_folder_is_explained(tmp_path, monkeypatch):
         SafetensorsWriter(tmp_path / "a", [StoredTensor("t", "U8", (1,))])
 
 
-def good_file(path: Path) -> bytes:
-    save_file({"a": torch.arange(6, dtype=torch.float32).reshape(2, 3), "b": torch.ones(4, dtype=torch.uint8)}, path)
-    return path.read_bytes()
-
-
-def with_header(edit) -> bytes:
-    header = {
-        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-        "b": {"dtype": "U8", "shape": [4], "data_offsets": [24, 28]},
-    }
-    edit(header)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(28)
-
-
-@pytest.mark.parametrize(
-    ("edit", "complaint"),
-    [
-        (lambda h: h["a"].update(shape=[2, 4]), "needs 32 bytes, but its offsets span 24"),
-        (lambda h: h["b"].update(data_offsets=[25, 29]), "truncated"),
-        (lambda h: h["b"].update(data_offsets=[20, 24]), "tensors before it end"),
-        (lambda h: h["a"].update(dtype="F31"), "has the dtype 'F31'"),
-        (lambda h: h["a"].update(dtype=["F32"]), "dtype"),
-        (lambda h: h["a"].update(shape=[-2, -3]), "not whole numbers"),
-        (lambda h: h["a"].update(shape=[True, 6]), "not whole numbers"),
-        (lambda h: h["a"].pop("shape"), "lacks"),
-        (lambda h: h.pop("b"), "accounts for"),
-        (lambda h: h.update(c=3), "lacks"),
-    ],
-)
-def test_lying_headers_are_refused(tmp_path, edit, complaint):
+def test_a_file_cut_after_opening_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
-    path.write_bytes(with_header(edit))
-    with pytest.raises(CheckpointError, match=complaint):
-        read_spans(path)
-
-
-def test_every_truncation_is_refused(tmp_path):
-    path = tmp_path / "a.safetensors"
-    whole = good_file(path)
-    assert list(read_spans(path)) == ["a", "b"]
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError):
-            read_spans(path)
-    path.write_bytes(whole + b"x")
-    with pytest.raises(CheckpointError, match="accounts for"):
-        read_spans(path)
-    with pytest.raises(CheckpointError, match="can't be read"):
-        read_spans(tmp_path / "missing")
-
-
-@given(st.binary(max_size=200))
-def test_random_bytes_never_crash_the_reader(tmp_path_factory, noise):
-    path = tmp_path_factory.mktemp("noise") / "a.safetensors"
-    path.write_bytes(struct.pack("<Q", max(0, len(noise) - 4)) + noise)
-    with pytest.raises(CheckpointError):
-        read_spans(path)
-
-
-def test_our_reader_accepts_no_more_than_the_reference_reader(tmp_path):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(with_header(lambda header: None))
-    with safe_open(path, "pt") as file:
-        assert set(file.keys()) == set(read_spans(path))
+    with SafetensorsWriter(path, [StoredTensor("t", "U8", (100,))]) as writer:
+        writer.write("t", torch.zeros(100, dtype=torch.uint8))
+        writer.finish()
+    span = Checkpoint.open(path)["t"]
+    os.truncate(path, span.stop - 1)
+    with pytest.raises(CheckpointError, match="ends inside tensor 't'"):
+        list(read_pieces(span))
+    assert dict(hash_tensors([span])) == {"t": "cut short"}

@@ -22,14 +22,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from haversack.describe.machine import Rates, detect, usable_cores
 from haversack.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 SWEEP_BYTES = 4 << 30
 """More than any cache holds (server parts reach 1 GiB of last-level cache)."""
@@ -40,6 +45,12 @@ BLOCK_BYTES = 8 << 20
 
 DISK_READERS = 4
 """Requests in flight; one alone leaves an NVMe disk idle between requests."""
+
+PIECE_SECONDS = 0.005
+"""What one timed piece of work takes: well above starting threads (some 0.05 ms), about a scheduler's time slice."""
+
+MAX_DISTURBANCE = 0.1
+"""The share of the processor that others may take before the result says so."""
 
 RUNTIME_IMPORTS = ("torch", "transformers", "haversack.jobs.run")
 """What a process that runs a packed model has imported before it loads anything."""
@@ -66,6 +77,7 @@ def measure(
 ) -> dict[str, Any]:
     """`{"rates": Rates.to_dict(), "devices": [Device.to_dict(), ...]}`; smaller arguments are for tests."""
     notes: list[str] = []
+    started = _CpuTimes.now()
     threads = thread_counts(usable_cores())
     progress("reading and copying memory")
     swept_bytes = affordable_sweep_bytes(detect().available_bytes, sweep_bytes)
@@ -79,6 +91,11 @@ def measure(
     matmul = matmul_rates(threads, seconds_per_rate, notes)
     progress("reading the disk")
     disk_rate, disk_method = disk_rates(disk_folder, disk_bytes, notes)
+    if (share := _CpuTimes.now().others_share_since(started)) > MAX_DISTURBANCE:
+        notes.append(
+            f"other processes took {share:.0%} of the processor meanwhile, so rates are too low: "
+            "measure again when idle"
+        )
     progress("starting a fresh process")
     imports = tuple(name for name in RUNTIME_IMPORTS if _is_there(name))
     notes += [f"{name} is not installed and was not imported" for name in RUNTIME_IMPORTS if name not in imports]
@@ -115,7 +132,9 @@ def memory_rates(
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Bytes/s of reading `swept_bytes`, and of copying one half of them onto the other, by threads.
 
-    Thread counts alternate, so that a disturbance of a second does not decide between them.
+    The memory is swept piece by piece, again and again, and the fastest time of each piece counts: a piece of some
+    milliseconds often runs undisturbed where a whole sweep never does, and no cache holds it until the next sweep.
+    Thread counts alternate.
     """
     import torch
 
@@ -125,28 +144,40 @@ def memory_rates(
     words = torch.frombuffer(area, dtype=torch.int64)
     words.fill_(1)  # untouched pages would all be the one zero page
     half = len(words) // 2
-    read: dict[int, float] = {}
-    copied: dict[int, float] = {}
-    started = time.perf_counter()
-    rounds = 0
-    while rounds < 2 or time.perf_counter() - started < 2 * seconds_per_rate * len(threads):
+    pieces = words.split(_piece_words(words))
+    copies = list(zip(words[:half].split(len(pieces[0])), words[half : 2 * half].split(len(pieces[0])), strict=True))
+    reading = {count: [float("inf")] * len(pieces) for count in threads}
+    copying = {count: [float("inf")] * len(copies) for count in threads}
+    deadline = time.perf_counter() + 2 * seconds_per_rate * len(threads)
+    while True:
         for count in threads:
             with _threads(count):
-                seconds = _seconds(lambda: words.sum())
-                read[count] = max(read.get(count, 0.0), swept_bytes / seconds)
-                seconds = _seconds(lambda: words[:half].copy_(words[half : 2 * half]))
-                copied[count] = max(copied.get(count, 0.0), half * 8 / seconds)
-        rounds += 1
-    del words
-    area.close()
-    return read, copied
+                for k, piece in enumerate(pieces):
+                    reading[count][k] = min(reading[count][k], _seconds(piece.sum))
+                for k, (target, source) in enumerate(copies):
+                    copying[count][k] = min(copying[count][k], _seconds(partial(target.copy_, source)))
+        if time.perf_counter() > deadline:
+            break
+    read = {count: swept_bytes / sum(times) for count, times in reading.items()}
+    return read, {count: half * 8 / sum(times) for count, times in copying.items()}
+
+
+def _piece_words(words: torch.Tensor) -> int:
+    """Words that take about 5 ms with all cores: longer than starting threads, shorter than a scheduler's slice."""
+    sample = words[: min(len(words), (256 << 20) // 8)]
+    sample.sum()
+    words_per_second = len(sample) / min(_seconds(sample.sum) for _ in range(5))
+    return max(1, min(len(words) // 2, int(words_per_second * PIECE_SECONDS)))
 
 
 def matmul_rates(threads: list[int], seconds_per_rate: float, notes: list[str]) -> dict[str, dict[int, float]]:
-    """Operations/s (2 m n k) of square products by dtype and threads; a dtype that torch can't multiply is noted."""
+    """Operations/s (2 m n k) of square products by dtype and threads; a dtype that torch can't multiply is noted.
+
+    The width doubles until a product takes `PIECE_SECONDS`, and the fastest product counts.
+    """
     import torch
 
-    def operands(dtype: str, width: int) -> Callable[[], Any]:
+    def product(dtype: str, width: int) -> Callable[[], Any]:
         if dtype == "int8":
             a, b = (torch.randint(-127, 128, (width, width), dtype=torch.int8) for _ in range(2))
             return lambda: torch._int_mm(a, b)
@@ -156,25 +187,22 @@ def matmul_rates(threads: list[int], seconds_per_rate: float, notes: list[str]) 
 
     rates: dict[str, dict[int, float]] = {}
     for dtype in ("fp32", "bf16", "int8"):
-        rates[dtype] = {}
         for count in threads:
             with _threads(count):
                 try:
-                    # A dtype without instructions of its own can be 100 times slower: find out on a small product.
-                    small = operands(dtype, 256)
-                    small()
-                    fast = 2 * 256**3 / _seconds(small) > 4e9
-                    width = 2048 if fast else 256
-                    product = operands(dtype, width) if fast else small
-                    rates[dtype][count] = 2 * width**3 / _best_seconds(product, seconds_per_rate)
+                    width = 256
+                    while _best_seconds(product(dtype, width), 0) < PIECE_SECONDS and width < 8192:
+                        width *= 2
+                    seconds = _best_seconds(product(dtype, width), seconds_per_rate)
                 except (RuntimeError, NotImplementedError, AttributeError) as error:
                     notes.append(f"{dtype} products were not measured: {str(error).splitlines()[0]}")
                     break
-    return {dtype: row for dtype, row in rates.items() if row}
+                rates.setdefault(dtype, {})[count] = 2 * width**3 / seconds
+    return rates
 
 
 def disk_rates(folder: Path, disk_bytes: int, notes: list[str]) -> tuple[float | None, str]:
-    """Bytes/s of reading a file of random bytes in `folder` with `DISK_READERS` requests in flight, and how it was read.
+    """Bytes/s of reading a file of random bytes in `folder`, `DISK_READERS` requests in flight, and how it was read.
 
     With O_DIRECT where the file system has it, else after the pages were dropped (`posix_fadvise`). What a hypervisor
     or a disk's own memory keeps can't be seen from here.
@@ -276,6 +304,25 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _CpuTimes:
+    """Seconds that all processes, this one, and the clock have used so far."""
+
+    busy: float
+    own: float
+    clock: float
+
+    @classmethod
+    def now(cls) -> _CpuTimes:
+        total, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        return cls(sum(total) - total.idle - getattr(total, "iowait", 0), own.user + own.system, time.perf_counter())
+
+    def others_share_since(self, before: _CpuTimes) -> float:
+        """Processor time of others over what all cores had to give."""
+        others = (self.busy - before.busy) - (self.own - before.own)
+        return others / ((self.clock - before.clock) * (os.cpu_count() or 1))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

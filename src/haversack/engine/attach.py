@@ -1,8 +1,8 @@
 """Putting packed sites where a transformers model's parameters were.
 
-Several sites may make one parameter (parts of a fused projection, experts of a stack); each gives its rows. Before weights
-are loaded the parameters are taken off, so that transformers neither initialises nor looks for them; afterwards they are
-put on in packed form. A tied parameter is put on every module that reads it, as one storage.
+Several sites may make one parameter (parts of a fused projection, experts of a stack); each gives its rows. Before
+weights are loaded the parameters are taken off, so that transformers neither initialises nor looks for them; afterwards
+they are put on in packed form. A tied parameter is put on every module that reads it, as one storage.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ PROBE_ATTENTION = "haversack_probe"
 class ActivationProfile:
     """Live bytes of one forward pass of `new_tokens` for each of `batch_size` sequences, results included.
 
-    `peak_bytes` is the most at any time, workspaces left out; `at_site` and `at_attention` (by layer) are what lives while
-    that site's product, or that layer's attention, runs.
+    `peak_bytes` is the most at any time, workspaces left out; `at_site` and `at_attention` (by layer) are what lives
+    while that site's product, or that layer's attention, runs.
     """
 
     batch_size: int

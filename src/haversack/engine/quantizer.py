@@ -1,7 +1,7 @@
 """How `AutoModelForCausalLM.from_pretrained(DIR)` loads a packed folder: a registered transformers quantizer.
 
-transformers loads the 16-bit rest as it loads any checkpoint; the packed sites' parameters are taken off before and put on
-afterwards, from their own files and into the plan's tiers, with the plan's KV cache and chunked prefill installed.
+transformers loads the 16-bit rest as it loads any checkpoint; the packed sites' parameters are taken off before and put
+on afterwards, from their own files and into the plan's tiers, with the plan's KV cache and chunked prefill installed.
 Importing this module registers both classes.
 """
 

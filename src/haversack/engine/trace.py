@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts bytes of storages created while active: `live_bytes` now, `peak_bytes` the most at one time.
 
-    `workspace` maps an operator to a function of its arguments that gives the bytes it allocates inside and frees again.
+    `workspace` maps an operator to a function of its arguments that gives the bytes it allocates inside and frees
+    again.
     """
 
     def __init__(self, workspace: dict[Any, Callable[..., int]] | None = None):

@@ -14,15 +14,14 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haversack.describe.checkpoint import MAX_HEADER_BYTES, CheckpointTensor, torch_dtype
 from haversack.errors import CheckpointError, OutputError
-from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
+from haversack.ledger import StoredTensor
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
@@ -31,89 +30,8 @@ if TYPE_CHECKING:
 ALIGNMENT_BYTES = 64
 """A cache line, and the widest vector register: what kernels want tensors to start at."""
 
-MAX_HEADER_BYTES = 100_000_000
-"""The reference reader refuses longer headers (safetensors, `MAX_HEADER_SIZE`)."""
-
 PIECE_BYTES = 8 << 20
 """Copying and hashing go piece by piece, so that no tensor is held twice."""
-
-_TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16",
-    "U32": "uint32", "I32": "int32", "F32": "float32",
-    "U64": "uint64", "I64": "int64", "F64": "float64",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorSpan:
-    """Where a tensor lies: bytes `[start, stop)` of `file`."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def stored(self) -> StoredTensor:
-        return StoredTensor(self.name, self.dtype, self.shape)
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
-    import torch
-
-    return getattr(torch, _TORCH_NAMES[dtype])
-
-
-def read_spans(path: str | Path) -> dict[str, TensorSpan]:
-    """Every tensor of a safetensors file, in file order, from its header alone.
-
-    Raises CheckpointError for a file that is missing, truncated, not safetensors, or whose header lies (lengths,
-    dtypes, shapes, holes, overlaps, bytes that no tensor owns).
-    """
-    path = Path(path)
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(
-                    f"{path} says its header is {header_bytes} bytes, but the file has {file_bytes} bytes; "
-                    "it is truncated, or not a safetensors file: fetch it again."
-                )
-            header = json.loads(file.read(header_bytes))
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror}.") from None
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} has a header that is not JSON; it is damaged: fetch it again.") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} has a header that is not an object; it is not a safetensors file.")
-    data_start = 8 + header_bytes
-    spans = [_span(path, name, row, data_start, file_bytes) for name, row in header.items() if name != "__metadata__"]
-    spans.sort(key=lambda span: (span.start, span.stop))
-    position = data_start
-    for span in spans:
-        if span.start != position:
-            raise CheckpointError(
-                f"{path}: tensor {span.name!r} starts at byte {span.start}, "
-                f"but the tensors before it end at {position}."
-            )
-        position = span.stop
-    if position != file_bytes:
-        raise CheckpointError(
-            f"{path} has {file_bytes} bytes, but its header accounts for {position}; it is truncated or damaged."
-        )
-    return {span.name: span for span in spans}
 
 
 def file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
@@ -121,11 +39,15 @@ def file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
     return sorted(tensors, key=lambda tensor: -_alignment(tensor.num_bytes))
 
 
-def header_bytes(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Length prefix and header of a file that holds `tensors` in this order, padded to `ALIGNMENT_BYTES`."""
+def layout(
+    path: str | Path, tensors: Iterable[StoredTensor], metadata: Mapping[str, str] | None = None
+) -> tuple[dict[str, CheckpointTensor], bytes]:
+    """Where each tensor of a file will lie, in file order, and its length prefix and header; nothing is written."""
+    ordered = file_order(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for tensor in tensors:
+    for tensor in ordered:
+        assert tensor.name not in header, f"tensor {tensor.name!r} is declared twice"
         header[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -136,7 +58,18 @@ def header_bytes(tensors: Sequence[StoredTensor], metadata: Mapping[str, str] | 
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(f"a header of {len(text)} bytes is longer than readers accept; use smaller shards.")
-    return struct.pack("<Q", len(text)) + text
+    prefix = struct.pack("<Q", len(text)) + text
+    spans = {}
+    for tensor in ordered:
+        start, stop = (len(prefix) + offset for offset in header[tensor.name]["data_offsets"])
+        spans[tensor.name] = CheckpointTensor(tensor.name, Path(path), tensor.dtype, tensor.shape, start, stop)
+    return spans, prefix
+
+
+def total_file_bytes(tensors: Iterable[StoredTensor], metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes of the file that a writer would make, header included."""
+    spans, header = layout("", tensors, metadata)
+    return len(header) + sum(span.num_bytes for span in spans.values())
 
 
 def shards(tensors: Iterable[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
@@ -167,16 +100,8 @@ class SafetensorsWriter:
     def __init__(self, path: str | Path, tensors: Iterable[StoredTensor], *, metadata: Mapping[str, str] | None = None):
         self.path = Path(path)
         self.journal_path = journal_path(self.path)
-        ordered = file_order(tensors)
-        self._header = header_bytes(ordered, metadata)
-        self.spans: dict[str, TensorSpan] = {}
-        position = len(self._header)
-        for tensor in ordered:
-            assert tensor.name not in self.spans, f"tensor {tensor.name!r} is declared twice"
-            assert tensor.num_bytes == 0 or tensor.dtype in DTYPE_BYTES
-            start, position = position, position + tensor.num_bytes
-            self.spans[tensor.name] = TensorSpan(tensor.name, self.path, tensor.dtype, tensor.shape, start, position)
-        self.file_bytes = position
+        self.spans, self._header = layout(path, tensors, metadata)
+        self.file_bytes = len(self._header) + sum(span.num_bytes for span in self.spans.values())
         self._hashes: dict[str, str] = {}
         self._fd = self._journal = -1
         with explained(self.path, self.file_bytes):
@@ -297,9 +222,9 @@ def journal_path(path: Path) -> Path:
     return path.with_name(path.name + ".journal")
 
 
-def hash_tensors(spans: Iterable[TensorSpan]) -> Iterator[tuple[str, str]]:
+def hash_tensors(spans: Iterable[CheckpointTensor]) -> Iterator[tuple[str, str]]:
     """(name, SHA-256 of its bytes) of each tensor, read past the page cache's needs (pages are dropped again)."""
-    by_file: dict[Path, list[TensorSpan]] = {}
+    by_file: dict[Path, list[CheckpointTensor]] = {}
     for span in spans:
         by_file.setdefault(span.file, []).append(span)
     for file, rows in by_file.items():
@@ -311,7 +236,7 @@ def hash_tensors(spans: Iterable[TensorSpan]) -> Iterator[tuple[str, str]]:
             os.close(fd)
 
 
-def read_pieces(span: TensorSpan) -> Iterator[memoryview]:
+def read_pieces(span: CheckpointTensor) -> Iterator[memoryview]:
     """A tensor's bytes; each piece is valid until the next. Raises CheckpointError if the file is cut."""
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(span.num_bytes, 1))))
     with span.file.open("rb", buffering=0) as file:
@@ -323,29 +248,6 @@ def read_pieces(span: TensorSpan) -> Iterator[memoryview]:
                 raise CheckpointError(f"{span.file} ends inside tensor {span.name!r}; it was cut after it was opened.")
             yield room[:got]
             position += got
-
-
-def _span(path: Path, name: str, row: Any, data_start: int, file_bytes: int) -> TensorSpan:
-    try:
-        dtype, shape, (start, stop) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
-        numbers = (*shape, start, stop)
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: tensor {name!r} lacks a dtype, a shape or two offsets.") from None
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(f"{path}: tensor {name!r} has a shape or offsets that are not whole numbers.")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{path}: tensor {name!r} has the dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}.")
-    num_bytes = DTYPE_BYTES[dtype] * prod(shape)
-    if stop - start != num_bytes:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} of {dtype} {list(shape)} needs {num_bytes} bytes, "
-            f"but its offsets span {stop - start}."
-        )
-    if data_start + stop > file_bytes:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} ends at byte {data_start + stop}, but the file has {file_bytes}; it is truncated."
-        )
-    return TensorSpan(name, path, dtype, shape, data_start + start, data_start + stop)
 
 
 def _alignment(num_bytes: int) -> int:
@@ -371,7 +273,7 @@ def _write_all(fd: int, piece: bytes | memoryview, offset: int) -> None:
         view = view[written:]
 
 
-def _hash_span(fd: int, span: TensorSpan) -> str:
+def _hash_span(fd: int, span: CheckpointTensor) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(PIECE_BYTES, max(span.num_bytes, 1))))
     position = 0
@@ -437,9 +339,3 @@ def _output_error(path: Path, error: OSError, num_bytes: int) -> OutputError:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return OutputError(f"{path} can't be written: {folder} is read-only for this user; choose another output.")
     return OutputError(f"{path} can't be written: {error.strerror or error}.")
-
-
-def total_file_bytes(tensors: Iterable[StoredTensor], metadata: Mapping[str, str] | None = None) -> int:
-    """Bytes of the file that a writer would make, header included."""
-    ordered = file_order(tensors)
-    return len(header_bytes(ordered, metadata)) + total_bytes(ordered)
