@@ -28,6 +28,13 @@ def key_block_tokens(num_queries: int) -> int:
     return KEY_BLOCK_TOKENS if num_queries <= FEW_QUERIES else KEY_BLOCK_TOKENS_PREFILL
 
 
+def as_block(part: torch.Tensor) -> torch.Tensor:
+    """A slice of keys or values in float32 and contiguous: products then round alike wherever the numbers came from."""
+    import torch
+
+    return part.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
 def attend_blocks(
     query: torch.Tensor,
     blocks: Blocks,

@@ -78,9 +78,7 @@ class Represent(KVPart):
     stage: ClassVar[str] = "represent"
 
     @abstractmethod
-    def stored(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str
-    ) -> tuple[StoredTensor, ...]:
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
         """The tensors this part preallocates for these regions; exact, and all of them."""
 
     @abstractmethod
@@ -231,9 +229,7 @@ class KVOption:
     ) -> int:
         """The most bytes one attend and append of `new_tokens` per sequence allocates, the output excluded."""
         regions = self.regions(site, capacity_tokens)
-        return self.represent.workspace_bytes(
-            site, regions, batch_size=batch_size, new_tokens=new_tokens, dtype=dtype
-        )
+        return self.represent.workspace_bytes(site, regions, batch_size=batch_size, new_tokens=new_tokens, dtype=dtype)
 
     def build(
         self,

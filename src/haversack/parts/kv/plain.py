@@ -28,9 +28,7 @@ class PlainKV(Represent):
     title: ClassVar[str] = "Keys and values in the model's dtype"
     lossless: ClassVar[bool] = True
 
-    def stored(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str
-    ) -> tuple[StoredTensor, ...]:
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
         return plain_slabs(site, batch_size, regions.total_tokens, dtype)
 
     def workspace_bytes(
@@ -47,7 +45,7 @@ class PlainKV(Represent):
             value_head_dim=site.value_head_dim,
             num_queries=new_tokens,
             block_tokens=block_tokens,
-            block_bytes=0 if dtype == "F32" else block_bytes,
+            block_bytes=block_bytes,
         )
 
     def build(

@@ -32,8 +32,8 @@ class QuantizedKV(Represent):
 
     Bytes beyond the recent window, per token and KV head, with D channels, b bits, groups of g: keys
     ceil(D b / 8) + 4 D / g, values ceil(D b / 8) + 4 ceil(D / g): 0.156 of 16 bits at 2 bits, groups of 64 and D a
-    multiple of 64. Error: |x - x'| <= scale / 2 plus the rounding of scale and zero to float16, where scale =
-    (max - min) / (2^b - 1) in the group; measured damage belongs to the plan.
+    multiple of 64. Error: |x - x'| <= s / 2 + 2^-11 (|min| + max - min) + 2^(b - 25), where s = (max - min) / (2^b - 1) in
+    the group and the rest is the rounding of zero and scale to float16.
     Differs from the source in that the values' recent window is as long as the keys' and moves by whole groups.
     """
 
@@ -66,9 +66,7 @@ class QuantizedKV(Represent):
         behind = regions.recent_tokens - self.recent_tokens
         return ring_tokens, -(-behind // self.group_size) if regions.drops else behind // self.group_size
 
-    def stored(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str
-    ) -> tuple[StoredTensor, ...]:
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
         ring_tokens, num_groups = self.split(regions)
         plain = plain_slabs(site, batch_size, regions.sink_tokens + ring_tokens, dtype)
         if not num_groups:
@@ -97,10 +95,14 @@ class QuantizedKV(Represent):
         f32 = DTYPE_BYTES["F32"]
         # keys, values, and while the later of them is made: its codes, a plane of them, and its scales in float32
         widest = max(site.key_head_dim, site.value_head_dim)
-        block_bytes = heads * block_tokens * (
-            (site.key_head_dim + site.value_head_dim) * f32
-            + 2 * widest
-            + 2 * f32 * _num_channel_groups(site.value_head_dim, self.group_size)
+        block_bytes = (
+            heads
+            * block_tokens
+            * (
+                (site.key_head_dim + site.value_head_dim) * f32
+                + 2 * widest
+                + 2 * f32 * _num_channel_groups(site.value_head_dim, self.group_size)
+            )
         )
         return attention_workspace_bytes(
             batch_size=batch_size,
