@@ -93,8 +93,8 @@ def _attend_query_block(
             else:
                 scores.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
-            grouped = scores.view(batch_size, num_kv_heads, num_groups, num_queries, -1)
-            grouped.masked_fill_(hidden.unsqueeze(2), -torch.inf)
+            by_group = (batch_size, num_kv_heads, num_groups, num_queries, -1)
+            scores.view(by_group).masked_fill_(hidden.unsqueeze(2), -torch.inf)
         # the shift cancels out of the result, so it needs no gradient; where nothing is visible it stays finite
         new_top = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
         weights = scores.sub_(new_top).exp_()
