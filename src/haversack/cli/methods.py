@@ -24,7 +24,9 @@ def methods(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> N
                 row["kind"],
                 row["resident"],
                 row["title"],
-                f"{row['source']['authors'].split(',')[0].split(' and ')[0]} {row['source']['year']}" if row["source"] else "",
+                f"{row['source']['authors'].split(',')[0].split(' and ')[0]} {row['source']['year']}"
+                if row["source"]
+                else "",
             )
             for row in rows
         ],

@@ -1,12 +1,12 @@
 """The attention function and mask function that transformers finds under the name `haversack`.
 
-A planned cache hands its layer over on the new keys themselves: `update()` returns only the new tokens' keys and values,
-with a `Handover` as an attribute of the keys; the attention function attends to the layer and to them, then appends them.
-Keys without a layer (no cache, or one of transformers' own) are attended to as they come, by the same blockwise
-function, so that cached and uncached runs of the same chunks agree to the bit.
+A planned cache hands its layer over on the new keys themselves: `update()` returns only the new tokens' keys and
+values, with a `Handover` as an attribute of the keys; the attention function attends to the layer and to them, then
+appends them. Keys without a layer (no cache, or one of transformers' own) are attended to as they come, by the same
+blockwise function, so that cached and uncached runs of the same chunks agree to the bit.
 
-The mask function passes on which tokens are padding, and nothing else: causality and windows are decided from positions.
-Registering happens on import, and again is harmless.
+The mask function passes on which tokens are padding, and nothing else: causality and windows are decided from
+positions. Registering happens on import, and again is harmless.
 """
 
 from __future__ import annotations

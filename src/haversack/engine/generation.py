@@ -22,9 +22,9 @@ _FACTORY = "_prepare_cache_for_generation"
 def install_kv_plan(model: PreTrainedModel, plan: KVPlan) -> None:
     """From now on `model.generate()` keeps its cache as planned, and refuses what would need more bytes.
 
-    Sets the model's attention function, and clears a cache type that its generation config may ask for. A cache that the
-    caller passes to `generate` itself, and `use_cache=False`, stay the caller's choice.
-    Raises UnsupportedModelError where transformers won't let the attention function be chosen.
+    Sets the model's attention function, and clears a cache type that its generation config may ask for. A cache that
+    the caller passes to `generate` itself, and `use_cache=False`, stay the caller's choice. Raises
+    UnsupportedModelError where transformers won't let the attention function be chosen.
     """
     register()
     if not hasattr(model, _FACTORY):

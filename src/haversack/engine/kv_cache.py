@@ -1,8 +1,8 @@
 """The planned KV cache as transformers sees it: a `Cache` whose layers hold what the plan says, and no more.
 
 `update()` hands the layer over to the attention function (see `engine.attention`) and returns only the new tokens. What
-transformers asks about lengths is answered in columns of the padded batch, dropped tokens included, so that position ids
-and masks stay right when tokens have gone.
+transformers asks about lengths is answered in columns of the padded batch, dropped tokens included, so that position
+ids and masks stay right when tokens have gone.
 """
 
 from __future__ import annotations

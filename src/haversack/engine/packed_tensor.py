@@ -68,7 +68,7 @@ class PackedTensor(torch.Tensor):
         blocks: Sequence[RowBlock],
         *,
         dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        device: torch.device | None = None,
         transposed: bool = False,
     ) -> PackedTensor:
         out_features = sum(block.matrix.out_features for block in blocks)
@@ -94,7 +94,7 @@ class PackedTensor(torch.Tensor):
         (block,) = self.blocks
         return block.matrix.rows(index, self.dtype)
 
-    def __repr__(self) -> str:  # the default would read the values
+    def __repr__(self) -> str:  # type: ignore[override]  # the default would read the values
         sites = ", ".join(block.matrix.site_id for block in self.blocks)
         return f"PackedTensor({tuple(self.shape)}, {self.dtype}, {sites})"
 
@@ -106,7 +106,7 @@ class PackedTensor(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(
@@ -128,7 +128,7 @@ class PackedStack(torch.Tensor):
         self.experts = tuple(experts)
         return self
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"PackedStack({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -138,7 +138,7 @@ class PackedStack(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(f"{func} was asked of packed experts; index one expert at a time.")

@@ -1,8 +1,8 @@
 """Can a family's attention be reached? A small random copy of its config runs both ways, past its windows.
 
-Nothing here knows an architecture by name. If the copy's logits differ between transformers' own attention and cache and
-ours, chunked, padded and token by token, the family is refused by name: shared keys and values, latent attention, masks
-that only the mask knows, all show up as a difference.
+Nothing here knows an architecture by name. If the copy's logits differ between transformers' own attention and cache
+and ours, chunked, padded and token by token, the family is refused by name: shared keys and values, latent attention,
+masks that only the mask knows, all show up as a difference.
 """
 
 from __future__ import annotations

@@ -196,6 +196,11 @@ class KVOption:
     def is_neutral(self) -> bool:
         return self.score is None and self.represent.lossless
 
+    @property
+    def label(self) -> str:
+        """A few words for tables, unique among options."""
+        return " + ".join(part.label for part in self.parts)
+
     def regions(self, site: AttentionSite, capacity_tokens: int) -> Regions:
         """What is held at this site. A native sliding window of W never needs more than the last W - 1 tokens.
 

@@ -1,9 +1,9 @@
 """The whole contract of weight parts, and the option that composes them.
 
-An option is a composition, one part per stage: transform -> select -> factor -> grid -> rounding -> correct -> code. The
-parts meet in a `WeightTask`, the working state of one site while it is packed: each transform rewrites the matrix (and the
-second-order statistics with it), the rounding chooses codes on the grid, corrections store what the grid left over.
-At run time the same parts compute `y = x W^T` from what they stored, each adding its contribution.
+An option is a composition, one part per stage: transform -> select -> factor -> grid -> rounding -> correct -> code.
+The parts meet in a `WeightTask`, the working state of one site while it is packed: each transform rewrites the matrix
+(and the second-order statistics with it), the rounding chooses codes on the grid, corrections store what the grid
+left over. At run time the same parts compute `y = x W^T` from what they stored, each adding its contribution.
 """
 
 from __future__ import annotations
@@ -63,16 +63,25 @@ class Grid(WeightPart):
     """The set of values a weight can take, and how codes and scales are stored.
 
     `fit` chooses scales for a block of columns; `quantize` and `dequantize` map values to codes and back under those
-    scales; `pack` and `unpack` map codes and scales to stored tensors. Codes are uint8 `(out, in)`.
+    scales; `pack` maps codes and scales to stored tensors. Codes are uint8 `(out, in)`. Columns that do not fill the
+    last group are padded inside, stored and counted. `group_size` 0 is one group per row.
     """
 
     stage: ClassVar[str] = "grid"
 
     group_size: int
 
+    def num_groups(self, in_features: int) -> int:
+        """Groups of columns per row, the last one possibly padded."""
+        return -(-in_features // self.group_size) if self.group_size else 1
+
+    def padded_features(self, in_features: int) -> int:
+        """Columns that are stored: `in_features` rounded up to whole groups."""
+        return self.num_groups(in_features) * self.group_size if self.group_size else in_features
+
     @abstractmethod
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Scales (and zero points) for `(out, columns)`, columns a whole number of groups; `importance` is `(columns,)`."""
+        """Scales (and zero points), one row per row of `weight` `(out, columns)`; `importance` is `(columns,)`."""
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0) -> torch.Tensor:
@@ -130,7 +139,7 @@ class Correction(WeightPart):
 
 @dataclass(frozen=True)
 class WeightOption:
-    """A composition of parts at a weight site. Without a grid it is *neutral*: the checkpoint's own dtype, untouched."""
+    """A composition of parts at a weight site. Without a grid it is *neutral*: the checkpoint's dtype, untouched."""
 
     grid: Grid | None = None
     rounding: Rounding | None = None
@@ -146,6 +155,11 @@ class WeightOption:
     def is_neutral(self) -> bool:
         return not self.parts
 
+    @property
+    def label(self) -> str:
+        """A few words for tables, unique among options."""
+        return " + ".join(part.label for part in self.parts) or "as is"
+
     def stored(self, out_features: int, in_features: int, dtype: str) -> tuple[StoredTensor, ...]:
         """Declared tensors; names carry the stage's index where a stage may repeat (`correct0.up`)."""
         if self.grid is None:
@@ -160,6 +174,10 @@ class WeightOption:
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str) -> int:
         return total_bytes(self.stored(out_features, in_features, dtype))
+
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
+        """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input."""
+        return 0 if self.grid is None else self.grid.workspace_bytes(num_tokens, out_features, in_features)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -186,6 +204,10 @@ class WeightOption:
         """Pack `task.weight`: the stored tensors by declared name. `task` is consumed."""
         if self.grid is None:
             return {"weight": task.weight}
+        in_features = task.weight.shape[1]
+        padding = self.grid.padded_features(in_features) - in_features
+        if padding:
+            task.notes.append(f"{in_features} columns padded by {padding} to whole groups of {self.grid.group_size}")
         assert self.rounding is not None, "a grid needs a rounding"
         tensors: dict[str, torch.Tensor] = {}
         for i, transform in enumerate(self.transforms):
@@ -210,6 +232,26 @@ class WeightOption:
         for i, correction in enumerate(self.corrections):
             y = y + correction.contribute(x, _strip(tensors, f"correct{i}."), out_features)
         return y
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether single rows can be read back, as an embedding needs: nothing but a grid, or neutral."""
+        return not self.transforms and not self.corrections
+
+    def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """Rows `(len(index), in_features)`: float32 from a grid, the stored dtype if neutral. `has_rows` must hold."""
+        assert self.has_rows, "transforms and corrections have no row lookup"
+        if self.grid is None:
+            return tensors["weight"][index]
+        return self.grid.rows(index, tensors, in_features)
+
+    def dense(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
+        """The whole matrix that the stored tensors stand for, `(out, in)`, float32 unless neutral."""
+        import torch
+
+        if self.has_rows:
+            return self.rows(torch.arange(out_features), tensors, in_features)
+        return self.linear(torch.eye(in_features), tensors, out_features).T.contiguous()
 
 
 def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""What weights, caches, moments and activations share: bit packing and block scales."""

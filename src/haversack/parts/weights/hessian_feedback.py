@@ -1,0 +1,164 @@
+"""Second-order feedback: columns are rounded one after another, and each absorbs the error of those before it.
+
+With `H = R R^T`, `R` upper triangular, the output error is `tr(E H E^T) = sum_k R_kk^2 |q_k - t_k|^2`, where the
+target of column k is `t_k = w_k - sum_{j<k} e_j R_jk / R_kk` and `e_j = q_j - w_j`. Rounding each target to nearest
+is what GPTQ computes from the Cholesky factor of the inverse (Chee et al. 2023, arXiv 2307.13304, theorem 6); this
+form needs one factorisation of `H` and no inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from haversack.errors import CheckpointError, UsageError
+from haversack.parts.base import Source, check_range
+from haversack.parts.weights.base import Grid, Rounding, WeightTask
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_DAMPING = 1e4
+"""Relative damping at which the matrix is diagonal for every purpose; float32 always factorises before it."""
+
+
+@dataclass(frozen=True)
+class HessianFeedback(Rounding):
+    """Rounds with feedback through the second-order statistics (GPTQ): less output error at the same bytes.
+
+    `damping` (0 to 1) times the mean diagonal is added to the diagonal, and raised tenfold until the matrix
+    factorises (noted). `activation_order` visits columns by falling diagonal; scales come from groups of the original
+    order, chosen up front (static groups), so that no permutation is stored. `block_size` columns (1 to 1024) are
+    updated at once; the result does not depend on it beyond float rounding. Rows for which nearest rounding under the
+    same scales is better keep it, so that the output error never exceeds that of `NearestRounding`.
+
+    Cost for `(out, in)`: `in^3 / 3 + 4 out in^2` flops; workspace: three copies of `hessian`, four of `weight`,
+    float32. Error: no bound beyond nearest rounding's; about 1.3 to 3 times less than it in the output norm on
+    language models. Source: Frantar et al. 2022 (arXiv 2210.17323), section 3.3; differs in weighting the clipping
+    search by the diagonal, in rounding (not zeroing) columns that no calibration token reaches, and in the fall-back
+    per row.
+    """
+
+    id: ClassVar[str] = "hessian-feedback"
+    title: ClassVar[str] = "second-order feedback"
+    source: ClassVar[Source | None] = Source(
+        "Frantar, Ashkboos, Hoefler, Alistarh",
+        2022,
+        "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        "2210.17323",
+        "section 3.3",
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    damping: float = 0.01
+    activation_order: bool = True
+    static_groups: bool = True
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        check_range(self.id, "damping", self.damping, "above 0 and at most 1", 0 < self.damping <= 1)
+        check_range(self.id, "block_size", self.block_size, "from 1 to 1024", 1 <= self.block_size <= 1024)
+        check_range(
+            self.id,
+            "static_groups",
+            self.static_groups,
+            "true while activation_order is true, because scales are stored by the original order",
+            self.static_groups or not self.activation_order,
+        )
+
+    def round(self, task: WeightTask, grid: Grid) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        import torch
+
+        weight, hessian = task.weight, task.hessian
+        if hessian is None:
+            raise UsageError(
+                "second-order feedback needs calibration statistics and this site has none; calibrate first, "
+                "or choose nearest rounding."
+            )
+        importance = hessian.diagonal().clone()
+        if not bool(torch.isfinite(importance).all()):
+            raise CheckpointError("calibration statistics are not finite; the model overflows on the calibration text.")
+        num_dead = int((importance <= 0).sum())
+        if num_dead:
+            task.notes.append(
+                f"{num_dead} of {importance.numel()} inputs are never active; their columns round to nearest"
+            )
+        order = torch.argsort(importance, descending=True) if self.activation_order else torch.arange(len(importance))
+        factor, added = self._factorize(hessian, order, task.notes)
+        fixed = grid.fit(weight, importance)
+        codes, scales, error = self._feed_back(weight, importance, fixed, grid, order, factor)
+        # Both errors in the norm of the undamped statistics: what damping added is taken off again.
+        error -= added * grid.dequantize(codes, scales).sub_(weight).square_().sum(1)
+        nearest = grid.quantize(weight, fixed)
+        change = grid.dequantize(nearest, fixed).sub_(weight)
+        worse = error > (change[:, order] @ factor).square_().sum(1) - added * change.square().sum(1)
+        codes[worse] = nearest[worse]
+        for name in scales:
+            scales[name][worse] = fixed[name][worse]
+        return codes, scales
+
+    def _factorize(self, hessian: torch.Tensor, order: torch.Tensor, notes: list[str]) -> tuple[torch.Tensor, float]:
+        """Upper triangular `R` with `R R^T = hessian[order][:, order] + added * I`, and `added`."""
+        import torch
+
+        mean = hessian.diagonal().mean().item()
+        flipped = order.flip(0)
+        if mean <= 0:  # no token at all: every column on its own
+            return torch.eye(len(order)), 1.0
+        damping = self.damping
+        matrix = hessian[flipped][:, flipped].float()
+        diagonal = matrix.diagonal().clone()
+        while damping <= _MAX_DAMPING:
+            matrix.diagonal().copy_(diagonal + damping * mean)
+            lower, info = torch.linalg.cholesky_ex(matrix)
+            if info.item() == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+                if damping > self.damping:
+                    notes.append(
+                        f"statistics not positive definite: damping raised from {self.damping:g} to {damping:g}"
+                    )
+                return lower.flip(0, 1), damping * mean
+            damping *= 10
+        raise CheckpointError(
+            "calibration statistics can't be made positive definite; they are not finite or not symmetric."
+        )
+
+    def _feed_back(
+        self,
+        weight: torch.Tensor,
+        importance: torch.Tensor,
+        fixed: dict[str, torch.Tensor],
+        grid: Grid,
+        order: torch.Tensor,
+        factor: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Codes `(out, in)` in the original order, scales, and the damped output error of each row `(out,)`."""
+        import torch
+
+        out_features, in_features = weight.shape
+        scales = {name: tensor.clone() for name, tensor in fixed.items()}
+        target = weight.T[order].contiguous()  # (in, out): a column of the matrix is contiguous
+        codes = torch.empty(in_features, out_features, dtype=torch.uint8)
+        error = torch.zeros(out_features)
+        columns = order.tolist()
+        block_size = self.block_size if self.static_groups else grid.group_size or in_features
+        for start in range(0, in_features, block_size):
+            stop = min(start + block_size, in_features)
+            if not self.static_groups:  # scales of this group from what feedback has made of its columns
+                for name, fitted in grid.fit(target[start:stop].T, importance[start:stop]).items():
+                    scales[name][:, start // block_size] = fitted[:, 0]
+            unit = factor[start:stop, start:] / factor.diagonal()[start:]  # R_jk / R_kk, (block, columns from start)
+            feedback = unit[:, : stop - start].T.contiguous()
+            change = torch.empty(stop - start, out_features)  # e_j: what rounding added to the original column
+            for k in range(stop - start):
+                column = columns[start + k]
+                wanted = target[start + k]
+                if k:
+                    wanted = torch.addmv(wanted, change[:k].T, feedback[k, :k], alpha=-1)
+                code = grid.quantize(wanted[:, None], scales, column)
+                value = grid.dequantize(code, scales, column)[:, 0]
+                codes[column] = code[:, 0]
+                torch.sub(value, weight[:, column], out=change[k])
+                error.add_((value - wanted).square_(), alpha=factor[start + k, start + k].item() ** 2)
+            if stop < in_features:
+                target[stop:].addmm_(unit[:, stop - start :].T, change, alpha=-1)
+        return codes.T.contiguous(), scales, error

@@ -1,0 +1,279 @@
+"""The contract of every weight option: what is declared is what is created, and what is stored is what was meant."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from haversack.codecs.bitpack import unpack_codes
+from haversack.errors import CheckpointError, PlanError, UsageError
+from haversack.ledger import StoredTensor
+from haversack.parts.base import all_parts
+from haversack.parts.weights.base import Grid, Rounding, WeightOption, WeightTask
+from haversack.parts.weights.hessian_feedback import HessianFeedback
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.nearest import NearestRounding
+
+DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+GRIDS = [
+    IntegerGrid(bits, group_size, symmetric, search=search)
+    for bits, group_size, symmetric, search in itertools.product((2, 3, 4, 8), (64, 128), (True, False), (True, False))
+] + [IntegerGrid(8, 0, symmetric) for symmetric in (True, False)]
+ROUNDINGS = [
+    NearestRounding(),
+    HessianFeedback(),
+    HessianFeedback(activation_order=False, static_groups=False),
+    HessianFeedback(damping=0.1, block_size=7),
+]
+OPTIONS = [WeightOption(grid, rounding) for grid in GRIDS for rounding in ROUNDINGS]
+SHAPES = [(5, 128), (3, 200), (64, 64), (1, 1), (7, 130)]
+
+
+def statistics(in_features: int, seed: int, num_tokens: int = 300) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=generator) / in_features**0.5
+    x = torch.randn(num_tokens, in_features, generator=generator) @ (mixing + 0.3 * torch.eye(in_features))
+    x *= torch.linspace(0.1, 3, in_features)
+    return x.T @ x / num_tokens
+
+
+def task_of(shape: tuple[int, int], seed: int = 0) -> WeightTask:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+    return WeightTask(weight, statistics(shape[1], seed))
+
+
+def damage(change: torch.Tensor, hessian: torch.Tensor) -> float:
+    return ((change.double() @ hessian.double()) * change.double()).sum().item()
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_stores_what_it_declares(option):
+    for shape in SHAPES[:3] if isinstance(option.rounding, NearestRounding) else SHAPES[1:2]:
+        task = task_of(shape)
+        weight, hessian = task.weight.clone(), task.hessian.clone()
+        created = option.encode(task)
+        declared = option.stored(*shape, "BF16")
+        assert {StoredTensor(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in created.items()} == set(declared)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in created.values()}
+        assert sum(storages.values()) == option.stored_bytes(*shape, "BF16")
+        assert torch.equal(task.hessian, hessian)
+        assert torch.equal(task.weight, weight)
+        assert bool(task.notes) == (option.grid.padded_features(shape[1]) != shape[1])
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_round_trips_through_json(option):
+    assert WeightOption.from_dict(json.loads(json.dumps(option.to_dict()))) == option
+
+
+def test_neutral_option_keeps_the_matrix():
+    option = WeightOption()
+    weight = torch.randn(3, 5).bfloat16()
+    assert option.is_neutral
+    assert option.encode(WeightTask(weight))["weight"] is weight
+    assert option.stored(3, 5, "BF16") == (StoredTensor("weight", "BF16", (3, 5)),)
+    assert WeightOption.from_dict(option.to_dict()) == option
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stored_codes_mean_what_the_grid_says(grid, shape):
+    """The stored bytes, read by the documented formula, are the grid's own values; padding means zero."""
+    weight = task_of(shape).weight
+    scales = grid.fit(weight)
+    codes = grid.quantize(weight, scales)
+    stored = grid.pack(codes, scales)
+    padded = grid.padded_features(shape[1])
+    width = padded // grid.num_groups(shape[1])
+    q = unpack_codes(stored["codes"], grid.bits, padded).float().view(shape[0], -1, width)
+    zero = 2.0 ** (grid.bits - 1) if grid.symmetric else stored["zeros"].float()[..., None]
+    values = ((q - zero) * stored["scales"].float()[..., None]).view(shape[0], padded)
+    assert torch.equal(values[:, : shape[1]], grid.dequantize(codes, scales))
+    assert not values[:, shape[1] :].any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_more_bits_never_hurt_and_search_never_hurts(group_size, symmetric):
+    task = task_of((48, 256), seed=3)
+    importance = task.hessian.diagonal()
+
+    def error(bits: int, search: bool) -> float:
+        grid = IntegerGrid(bits, group_size, symmetric, search=search)
+        scales = grid.fit(task.weight, importance)
+        change = grid.dequantize(grid.quantize(task.weight, scales), scales) - task.weight
+        return (change.square() * importance).sum().item()
+
+    for search in (True, False):
+        errors = [error(bits, search) for bits in (2, 3, 4, 8)]
+        assert errors == sorted(errors, reverse=True)
+    assert all(error(bits, True) <= error(bits, False) * (1 + 1e-6) for bits in (2, 3, 4, 8))
+    assert error(2, True) < 0.8 * error(2, False)  # Gaussian weights at 2 bits: clipping matters
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
+    exponent=st.integers(-12, 3),
+    shift=st.floats(-3, 3),
+    seed=st.integers(0, 10**6),
+)
+def test_without_search_no_weight_is_off_by_more_than_half_a_scale(bits, symmetric, exponent, shift, seed):
+    weight = (torch.randn(4, 128, generator=torch.Generator().manual_seed(seed)) + shift) * 10.0**exponent
+    grid = IntegerGrid(bits, 64, symmetric, search=False)
+    scales = grid.fit(weight)
+    change = grid.dequantize(grid.quantize(weight, scales), scales) - weight
+    scale = scales["scales"].float().abs().repeat_interleave(64, dim=1)
+    # Half a scale; the scale's rounding to float16 (2^-11, or half of 2^-24 near zero) moves the ends by up to 2^bits
+    # steps of it, and an asymmetric range's zero point is rounded to a code, which moves them by another half.
+    bound = (0.5 if symmetric else 1.0) * scale + 2**bits * (scale * 2**-11 + 2**-25) + 1e-9 * weight.abs()
+    assert bool((change.abs() <= bound * 1.001).all())
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.group_size != 128], ids=str)
+def test_a_matrix_of_zeros_stays_zero(grid):
+    for rounding in ROUNDINGS:
+        task = WeightTask(torch.zeros(4, 96), statistics(96, 0))
+        codes, scales = rounding.round(task, grid)
+        assert not grid.dequantize(codes, scales).any()
+
+
+BAD = [
+    (IntegerGrid, "bits", 5), (IntegerGrid, "bits", 0), (IntegerGrid, "group_size", 32), (IntegerGrid, "group_size", 0),
+    (IntegerGrid, "activation_bits", 4), (IntegerGrid, "symmetric", 2), (IntegerGrid, "search", "yes"),
+    (HessianFeedback, "damping", 0.0), (HessianFeedback, "damping", 1.5), (HessianFeedback, "block_size", 0),
+    (HessianFeedback, "static_groups", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls, field, value", BAD)
+def test_bad_fields_are_refused_by_name(cls, field, value):
+    with pytest.raises(UsageError) as caught:
+        cls(**{field: value})
+    message = str(caught.value)
+    assert field in message and repr(value) in message and "must be" in message and cls.id in message
+
+
+def test_unknown_parts_and_fields_are_refused():
+    with pytest.raises(PlanError, match="quaternion"):
+        WeightOption.from_dict({"grid": {"part": "quaternion"}})
+    with pytest.raises(PlanError, match="flavour"):
+        WeightOption.from_dict({"grid": {"part": "integer", "flavour": 1}})
+
+
+def test_weights_that_no_grid_can_hold_are_refused():
+    weight = torch.ones(2, 64)
+    for bad, word in ((float("nan"), "finite"), (float("inf"), "finite"), (1e30, "exceeds")):
+        weight[1, 3] = bad
+        with pytest.raises(CheckpointError, match=word):
+            IntegerGrid(4, 64).fit(weight)
+
+
+def test_registered_weight_parts_are_complete():
+    parts = {k: cls for k, cls in all_parts().items() if cls.resident == "weights"}
+    assert {"integer", "nearest", "hessian-feedback"} <= set(parts)
+    for name, cls in parts.items():
+        assert issubclass(cls, (Grid, Rounding)) or cls.stage in ("transform", "correct"), name
+        part = cls()
+        assert cls(**{k: v for k, v in part.to_dict().items() if k != "part"}) == part
+        assert cls.title and cls.__doc__
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            part.bits = 1
+
+
+# Second-order feedback
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    out_features=st.integers(1, 12),
+    in_features=st.integers(1, 150),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
+    num_tokens=st.integers(1, 200),
+    num_dead=st.integers(0, 20),
+    rounding=st.sampled_from(ROUNDINGS[1:]),
+    seed=st.integers(0, 10**6),
+)
+def test_feedback_is_never_worse_than_nearest(
+    out_features, in_features, bits, symmetric, num_tokens, num_dead, rounding, seed
+):
+    """On any input, singular statistics and dead columns included; the tolerance is float32's rounding of both sums."""
+    hessian = statistics(in_features, seed, num_tokens)
+    dead = torch.randperm(in_features, generator=torch.Generator().manual_seed(seed))[:num_dead]
+    hessian[dead], hessian[:, dead] = 0, 0
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed + 1))
+    grid = IntegerGrid(bits, 64, symmetric)
+    errors = []
+    for how in (rounding, NearestRounding()):
+        codes, scales = how.round(WeightTask(weight, hessian), grid)
+        errors.append(damage(grid.dequantize(codes, scales) - weight, hessian))
+    tolerance = 1e-4 * hessian.diagonal().mean().item() * (weight.square().sum().item() * 4.0**-bits)
+    assert errors[0] <= errors[1] + tolerance
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_feedback_beats_nearest_where_inputs_correlate(bits):
+    task = task_of((64, 384), seed=5)
+    grid = IntegerGrid(bits, 128)
+    errors = {}
+    for rounding in ROUNDINGS:
+        codes, scales = rounding.round(task, grid)
+        errors[rounding] = damage(grid.dequantize(codes, scales) - task.weight, task.hessian)
+    nearest = errors.pop(NearestRounding())
+    assert max(errors.values()) < 0.8 * nearest
+    assert errors[HessianFeedback()] < 0.6 * nearest
+
+
+def test_feedback_solves_the_recursion_of_its_source():
+    """Against the textbook form through the Cholesky factor of the inverse, column by column in float64."""
+    task = task_of((16, 128), seed=7)
+    grid = IntegerGrid(4, 64)
+    codes, scales = HessianFeedback(activation_order=False).round(task, grid)
+    hessian = task.hessian.double()
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    weight, expected = task.weight.double().clone(), torch.empty(16, 128, dtype=torch.uint8)
+    for k in range(128):
+        expected[:, k] = grid.quantize(weight[:, k : k + 1].float(), scales, k)[:, 0]
+        value = grid.dequantize(expected[:, k : k + 1], scales, k)[:, 0].double()
+        weight[:, k:] -= torch.outer((weight[:, k] - value) / upper[k, k], upper[k, k:])
+    assert (codes != expected).float().mean() < 0.01  # ties that float32 breaks the other way
+
+
+def test_block_size_does_not_matter():
+    task = task_of((16, 200), seed=9)
+    grid = IntegerGrid(3, 64)
+    results = [HessianFeedback(block_size=b).round(task, grid)[0] for b in (1, 32, 1024)]
+    assert (results[0] != results[1]).float().mean() < 0.01
+    assert (results[0] != results[2]).float().mean() < 0.01
+
+
+def test_broken_statistics_are_damped_and_said():
+    task = task_of((4, 64))
+    task.hessian = task.hessian - 0.2 * task.hessian.diagonal().mean() * torch.eye(64)
+    HessianFeedback().round(task, IntegerGrid(4, 64))
+    assert any("damping raised" in note for note in task.notes)
+
+
+def test_dead_inputs_are_said_and_their_weights_kept():
+    task = task_of((4, 64))
+    task.hessian[10], task.hessian[:, 10] = 0, 0
+    grid = IntegerGrid(8, 64)
+    codes, scales = HessianFeedback().round(task, grid)
+    assert any("1 of 64 inputs" in note for note in task.notes)
+    assert torch.equal(codes[:, 10], grid.quantize(task.weight, scales)[:, 10])
+
+
+def test_feedback_needs_statistics():
+    task = task_of((4, 64))
+    with pytest.raises(UsageError, match="calibrat"):
+        HessianFeedback().round(WeightTask(task.weight), IntegerGrid(4, 64))
+    task.hessian[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        HessianFeedback().round(task, IntegerGrid(4, 64))
