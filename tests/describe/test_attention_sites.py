@@ -12,60 +12,6 @@ from haversack.ledger import DTYPE_BYTES
 
 _BASE = FAMILIES["llama"]
 
-MORE: dict[str, dict] = {
-    "qwen2-windows": {
-        **_BASE,
-        "model_type": "qwen2",
-        "num_hidden_layers": 4,
-        "use_sliding_window": True,
-        "sliding_window": 16,
-        "max_window_layers": 2,
-    },
-    "llama4_text": {
-        **_BASE,
-        "model_type": "llama4_text",
-        "num_hidden_layers": 4,
-        "head_dim": 16,
-        "attention_chunk_size": 16,
-        "num_local_experts": 2,
-        "intermediate_size_mlp": 48,
-        "interleave_moe_layer_step": 2,
-        "moe_layers": [1, 3],
-        "no_rope_layers": [1, 1, 1, 0],
-        "num_experts_per_tok": 1,
-    },
-    "deepseek_v3": {
-        **_BASE,
-        "model_type": "deepseek_v3",
-        "num_key_value_heads": 4,
-        "q_lora_rank": 12,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 16,
-        "n_routed_experts": 4,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-    },
-    "gemma3n_text": {
-        **_BASE,
-        "model_type": "gemma3n_text",
-        "num_hidden_layers": 6,
-        "head_dim": 16,
-        "layer_types": ["sliding_attention", "full_attention"] * 3,
-        "num_kv_shared_layers": 2,
-        "sliding_window": 16,
-        "vocab_size_per_layer_input": 72,
-        "hidden_size_per_layer_input": 8,
-        "laurel_rank": 4,
-        "intermediate_size": [48] * 6,
-        "activation_sparsity_pattern": [0.0] * 6,
-    },
-}
-CONFIGS = {**FAMILIES, **MORE}
 _NUM_TOKENS = 40  # past every window and chunk of 16
 
 
@@ -73,12 +19,12 @@ def facts(config: dict, name: str) -> list:
     return [getattr(site, name) for site in describe_model(config).attention]
 
 
-@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_bytes_per_token_are_what_the_cache_holds(family):
     from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = {**CONFIGS[family], "dtype": "float32"}
+    config = {**FAMILIES[family], "dtype": "float32"}
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_config(
         CONFIG_MAPPING[config["model_type"]].from_dict(config), attn_implementation="eager"
@@ -112,7 +58,7 @@ def test_windows_follow_layer_types():
     assert facts(FAMILIES["gemma2"], "window_tokens") == [16, None]
     assert facts(FAMILIES["gemma3_text"], "window_tokens") == [16] * 5 + [None, 16]
     assert facts(FAMILIES["gpt_oss"], "window_tokens") == [16, None]
-    assert facts(MORE["qwen2-windows"], "window_tokens") == [None, None, 16, 16]
+    assert facts(FAMILIES["qwen2-windows"], "window_tokens") == [None, None, 16, 16]
     assert facts(FAMILIES["llama"], "window_tokens") == [None, None]
 
 
@@ -121,18 +67,18 @@ def test_softcap_sinks_and_chunks():
     assert facts(FAMILIES["gemma3_text"], "softcap") == [None] * 7
     assert facts(FAMILIES["gpt_oss"], "has_sinks") == [True, True]
     assert facts(FAMILIES["llama"], "has_sinks") == [False, False]
-    assert facts(MORE["llama4_text"], "chunk_tokens") == [16, 16, 16, None]
-    assert facts(MORE["llama4_text"], "window_tokens") == [None] * 4
+    assert facts(FAMILIES["llama4_text"], "chunk_tokens") == [16, 16, 16, None]
+    assert facts(FAMILIES["llama4_text"], "window_tokens") == [None] * 4
 
 
 def test_shared_layers_store_nothing_and_name_the_layer_they_read():
-    sites = describe_model(MORE["gemma3n_text"]).attention
+    sites = describe_model(FAMILIES["gemma3n_text"]).attention
     assert [site.shares_with for site in sites] == [None, None, None, None, 2, 3]
     assert [site.bytes_per_token() > 0 for site in sites] == [True] * 4 + [False] * 2
 
 
 def test_latent_attention_caches_one_latent_and_one_rotary_key():
-    (site, _) = describe_model(MORE["deepseek_v3"]).attention
+    (site, _) = describe_model(FAMILIES["deepseek_v3"]).attention
     assert site.is_latent and not describe_model(FAMILIES["llama"]).attention[0].is_latent
     assert (site.num_heads, site.num_kv_heads, site.key_head_dim, site.value_head_dim) == (4, 1, 16, 8)
 

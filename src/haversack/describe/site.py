@@ -41,7 +41,7 @@ class WeightSite:
     """One matrix to choose an option for.
 
     `id` is unique and stable: the module's path, with `#part` for a part of a fused or stacked parameter
-    (`...qkv_proj#q`, `...experts#3.gate`). `module` and `parameter` say who uses it in the transformers model;
+    (`...qkv_proj#query`, `...experts#3.gate`). `module` and `parameter` say who uses it in the transformers model;
     `module_slice` cuts that parameter. `pieces` say where the rows lie in the checkpoint, concatenated in order.
     `tied_modules` read the same storage (a tied head). `layer` is None outside the layers.
     """
