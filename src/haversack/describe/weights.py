@@ -8,7 +8,7 @@ tensor) and what is no matrix stays with the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from haversack.describe import names
@@ -120,15 +120,16 @@ def _cut(
     tied_modules: tuple[str, ...],
 ) -> Iterator[WeightSite]:
     """The sites of one parameter: `source` is where it lies in the checkpoint, stacked where it has three axes."""
-    used = Layout.whole(f"{path}.{name}", source.shape)
     stacked = source.ndim == 3
-    sources, uses = (source.unbind(), used.unbind()) if stacked else ([source], [used])
-    for index, (matrix, in_module) in enumerate(zip(sources, uses, strict=True)):
-        if transposed:
-            matrix, in_module = matrix.transpose(0, 1), in_module.transpose(0, 1)
-        for part in parts:
+    used = Layout.whole(f"{path}.{name}", source.shape)
+    in_module = _matrix(used.unbind()[0] if stacked else used, transposed)
+    module_slices = [in_module.narrow(0, part.start, part.stop, part.step).as_matrix_pieces()[0] for part in parts]
+    for index, matrix in enumerate(source.unbind() if stacked else [source]):
+        matrix = _matrix(matrix, transposed)
+        for part, module_slice in zip(parts, module_slices, strict=True):
             rows = matrix.narrow(0, part.start, part.stop, part.step)
-            (module_slice,) = in_module.narrow(0, part.start, part.stop, part.step).as_matrix_pieces()
+            if stacked:
+                module_slice = replace(module_slice, index=((index, index + 1), *module_slice.index[1:]))
             label = f"{index}.{part.label}" if stacked else part.label
             yield WeightSite(
                 id=f"{path}#{label}" if label else path,
@@ -145,6 +146,10 @@ def _cut(
                 tied_modules=tied_modules,
                 expert=index if stacked else None,
             )
+
+
+def _matrix(layout: Layout, transposed: bool) -> Layout:
+    return layout.transpose(0, 1) if transposed else layout
 
 
 def _layer_of(path: str) -> int | None:

@@ -54,6 +54,10 @@ class QuantizedKV(Represent):
         check_range(self.id, "group_size", self.group_size, "32 or 64", self.group_size in GROUP_SIZES)
         check_range(self.id, "recent_tokens", self.recent_tokens, "0 or more", self.recent_tokens >= 0)
 
+    @property
+    def label(self) -> str:
+        return f"K{self.key_bits}V{self.value_bits} g{self.group_size} +{self.recent_tokens}"
+
     def split(self, regions: Regions) -> tuple[int, int]:
         """Slots of the ring in the model's dtype, and groups of packed tokens behind it.
 

@@ -28,6 +28,10 @@ class SinksAndWindow(Score):
     sink_tokens: int = 4
     window_tokens: int = 1020
 
+    @property
+    def label(self) -> str:
+        return f"sinks {self.sink_tokens} window {self.window_tokens}"
+
     def __post_init__(self) -> None:
         check_range(self.id, "sink_tokens", self.sink_tokens, "0 or more", self.sink_tokens >= 0)
         check_range(self.id, "window_tokens", self.window_tokens, "1 or more", self.window_tokens >= 1)

@@ -77,6 +77,13 @@ class IntegerGrid(Grid):
         check_range(self.id, "symmetric", self.symmetric, "true or false", isinstance(self.symmetric, bool))
         check_range(self.id, "search", self.search, "true or false", isinstance(self.search, bool))
 
+    @property
+    def label(self) -> str:
+        words = [f"int{self.bits}", f"g{self.group_size}" if self.group_size else "per row"]
+        words += [] if self.symmetric else ["asym"]
+        words += [] if self.activation_bits == 16 else [f"a{self.activation_bits}"]
+        return " ".join(words + ([] if self.search else ["min-max"]))
+
     def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
         from haversack.codecs.bitpack import packed_row_bytes
 
