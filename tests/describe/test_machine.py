@@ -165,3 +165,26 @@ def test_a_cache_folder_that_cannot_be_made_is_explained(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="cache folder"):
         measured()
+
+
+def fake_measurement(tmp_path, monkeypatch, script: str) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(machine_module.sys, "executable", str(program))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_measuring_process_that_fails_is_reported_with_its_last_words(tmp_path, monkeypatch):
+    fake_measurement(tmp_path, monkeypatch, "echo Traceback >&2; echo 'OSError: no memory' >&2; exit 3")
+    with pytest.raises(MachineError, match="failed with exit code 3: OSError: no memory; name a machine"):
+        measured()
+    assert not rates_file(detect()).exists()
+
+
+def test_progress_and_rates_come_from_the_measuring_process(tmp_path, monkeypatch):
+    rates = json.dumps({"rates": Rates({1: 1e10}).to_dict(), "devices": []})
+    fake_measurement(tmp_path, monkeypatch, f"""echo a library speaks; echo '{{"progress": "step"}}'; echo '{rates}'""")
+    lines = []
+    assert measured(progress=lines.append).read_rate() == 1e10
+    assert lines == ["step"]

@@ -372,17 +372,21 @@ def _measure(folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     """Run `measure_machine` in a process of its own, so that its memory and thread settings leave no trace here."""
     command = [sys.executable, "-m", "haversack.describe.measure_machine", "--disk", str(folder)]
     # Threads that spin while they wait take the processor from those that work whenever anything else runs.
-    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} | os.environ
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet) as process:
-        assert process.stdout is not None and process.stderr is not None
-        result = None
-        for line in process.stdout:
-            message = json.loads(line)
-            if "progress" in message:
-                progress(message["progress"])
-            else:
-                result = message
-        complaint = process.stderr.read().strip().splitlines()
+    environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} | os.environ
+    result = None
+    with tempfile.TemporaryFile("w+") as complaints:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=complaints, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                message = json.loads(line) if line.startswith("{") else {}
+                if "progress" in message:
+                    progress(message["progress"])
+                elif "rates" in message:
+                    result = message
+        complaints.seek(0)
+        complaint = complaints.read().strip().splitlines()
     if process.returncode or result is None:
         raise MachineError(
             f"measuring this machine failed with exit code {process.returncode}"

@@ -221,7 +221,7 @@ def disk_rates(folder: Path, disk_bytes: int, notes: list[str]) -> tuple[float |
             seconds = _seconds(lambda: _read_all(fd, num_bytes))
         finally:
             os.close(fd)
-    return num_bytes / seconds, f"{method}, {DISK_READERS} requests of {BLOCK_BYTES >> 20} MiB in flight"
+    return num_bytes / seconds, f"{method}, {DISK_READERS} requests of {BLOCK_BYTES >> 20} MiB in flight, in {folder}"
 
 
 def runtime_pages(imports: tuple[str, ...]) -> tuple[int, int]:
