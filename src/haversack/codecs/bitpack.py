@@ -6,8 +6,8 @@ whole *units* of 64 columns, and a unit of `b` bits takes exactly `8 b` bytes:
     bits p*b ... p*b + b - 1 of byte j of a unit   =   column p * 8b + j,     p = 0 ... 8/b - 1,  j = 0 ... 8b - 1
 
 that is, a unit holds 8/b *planes* of 8b consecutive columns. One shift and one mask turn a whole vector of bytes into
-codes, whatever the vector's width, and no vector ever mixes groups in an order that a lane-wise scale can't follow: with
-4 bits a 64-byte vector is 2 units (128 columns), with 2 bits it is 4 units (256 columns).
+codes, whatever the vector's width, and every lane of a vector belongs to one unit, so that scales apply lane by lane:
+with 4 bits a 64-byte vector is 2 units (128 columns), with 2 bits it is 4 units (256 columns).
 
 Three bits don't divide a byte. A row of 3-bit codes is the row of its two low bits in the 2-bit layout, followed by the
 row of its high bit in the 1-bit layout (a unit is 8 bytes; bit p of byte j is column 8p + j).
@@ -43,7 +43,7 @@ def packed_row_bytes(num_columns: int, bits: int) -> int:
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 codes `(rows, columns)` into uint8 `(rows, packed_row_bytes(columns, bits))`.
 
-    Raises UsageError where a code needs more than `bits` bits. Works on any device; allocates about three bytes per code.
+    Works on any device and allocates up to three bytes per code. Raises UsageError where a code needs more bits.
     """
     import torch
     import torch.nn.functional as F

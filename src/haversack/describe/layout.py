@@ -9,8 +9,8 @@ conversion that computes, or that reshapes, raises `UnlocatableError`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from haversack.describe.site import TensorSlice
 
@@ -19,9 +19,8 @@ class UnlocatableError(Exception):
     """The numbers are not a plain rearrangement of the checkpoint's (internal: callers name the parameter)."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """A box of a layout that is one strided region of one checkpoint tensor.
+class Block(NamedTuple):
+    """A box of a layout that is one strided region of one checkpoint tensor. A named tuple: experts make 100,000.
 
     `at` and `shape` are the box, per layout axis. `axes[i]` is the tensor's axis behind layout axis i, or None for an
     axis of length one that a stack added. The region starts at `start` with `step`, per axis of the tensor; an axis
@@ -74,6 +73,8 @@ class Layout:
     def narrow(self, axis: int, start: int, stop: int, step: int = 1) -> Layout:
         """`layout[start:stop:step]` along one axis."""
         axis %= self.ndim
+        if (start, stop, step) == (0, self.shape[axis], 1):
+            return self
         blocks = []
         for block in self.blocks:
             first, length = block.at[axis], block.shape[axis]
@@ -92,15 +93,8 @@ class Layout:
                     source_start[source_axis] + (position - first) * source_step[source_axis],
                 )
                 source_step = _with(source_step, source_axis, source_step[source_axis] * (step if count > 1 else 1))
-            blocks.append(
-                replace(
-                    block,
-                    at=_with(block.at, axis, index),
-                    shape=_with(block.shape, axis, count),
-                    start=source_start,
-                    step=source_step,
-                )
-            )
+            box = _with(block.at, axis, index), _with(block.shape, axis, count)
+            blocks.append(Block(block.tensor, block.source_shape, *box, block.axes, source_start, source_step))
         length = max(0, -(-(min(stop, self.shape[axis]) - start) // step))
         return Layout(_with(self.shape, axis, length), tuple(blocks))
 
@@ -108,8 +102,7 @@ class Layout:
         order = list(range(self.ndim))
         order[dim0], order[dim1] = order[dim1], order[dim0]
         blocks = tuple(
-            replace(
-                b,
+            b._replace(
                 at=tuple(b.at[i] for i in order),
                 shape=tuple(b.shape[i] for i in order),
                 axes=tuple(b.axes[i] for i in order),
@@ -123,7 +116,7 @@ class Layout:
         if self.shape[dim] != 1:
             return self
         blocks = tuple(
-            replace(b, at=_without(b.at, dim), shape=_without(b.shape, dim), axes=_without(b.axes, dim))
+            b._replace(at=_without(b.at, dim), shape=_without(b.shape, dim), axes=_without(b.axes, dim))
             for b in self.blocks
         )
         return Layout(_without(self.shape, dim), blocks)
@@ -131,7 +124,15 @@ class Layout:
     def unsqueeze(self, dim: int) -> Layout:
         dim %= self.ndim + 1
         blocks = tuple(
-            replace(b, at=_insert(b.at, dim, 0), shape=_insert(b.shape, dim, 1), axes=_insert(b.axes, dim, None))
+            Block(
+                b.tensor,
+                b.source_shape,
+                _insert(b.at, dim, 0),
+                _insert(b.shape, dim, 1),
+                _insert(b.axes, dim, None),
+                b.start,
+                b.step,
+            )
             for b in self.blocks
         )
         return Layout(_insert(self.shape, dim, 1), blocks)
@@ -144,9 +145,8 @@ class Layout:
                 axis, start = block.axes[0], block.start
                 if axis is not None:
                     start = _with(start, axis, start[axis] + i * block.step[axis])
-                rows[block.at[0] + i].append(
-                    replace(block, at=block.at[1:], shape=block.shape[1:], axes=block.axes[1:], start=start)
-                )
+                box = block.at[1:], block.shape[1:], block.axes[1:]
+                rows[block.at[0] + i].append(Block(block.tensor, block.source_shape, *box, start, block.step))
         return [Layout(self.shape[1:], tuple(blocks)) for blocks in rows]
 
     def split(self, sizes: Sequence[int], dim: int = 0) -> list[Layout]:
@@ -173,7 +173,8 @@ class Layout:
         if self.ndim != 2:
             raise UnlocatableError(f"a matrix has two axes, this has {self.ndim}")
         pieces, row = [], 0
-        for block in sorted(self.blocks, key=lambda b: b.at):
+        blocks = self.blocks if len(self.blocks) == 1 else sorted(self.blocks, key=lambda b: b.at)
+        for block in blocks:
             if block.at != (row, 0) or block.shape[1] != self.shape[1]:
                 raise UnlocatableError("columns come from several tensors")
             row += block.shape[0]
@@ -191,7 +192,7 @@ def _matrix_slice(block: Block) -> TensorSlice:
     if block.step[columns] != 1:
         raise UnlocatableError("columns are interleaved")
     index = [(start, stop) for start, stop, _ in block.region()]
-    while index and index[-1] == (0, block.source_shape[len(index) - 1]):
+    while len(index) > squeeze and index[-1] == (0, block.source_shape[len(index) - 1]):
         index.pop()
     return TensorSlice(
         block.tensor, tuple(index), squeeze=squeeze, transposed=rows > columns, row_step=block.step[rows]
@@ -205,7 +206,9 @@ def _cat(tensors: Sequence[Layout], dim: int = 0) -> Layout:
     for tensor in tensors:
         if _without(tensor.shape, dim) != _without(tensors[0].shape, dim):
             raise UnlocatableError(f"shapes {tensor.shape} and {tensors[0].shape} can't be concatenated")
-        blocks += (replace(b, at=_with(b.at, dim, b.at[dim] + offset)) for b in tensor.blocks)
+        for b in tensor.blocks:
+            at = _with(b.at, dim, b.at[dim] + offset)
+            blocks.append(Block(b.tensor, b.source_shape, at, b.shape, b.axes, b.start, b.step))
         offset += tensor.shape[dim]
     return Layout(_with(tensors[0].shape, dim, offset), tuple(blocks))
 

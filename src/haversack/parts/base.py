@@ -44,6 +44,16 @@ class Part(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()  # of {"hessian", "calibration", "training"}
     lossless: ClassVar[bool] = False
 
+    @property
+    def label(self) -> str:
+        """A few words for tables, unique among settings: the id, and the fields that differ from their defaults."""
+        own = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.default is dataclasses.MISSING or getattr(self, field.name) != field.default
+        ]
+        return " ".join([self.id, *own])
+
     def to_dict(self) -> dict[str, Any]:
         """`{"part": id, field: value, ...}`, JSON-ready."""
         return {"part": self.id, **dataclasses.asdict(self)}

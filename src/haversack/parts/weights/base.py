@@ -106,8 +106,12 @@ class Grid(WeightPart):
         """Rows of the matrix, `(len(index), in_features)` float32: an embedding lookup, or a tile for tests."""
 
     @abstractmethod
-    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
-        """The most bytes `matmul` allocates beyond its output for `num_tokens` rows of input."""
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The most bytes `matmul` allocates beyond its output for `num_tokens` rows of input of `dtype`."""
+
+    @abstractmethod
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        """The kernel that `matmul` runs through on this machine."""
 
 
 class Rounding(WeightPart):
@@ -155,6 +159,11 @@ class WeightOption:
     def is_neutral(self) -> bool:
         return not self.parts
 
+    @property
+    def label(self) -> str:
+        """A few words for tables, unique among options."""
+        return " + ".join(part.label for part in self.parts) or "as is"
+
     def stored(self, out_features: int, in_features: int, dtype: str) -> tuple[StoredTensor, ...]:
         """Declared tensors; names carry the stage's index where a stage may repeat (`correct0.up`)."""
         if self.grid is None:
@@ -169,6 +178,16 @@ class WeightOption:
 
     def stored_bytes(self, out_features: int, in_features: int, dtype: str) -> int:
         return total_bytes(self.stored(out_features, in_features, dtype))
+
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input of `dtype`."""
+        return 0 if self.grid is None else self.grid.workspace_bytes(num_tokens, out_features, in_features, dtype)
+
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        """The kernel that `linear` runs through on this machine."""
+        if self.grid is None:
+            return "torch linear"
+        return self.grid.kernel_name(num_tokens, out_features, in_features, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {}

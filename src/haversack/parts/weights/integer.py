@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.errors import CheckpointError
 from haversack.ledger import StoredTensor
@@ -76,6 +76,13 @@ class IntegerGrid(Grid):
         check_range(self.id, "activation_bits", self.activation_bits, "8 or 16", self.activation_bits in (8, 16))
         check_range(self.id, "symmetric", self.symmetric, "true or false", isinstance(self.symmetric, bool))
         check_range(self.id, "search", self.search, "true or false", isinstance(self.search, bool))
+
+    @property
+    def label(self) -> str:
+        words = [f"int{self.bits}", f"g{self.group_size}" if self.group_size else "per row"]
+        words += [] if self.symmetric else ["asym"]
+        words += [] if self.activation_bits == 16 else [f"a{self.activation_bits}"]
+        return " ".join(words + ([] if self.search else ["min-max"]))
 
     def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
         from haversack.codecs.bitpack import packed_row_bytes
@@ -177,18 +184,27 @@ class IntegerGrid(Grid):
             in_features=in_features,
         )
 
-    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         from haversack.kernels.registry import workspace_bytes
 
-        return workspace_bytes(
-            num_tokens,
-            out_features,
-            in_features,
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            activation_bits=self.activation_bits,
-        )
+        return workspace_bytes(num_tokens, out_features, in_features, **self._case(dtype))
+
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        from haversack.kernels.registry import kernel_name
+
+        return kernel_name(num_tokens, out_features, in_features, **self._case(dtype))
+
+    def _case(self, dtype: str) -> dict[str, Any]:
+        """The registry's words for this grid with activations of `dtype`."""
+        from haversack.describe.checkpoint import torch_dtype
+
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "activation_bits": self.activation_bits,
+            "dtype": torch_dtype(dtype),
+        }
 
     def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as float32 `(rows, groups, width)`, padded with zeros; refuses what float16 scales can't hold."""

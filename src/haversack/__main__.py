@@ -1,0 +1,5 @@
+"""`python -m haversack`."""
+
+from haversack.cli import main
+
+main()

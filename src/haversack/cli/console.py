@@ -1,0 +1,67 @@
+"""What verbs print: tables that fit 80 columns, progress with time left, errors on one line. Rich is imported where used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+Progress = Callable[[str, int, int], None]
+"""`progress(what, done, total)`: called by jobs as they go; `total` 0 means unknown."""
+
+
+def error(message: str, details: str | None = None) -> None:
+    """One sentence on standard error."""
+    typer.echo(f"haversack: {message}" + (f" {details}" if details else ""), err=True)
+
+
+def print_json(data: Any) -> None:
+    """JSON on standard output, for machines."""
+    typer.echo(json.dumps(data, indent=1, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
+    """A table; numbers in the columns `right` are right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        view.add_row(*(str(cell) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False, soft_wrap=False)
+    console.print(view)
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Progress]:
+    """A progress bar with time left on a terminal's standard error; silent under pipes or when `quiet`."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total or None)
+        bar.update(tasks[what], completed=done, total=total or None)
+
+    with bar:
+        yield progress

@@ -1,0 +1,1 @@
+"""What every option costs: bytes, seconds, damage."""

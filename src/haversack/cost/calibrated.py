@@ -1,0 +1,221 @@
+"""Damage of every option at every site of one model, from one calibration pass: *proxied* for weights, *measured* for caches.
+
+Weights: an option's change of the matrix, weighted by the second-order statistics of `engine.calibrate`. Caches: KL of the whole
+model with one layer's cache changed (small models), or with all layers' changed and shared evenly (larger ones). Everything
+is kept by content hash and resumes site by site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from haversack._version import __version__
+from haversack.cost.damage import NONE, Damage
+from haversack.describe.assemble import read_site
+from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.model import Model
+from haversack.describe.site import WeightSite
+from haversack.engine.calibrate import (
+    CalibrationSettings,
+    SiteStatistics,
+    Statistics,
+    calibrate,
+    calibration_token_ids,
+)
+from haversack.engine.measure import DamageMeter, token_windows
+from haversack.errors import CheckpointError, UsageError
+from haversack.parts.kv.base import KVOption
+from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.recipes.base import candidate_options
+
+SAMPLED_ROWS = 512
+"""Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
+
+SMALL_MODEL_PARAMETERS = 100_000_000
+"""Up to here each layer's cache is measured on its own; above, all layers together."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What packing and planning need of one calibration pass."""
+
+    model: Model
+    token_ids: torch.Tensor
+    statistics: Statistics
+    weight_damages: Mapping[str, Mapping[WeightOption, Damage]]
+    kv_damages: Mapping[str, Mapping[KVOption, Damage]]
+    notes: tuple[str, ...]
+
+
+def cache_folder() -> Path:
+    """Where calibrations are kept: `$XDG_CACHE_HOME/haversack/calibration`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "haversack" / "calibration"
+
+
+def calibrate_model(
+    model: Model,
+    text: str,
+    *,
+    num_tokens: int = 32_768,
+    seq_len: int = 512,
+    kv_capacity_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Calibrate a described folder on `text`, or read what an earlier call left.
+
+    Raises UsageError for an empty text and CheckpointError where the model has no weights.
+    """
+    if model.folder is None:
+        raise CheckpointError(f"{model.name} is described from its config alone; calibrating needs its weights.")
+    if not text.strip():
+        raise UsageError("the calibration text is empty; name a text file of some hundred kilobytes.")
+    tell = progress or (lambda what, done, total: None)
+    token_ids, notes = tokenize(model, text, num_tokens=num_tokens, seq_len=seq_len)
+    statistics = calibrate(model, token_ids, cache=cache_folder(), settings=CalibrationSettings(), progress=progress)
+    table = _Table(statistics.folder / f"damages-{__version__}.jsonl")
+    weight_damages = _weight_damages(model, statistics, table, tell)
+    kv_damages = _kv_damages(model, token_ids, kv_capacity_tokens, table, tell)
+    return Calibration(model, token_ids, statistics, weight_damages, kv_damages, tuple(notes))
+
+
+def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> tuple[torch.Tensor, list[str]]:
+    """`(sequences, seq_len)` spread over a text, with notes where the text is too short."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a long text is cut here, not fed whole
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.folder)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model.folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    seq_len = min(seq_len, model.max_positions or seq_len)
+    return calibration_token_ids(ids, num_tokens, seq_len)
+
+
+class _Table:
+    """A JSON-lines file of finished rows: key -> value, appended as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: dict[str, Any] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    key, value = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a killed run
+                self.rows[key] = value
+
+    def add(self, key: str, value: Any) -> None:
+        self.rows[key] = value
+        with self.path.open("a") as file:
+            file.write(json.dumps([key, value]) + "\n")
+
+
+def _weight_damages(
+    model: Model, statistics: Statistics, table: _Table, tell: Progress
+) -> dict[str, dict[WeightOption, Damage]]:
+    assert model.folder is not None
+    checkpoint = Checkpoint.open(model.folder)
+    options = [o for o in candidate_options("weights") if _worth_weighing(o)]
+    out: dict[str, dict[WeightOption, Damage]] = {}
+    for done, site in enumerate(model.weights):
+        tell("weighing options", done, len(model.weights))
+        out[site.id] = {WeightOption(): NONE}
+        if site.id not in statistics:
+            continue
+        missing = [option for option in options if _key(site.id, option) not in table.rows]
+        if missing:
+            weigh = _Weigher(site, read_site(checkpoint, site).float(), statistics[site.id])
+            for option in missing:
+                table.add(_key(site.id, option), weigh.damage(option))
+        for option in options:
+            nats = table.rows[_key(site.id, option)]
+            out[site.id][option] = Damage(nats, "proxied", source="output error weighted by Fisher statistics")
+    tell("weighing options", len(model.weights), len(model.weights))
+    return out
+
+
+def _worth_weighing(option: WeightOption) -> bool:
+    """With statistics at hand, second-order feedback is never worse than nearest rounding at the same bytes."""
+    return option.rounding is not None and "hessian" in option.rounding.needs
+
+
+class _Weigher:
+    """Estimates damages of options at one site on a sample of its rows."""
+
+    def __init__(self, site: WeightSite, weight: torch.Tensor, statistics: SiteStatistics):
+        step = max(1, site.out_features // SAMPLED_ROWS)
+        self.rows = slice(0, None, step)
+        self.weight = weight[self.rows].contiguous()
+        self.pairs = [(h, importance[self.rows]) for h, importance in statistics.pairs]
+        self.hessian = statistics.hessian
+        # What the sample stands for: the damage of removing a row, over all rows and over the sample.
+        whole = sum(float(((weight @ h) * weight).sum(1) @ importance) for h, importance in statistics.pairs)
+        part = sum(float(((self.weight @ h) * self.weight).sum(1) @ imp) for h, imp in self.pairs)
+        self.scale = whole / part if part > 0 else float(step)
+
+    def damage(self, option: WeightOption) -> float:
+        task = WeightTask(weight=self.weight.clone(), hessian=self.hessian.clone())
+        tensors = option.encode(task)
+        change = option.dense(tensors, *self.weight.shape) - self.weight
+        nats = sum(0.5 * float(((change @ h) * change).sum(1) @ importance) for h, importance in self.pairs)
+        return nats * self.scale
+
+
+def _kv_damages(
+    model: Model, token_ids: torch.Tensor, capacity_tokens: int, table: _Table, tell: Progress
+) -> dict[str, dict[KVOption, Damage]]:
+    options = [o for o in candidate_options("kv") if not o.is_neutral]
+    small = model.num_parameters <= SMALL_MODEL_PARAMETERS
+    sites = [site for site in model.attention if site.shares_with is None]
+    keys = {(site.id, option): _key(site.id if small else "all layers", option) for site in sites for option in options}
+    missing = sorted({key for key in keys.values() if key not in table.rows})
+    if missing:
+        length = min(capacity_tokens, model.max_positions or capacity_tokens)
+        rows = token_windows(token_ids.reshape(-1).tolist(), 2, length)
+        meter = DamageMeter(model, rows)
+        for done, key in enumerate(missing):
+            tell("measuring caches", done, len(missing))
+            changed = {
+                site.id: option
+                for (site_id, option), k in keys.items()
+                if k == key
+                for site in sites
+                if site.id == site_id
+            }
+            table.add(key, float(meter.kl_per_token({}, changed).mean()))
+        tell("measuring caches", len(missing), len(missing))
+    share = 1 if small else len(sites)
+    out: dict[str, dict[KVOption, Damage]] = {}
+    for site in model.attention:
+        out[site.id] = {KVOption(): NONE}
+        for option in options if site.shares_with is None else ():
+            nats = max(0.0, table.rows[keys[site.id, option]]) / share
+            label = "measured" if small else "proxied"
+            out[site.id][option] = Damage(
+                nats,
+                label,
+                source="KL of the model with this cache" if small else "KL of all layers' caches, shared evenly",
+            )
+    return out
+
+
+def _key(where: str, option: WeightOption | KVOption) -> str:
+    digest = hashlib.sha256(json.dumps(option.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    return f"{where} {digest}"

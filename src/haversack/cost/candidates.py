@@ -1,0 +1,135 @@
+"""The options of every site with what they cost: bytes, seconds and damage, before anything is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from haversack.cost.damage import Damage
+from haversack.describe.machine import Machine
+from haversack.describe.model import Model
+from haversack.describe.site import AttentionSite, WeightSite
+from haversack.describe.workload import ServeWorkload
+from haversack.engine.profile import ActivationProfile
+from haversack.parts.kv.base import KVOption
+from haversack.parts.placement.base import Placement
+from haversack.parts.weights.base import WeightOption
+
+ASSUMED_READ_BYTES_PER_SECOND = 10e9
+"""Where nobody measured: one memory channel's worth, so that seconds have the right order. Plans say so in a note."""
+
+ASSUMED_DISK_BYTES_PER_SECOND = 1e9
+
+
+@dataclass(frozen=True)
+class WeightCandidate:
+    """One option and placement at a weight site. Seconds are per decoded token; `disk_seconds` overlap with the others."""
+
+    site: WeightSite
+    option: WeightOption
+    placement: Placement
+    stored_bytes: int
+    prefill_bytes: int
+    decode_bytes: int
+    seconds: float
+    disk_seconds: float
+    damage: Damage
+
+    @property
+    def id(self) -> str:
+        return f"{self.option.label} {self.placement.id}"
+
+
+@dataclass(frozen=True)
+class KVCandidate:
+    """One option for a layer's keys and values."""
+
+    site: AttentionSite
+    option: KVOption
+    stored_bytes: int
+    prefill_bytes: int
+    decode_bytes: int
+    seconds: float
+    damage: Damage
+
+    @property
+    def id(self) -> str:
+        return self.option.label
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Everything that costs depend on beside the option: model, workload, machine, and both traced passes."""
+
+    model: Model
+    workload: ServeWorkload
+    machine: Machine
+    prefill: ActivationProfile
+    decode: ActivationProfile
+
+    @property
+    def read_rate(self) -> float:
+        return self.machine.read_rate() or ASSUMED_READ_BYTES_PER_SECOND
+
+    @property
+    def disk_rate(self) -> float:
+        return self.machine.rates.disk_read_bytes_per_second or ASSUMED_DISK_BYTES_PER_SECOND
+
+
+def weight_candidates(
+    serving: Serving,
+    site: WeightSite,
+    damages: Mapping[WeightOption, Damage],
+    placements: Sequence[Placement],
+) -> list[WeightCandidate]:
+    """Every option with a known or stated damage, in every placement that the site admits."""
+    out: list[WeightCandidate] = []
+    for option, damage in damages.items():
+        stored_bytes = option.stored_bytes(site.out_features, site.in_features, site.dtype)
+        for placement in placements:
+            if placement.mode == "streamed" and site.layer is None:
+                continue  # the window follows the layers; what lies outside stays
+            out.append(
+                WeightCandidate(
+                    site=site,
+                    option=option,
+                    placement=placement,
+                    stored_bytes=stored_bytes,
+                    prefill_bytes=_while_running(serving.prefill, site, option, serving.model.dtype),
+                    decode_bytes=_while_running(serving.decode, site, option, serving.model.dtype),
+                    seconds=_read_bytes(site, stored_bytes, serving.workload.users) / serving.read_rate,
+                    disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
+                    damage=damage,
+                )
+            )
+    return out
+
+
+def _while_running(profile: ActivationProfile, site: WeightSite, option: WeightOption, dtype: str) -> int:
+    """Live bytes while the site's product runs, with the option's own workspace."""
+    num_tokens = profile.batch_size * (1 if site.role == "head" else profile.new_tokens)
+    return profile.at_site[site.id] + option.workspace_bytes(num_tokens, site.out_features, site.in_features, dtype)
+
+
+def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:
+    """Bytes read per decode step: all of a matrix, but only the looked-up rows of an untied embedding."""
+    if site.role in ("embedding", "position") and not site.tied_modules:
+        return stored_bytes * users / site.out_features
+    return stored_bytes
+
+
+def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]) -> list[KVCandidate]:
+    """Every KV option at a layer, for the planned users and context."""
+    workload, model = serving.workload, serving.model
+    out: list[KVCandidate] = []
+    for option, damage in damages.items():
+        shape = {"batch_size": workload.users, "capacity_tokens": workload.context_tokens, "dtype": model.dtype}
+        stored_bytes = option.stored_bytes(site, **shape)  # type: ignore[arg-type]
+        running = [
+            profile.at_attention[site.layer] + option.workspace_bytes(site, new_tokens=profile.new_tokens, **shape)  # type: ignore[arg-type]
+            for profile in (serving.prefill, serving.decode)
+        ]
+        out.append(
+            KVCandidate(site, option, stored_bytes, running[0], running[1], stored_bytes / serving.read_rate, damage)
+        )
+    return out

@@ -1,0 +1,132 @@
+"""Serving as the solver's problem: time points, accounts, and what the run holds whatever is chosen.
+
+Time points on the device tier: *load*, *prefill* (its largest chunk), *decode*. Fixed at each: the runtime (the process
+after its imports; not counted in a tensor budget), the unpacked rest and the buffers. Accounts: resident weights, keys and values, one
+account per layer in the stream window, and one per place of the forward pass that runs at a time: what lives there
+plus the workspace there; the largest of them counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from haversack.cost.candidates import KVCandidate, Serving, WeightCandidate
+from haversack.ledger import Ledger, total_bytes
+from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
+
+WEIGHTS, KV, MAPPED = "weights", "kv", "weights (mapped)"
+STREAM_BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class ServingProblem:
+    """A problem with the candidates behind its choices: `weights[site id][choice id]`, `kv[layer][choice id]`."""
+
+    serving: Serving
+    problem: Problem
+    weights: Mapping[str, Mapping[str, WeightCandidate]]
+    kv: Mapping[str, Mapping[str, KVCandidate]]
+    fixed: Mapping[str, int]
+
+    def candidates(self, chosen: Mapping[str, str]) -> tuple[list[WeightCandidate], list[KVCandidate]]:
+        """The candidates behind a solution (group id -> choice id)."""
+        weights = [row[chosen[group]] for group, row in self.weights.items()]
+        kv = [row[chosen[group]] for group, row in self.kv.items()]
+        return weights, kv
+
+    def ledger(self, chosen: Mapping[str, str]) -> Ledger:
+        """Bytes by time point, resident and tier under a solution; sums equal the solver's to the byte."""
+        weights, kv = self.candidates(chosen)
+        ledger = Ledger()
+        resident = sum(c.stored_bytes for c in weights if c.placement.mode == "resident")
+        mapped = sum(c.stored_bytes for c in weights if c.placement.mode == "mapped")
+        streamed: dict[int, int] = {}
+        for c in weights:
+            if c.placement.mode == "streamed":
+                assert c.site.layer is not None
+                streamed[c.site.layer] = streamed.get(c.site.layer, 0) + c.stored_bytes
+        window = STREAM_BUFFERS * max(streamed.values(), default=0)
+        for point in ("load", "prefill", "decode"):
+            for owner, num_bytes in self.fixed.items():
+                ledger.add(point, owner, "device", num_bytes)
+            ledger.add(point, WEIGHTS, "device", resident)
+            if mapped:
+                ledger.add(point, MAPPED, "disk", mapped)
+            if window:
+                ledger.add(point, "weights (stream window)", "device", window)
+                ledger.add(point, "weights (streamed)", "disk", sum(streamed.values()))
+            if point != "load":
+                ledger.add(point, KV, "device", sum(c.stored_bytes for c in kv))
+                base = getattr(self.serving, point).peak_bytes
+                running = max([base, *(getattr(c, f"{point}_bytes") for c in (*weights, *kv))])
+                ledger.add(point, "activations", "device", base)
+                ledger.add(point, "workspace", "device", running - base)
+        return ledger
+
+
+def serving_problem(
+    serving: Serving,
+    weights: Sequence[Sequence[WeightCandidate]],
+    kv: Sequence[Sequence[KVCandidate]],
+    *,
+    budget_bytes: int | None,
+    runtime_bytes: int,
+    max_damage: float | None = None,
+    max_seconds: float | None = None,
+) -> ServingProblem:
+    """The problem of choosing one candidate per site within `budget_bytes` on the device tier (None: not limited)."""
+    groups: list[Group] = []
+    weight_rows: dict[str, dict[str, WeightCandidate]] = {}
+    kv_rows: dict[str, dict[str, KVCandidate]] = {}
+    layers: set[int] = set()
+    running: dict[str, list[str]] = {"prefill": ["prefill base"], "decode": ["decode base"]}
+    for row in weights:
+        site = row[0].site
+        weight_rows[site.id] = {c.id: c for c in row}
+        for point in running:
+            running[point].append(f"{point} {site.id}")
+        if site.layer is not None and any(c.placement.mode == "streamed" for c in row):
+            layers.add(site.layer)
+        groups.append(Group(site.id, tuple(_weight_choice(c) for c in row), kind=site.role))
+    for kv_row in kv:
+        kv_site = kv_row[0].site
+        kv_rows[kv_site.id] = {c.id: c for c in kv_row}
+        for point in running:
+            running[point].append(f"{point} {kv_site.id}")
+        groups.append(Group(kv_site.id, tuple(_kv_choice(c) for c in kv_row), kind="kv"))
+    base = {"prefill base": serving.prefill.peak_bytes, "decode base": serving.decode.peak_bytes}
+    groups.append(Group("activations", (Choice("as traced", account_bytes=base),)))
+
+    fixed = {
+        "runtime": runtime_bytes,
+        "rest": total_bytes(serving.model.rest) + total_bytes(serving.model.buffers),
+    }
+    window = PeakTerm(tuple(f"window {layer}" for layer in sorted(layers)), STREAM_BUFFERS)
+    windows = (window,) if layers else ()
+    fixed_bytes = sum(fixed.values())
+    points = [TimePoint("load", "device", (WEIGHTS,), windows, fixed_bytes)]
+    for point, accounts in running.items():
+        points.append(TimePoint(point, "device", (WEIGHTS, KV), (*windows, PeakTerm(tuple(accounts))), fixed_bytes))
+    problem = Problem(
+        tuple(groups),
+        tuple(points),
+        {} if budget_bytes is None else {"device": budget_bytes},
+        max_seconds=max_seconds,
+        max_damage=max_damage,
+    )
+    return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v})
+
+
+def _weight_choice(c: WeightCandidate) -> Choice:
+    accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes}
+    if c.placement.mode == "resident":
+        accounts[WEIGHTS] = c.stored_bytes
+    elif c.placement.mode == "streamed":
+        accounts[f"window {c.site.layer}"] = c.stored_bytes
+    return Choice(c.id, c.damage.nats or 0.0, (c.seconds, c.disk_seconds), accounts)
+
+
+def _kv_choice(c: KVCandidate) -> Choice:
+    accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes, KV: c.stored_bytes}
+    return Choice(c.id, c.damage.nats or 0.0, (c.seconds, 0.0), accounts)

@@ -1,0 +1,195 @@
+"""Loading a packed folder into a transformers model: each site into its planned tier, the planned cache installed.
+
+transformers loads what was not packed; this module does the rest. Resident tensors are read straight into private
+memory, mapped ones stay pages of the file, streamed ones pass through a window that follows the layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from haversack.describe.checkpoint import CheckpointTensor, torch_dtype
+from haversack.describe.model import Model, describe_model
+from haversack.describe.site import WeightSite
+from haversack.engine.attach import PackedSite, attach, take_off
+from haversack.engine.generation import install_kv_plan
+from haversack.engine.kv_cache import KVPlan
+from haversack.engine.packed_tensor import PackedMatrix
+from haversack.engine.streaming import StreamWindow
+from haversack.errors import PlanError
+from haversack.formats.packed_folder import PLAN_NAME, PackedFolder
+from haversack.formats.tiers import map_file, read_resident
+from haversack.parts.kv.base import KVOption
+from haversack.parts.weights.base import WeightOption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LAYOUTS = {"rows-v1": 1}
+"""Layouts of stored tensors that this version reads."""
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """An opened packed folder with its model described: what loading needs, before a tensor is read."""
+
+    folder: PackedFolder
+    described: Model
+    plan: Mapping[str, Any]
+
+    @property
+    def kv_plan(self) -> KVPlan:
+        """The cache for the planned users and context."""
+        by_site = {row["site"]: KVOption.from_dict(row["option"]) for row in self.plan["kv"]}
+        workload = self.plan["workload"]
+        return KVPlan(
+            sites=self.described.attention,
+            options=tuple(by_site[site.id] for site in self.described.attention),
+            batch_size=workload["users"],
+            capacity_tokens=workload["prompt_tokens"] + workload["generate_tokens"],
+            dtype=self.described.dtype,
+            prefill_chunk_tokens=self.plan["prefill_chunk_tokens"],
+        )
+
+    def placement(self, site_id: str) -> str:
+        """ "resident", "mapped" or "streamed"."""
+        return self._placements[site_id]
+
+    @property
+    def _placements(self) -> dict[str, str]:
+        return {row["site"]: row["placement"]["part"] for row in self.plan["weights"]}
+
+
+def open_packed(path: str | Path) -> PackedModel:
+    """Open and check a packed folder; only JSON and headers are read. Raises PlanError."""
+    folder = PackedFolder.open(_local(path))
+    folder.require_layouts(LAYOUTS)
+    config = json.loads((folder.path / "config.json").read_text())
+    config.pop("quantization_config", None)
+    described = describe_model({**config, "_name_or_path": str(folder.path)})
+    plan = json.loads(folder.plan_text)
+    if {site.id for site in described.weights} != set(folder.manifest.sites):
+        raise PlanError(
+            f"{folder.path / PLAN_NAME} was made for another model: its sites are not those of config.json; pack again."
+        )
+    return PackedModel(folder, described, plan)
+
+
+def _local(path: str | Path) -> Path:
+    """The folder itself, or the snapshot of a hub id that transformers has just fetched."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path)))
+
+
+def prepare(model: PreTrainedModel, packed: PackedModel) -> None:
+    """Take packed parameters off a model on `meta`, so that transformers loads only the rest."""
+    take_off(model, packed.described.weights)
+    if any(site.expert is not None for site in packed.described.weights):
+        model.set_experts_implementation("eager")  # experts one by one, each from its own packed matrix
+
+
+def finish(model: PreTrainedModel, packed: PackedModel) -> PreTrainedModel:
+    """Bring packed tensors into their tiers, put them on, and install the planned cache."""
+    tensors = {site.id: packed.folder.site_tensors(site.id) for site in packed.described.weights}
+    by_mode: dict[str, list[WeightSite]] = {"resident": [], "mapped": [], "streamed": []}
+    placements = packed._placements
+    for site in packed.described.weights:
+        by_mode[placements[site.id]].append(site)
+    stored = _read(read_resident, by_mode["resident"], tensors) | _read(map_file, by_mode["mapped"], tensors)
+    matrices = [_fixed(site, packed, stored[site.id]) for site in (*by_mode["resident"], *by_mode["mapped"])]
+    if by_mode["streamed"]:
+        matrices += _stream(model, packed, by_mode["streamed"], tensors)
+    attach(model, matrices, torch_dtype(packed.described.dtype))
+    install_kv_plan(model, packed.kv_plan)
+    model.haversack = packed
+    return model.eval()
+
+
+def _read(reader: Any, sites: list[WeightSite], tensors: Mapping[str, Mapping[str, CheckpointTensor]]) -> dict:
+    rows = {f"{site.id}.{name}": (site.id, name) for site in sites for name in tensors[site.id]}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in reader([t for site in sites for t in tensors[site.id].values()]).items():
+        site_id, name = rows[full]
+        found.setdefault(site_id, {})[name] = tensor
+    return found
+
+
+def _option(packed: PackedModel, site: WeightSite) -> WeightOption:
+    return WeightOption.from_dict(packed.folder.manifest.sites[site.id].option)
+
+
+def _fixed(site: WeightSite, packed: PackedModel, tensors: Mapping[str, torch.Tensor]) -> PackedSite:
+    option = _option(packed, site)
+    return PackedSite(site, PackedMatrix(site.id, option, site.out_features, site.in_features, lambda: tensors))
+
+
+def _stream(
+    model: PreTrainedModel,
+    packed: PackedModel,
+    sites: list[WeightSite],
+    tensors: Mapping[str, Mapping[str, CheckpointTensor]],
+) -> list[PackedSite]:
+    """A window over the layers with streamed sites, acquired before a layer runs and released after."""
+    layers = sorted({site.layer for site in sites if site.layer is not None})
+    groups = [[t for site in sites if site.layer == layer for t in tensors[site.id].values()] for layer in layers]
+    window = StreamWindow(groups)
+    modules = {layer: _layer_module(model, packed.described, layer) for layer in layers}
+    held: dict[int, dict[str, torch.Tensor]] = {}
+    for index, layer in enumerate(layers):
+        modules[layer].register_forward_pre_hook(_acquire(window, index, layer, held))
+        modules[layer].register_forward_hook(_release(window, index, layer, held), always_call=True)
+    model.haversack_window = window
+    out = []
+    for site in sites:
+        assert site.layer is not None
+        names = tuple((name, f"{site.id}.{name}") for name in tensors[site.id])
+        option = _option(packed, site)
+        out.append(
+            PackedSite(
+                site, PackedMatrix(site.id, option, site.out_features, site.in_features, _view(held, site.layer, names))
+            )
+        )
+    return out
+
+
+def _acquire(window: StreamWindow, index: int, layer: int, held: dict[int, dict[str, torch.Tensor]]) -> Any:
+    def hook(module: nn.Module, args: Any) -> None:
+        held[layer] = window.acquire(index)
+
+    return hook
+
+
+def _release(window: StreamWindow, index: int, layer: int, held: dict[int, dict[str, torch.Tensor]]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        held.pop(layer, None)
+        window.release(index)
+
+    return hook
+
+
+def _view(held: dict[int, dict[str, torch.Tensor]], layer: int, names: tuple[tuple[str, str], ...]) -> Any:
+    def tensors() -> dict[str, torch.Tensor]:
+        present = held[layer]
+        return {name: present[full] for name, full in names}
+
+    return tensors
+
+
+def _layer_module(model: nn.Module, described: Model, layer: int) -> nn.Module:
+    """The decoder layer that holds a layer's sites: the element of the module list of all layers."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == described.num_layers:
+            return module[layer]
+    raise PlanError(
+        f"{described.name} keeps its layers in no list; streaming can't follow them, so place them resident."
+    )

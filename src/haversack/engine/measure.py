@@ -1,0 +1,165 @@
+"""Damage measured: KL divergence of a whole plan, or of one change, against the unpacked model.
+
+Both run the same real model, the same attention function and the same prefill chunks; the reference keeps everything. The
+divergence is of the reference's next-token distribution from the changed one's, in nats, at every token of held-out text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from haversack.describe.assemble import read_site
+from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.model import Model
+from haversack.describe.site import WeightSite
+from haversack.engine.attach import PackedSite, attach
+from haversack.engine.kv_cache import HaversackCache, KVPlan
+from haversack.engine.packed_tensor import PackedMatrix
+from haversack.parts.kv.base import KVOption
+from haversack.parts.weights.base import WeightOption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_REFERENCE_BYTES = 2**30
+"""Reference log-probabilities are kept in float32; more tokens than fit here are left out, and `num_tokens` says so."""
+
+
+class DamageMeter:
+    """Measures changes of one model on fixed tokens.
+
+    `token_ids` is `(sequences, tokens)`. Memory: the model in its own dtype, the reference's log-probabilities
+    (`4 vocab_size` bytes per token), and one sequence's cache.
+    """
+
+    def __init__(self, model: Model, token_ids: torch.Tensor, *, chunk_tokens: int = 256):
+        from transformers import AutoModelForCausalLM
+
+        from haversack.engine import attention
+
+        assert model.folder is not None, "measuring needs weights"
+        attention.register()
+        per_sequence = token_ids.shape[1] * model.vocab_size * 4
+        self.token_ids = token_ids[: max(1, MAX_REFERENCE_BYTES // per_sequence)]
+        self.described = model
+        self.checkpoint = Checkpoint.open(model.folder)
+        self.chunk_tokens = chunk_tokens
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model.folder, dtype="auto", attn_implementation=attention.NAME
+        ).eval()
+        if model.weights and any(site.expert is not None for site in model.weights):
+            self.model.set_experts_implementation("eager")
+        self._reference = [self._log_probabilities(row, {}) for row in self.token_ids]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose divergence is measured."""
+        return self.token_ids.numel()
+
+    def kl_per_token(
+        self,
+        weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]],
+        kv: Mapping[str, KVOption] | None = None,
+    ) -> torch.Tensor:
+        """Nats at every token, `(sequences, tokens)` float32, with the given sites changed and all others untouched.
+
+        `weights` maps site id to its option and encoded tensors; `kv` maps attention site id to its option.
+        """
+        out = torch.empty(self.token_ids.shape)
+        with self.changed(weights):
+            for i, row in enumerate(self.token_ids):
+                changed = self._log_probabilities(row, kv or {})
+                reference = self._reference[i]
+                out[i] = (reference.exp() * (reference - changed)).sum(-1)
+        return out
+
+    def log_likelihood(
+        self,
+        weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]] | None = None,
+        kv: Mapping[str, KVOption] | None = None,
+    ) -> float:
+        """Mean log-likelihood of the text's own next tokens, nats per token (so perplexity is `exp(-x)`)."""
+        with self.changed(weights or {}):
+            total = 0.0
+            for i, row in enumerate(self.token_ids):
+                unchanged = not weights and not kv
+                scores = self._reference[i] if unchanged else self._log_probabilities(row, kv or {})
+                total += float(scores[:-1].gather(1, row[1:, None]).sum())
+        return total / (self.token_ids.shape[0] * (self.token_ids.shape[1] - 1))
+
+    @contextmanager
+    def changed(self, weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]]) -> Iterator[None]:
+        """The model with packed sites attached, and its own parameters back afterwards."""
+        packed = self._packed(weights)
+        kept = []
+        for item in packed:
+            for name in (item.site.module, *item.site.tied_modules):
+                module = self.model.get_submodule(name)
+                kept.append((module, item.site.parameter, module._parameters[item.site.parameter]))
+        attach(self.model, packed, self.model.dtype)
+        try:
+            yield
+        finally:
+            for module, parameter, tensor in reversed(kept):
+                module._parameters[parameter] = tensor
+
+    def _packed(self, weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]]) -> list[PackedSite]:
+        """Changed sites, and the untouched ones that share a parameter with them."""
+        touched = {(s.module, s.parameter) for s in map(self.described.site, weights)}
+        packed = []
+        for site in self.described.weights:
+            if (site.module, site.parameter) in touched:
+                option, tensors = weights.get(site.id) or (WeightOption(), self._neutral(site))
+                packed.append(PackedSite(site, packed_matrix(site, option, tensors)))
+        return packed
+
+    def _neutral(self, site: WeightSite) -> dict[str, torch.Tensor]:
+        return {"weight": read_site(self.checkpoint, site)}
+
+    def _log_probabilities(self, row: torch.Tensor, kv: Mapping[str, KVOption]) -> torch.Tensor:
+        """`(tokens, vocab_size)` float32."""
+        plan = KVPlan(
+            sites=self.described.attention,
+            options=tuple(kv.get(site.id, KVOption()) for site in self.described.attention),
+            batch_size=1,
+            capacity_tokens=len(row),
+            dtype=self.described.dtype,
+        )
+        cache = HaversackCache(plan)
+        out = []
+        with torch.inference_mode():
+            for start in range(0, len(row), self.chunk_tokens):
+                chunk = row[start : start + self.chunk_tokens]
+                logits = self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True).logits[0]
+                out.append(torch.log_softmax(logits.float(), -1))
+        return torch.cat(out)
+
+
+def packed_matrix(site: WeightSite, option: WeightOption, tensors: Mapping[str, torch.Tensor]) -> PackedMatrix:
+    """A matrix whose tensors stay where they are."""
+    return PackedMatrix(site.id, option, site.out_features, site.in_features, lambda: tensors)
+
+
+def paired_bootstrap(
+    first: torch.Tensor, second: torch.Tensor, *, num_samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of mean(first - second) over paired blocks: rows `(sequences, tokens)` are cut into blocks of 64 tokens,
+    since neighbouring tokens are not independent."""
+    difference = (first - second).reshape(-1)
+    blocks = difference[: difference.numel() // 64 * 64].reshape(-1, 64).mean(1)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(blocks), (num_samples, len(blocks)), generator=generator)
+    means = blocks[draws].mean(1)
+    return float(means.quantile(0.025)), float(means.quantile(0.975))
+
+
+def token_windows(token_ids: Sequence[int], num_sequences: int, seq_len: int) -> torch.Tensor:
+    """`(sequences, seq_len)`: windows spread evenly over a text, not overlapping."""
+    available = len(token_ids) // seq_len
+    count = max(1, min(num_sequences, available))
+    starts = [i * available // count * seq_len for i in range(count)]
+    return torch.tensor([list(token_ids[start : start + seq_len]) for start in starts])

@@ -1,0 +1,206 @@
+"""What one forward pass allocates beside weights and cache, from the model's own code on tensors without memory.
+
+The real modules run on `meta`, one layer of each kind (a forward pass that saves nothing for a backward pass holds no
+layer's activations while the next one runs). Packed matrices and attention are probes: they allocate their results and
+note how many bytes live while they run, so that any option's workspace can be added afterwards without running again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from haversack.describe.checkpoint import torch_dtype
+from haversack.describe.model import Model
+from haversack.describe.site import WeightSite
+from haversack.describe.skeleton import build_skeleton
+from haversack.engine.attach import PackedSite, attach, take_off
+from haversack.engine.packed_tensor import PackedMatrix
+from haversack.engine.trace import LiveBytes
+from haversack.parts.weights.base import WeightOption
+
+PROBE_ATTENTION = "haversack_probe"
+
+
+@dataclass(frozen=True)
+class ActivationProfile:
+    """Live bytes of one forward pass of `new_tokens` for each of `batch_size` sequences, results included.
+
+    `peak_bytes` is the most at any time, workspaces left out; `at_site` and `at_attention` (by layer) are what lives
+    while that site's product, or that layer's attention, runs.
+    """
+
+    batch_size: int
+    new_tokens: int
+    peak_bytes: int
+    at_site: Mapping[str, int] = field(repr=False)
+    at_attention: Mapping[int, int] = field(repr=False)
+
+
+def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: str | None = None) -> ActivationProfile:
+    """Trace one forward pass that computes the last token's logits, as `generate` does.
+
+    Takes about half a second for a layer of any width; allocates nothing.
+    """
+    compute = torch_dtype(dtype or model.dtype)
+    skeleton = build_skeleton(model.config, model.name).to(compute).eval()
+    kinds = _layer_kinds(model)
+    _keep_one_layer_of_each_kind(skeleton, model, kinds)
+    shown = set(kinds.values())
+    sites = [site for site in model.weights if site.layer is None or site.layer in shown]
+    probe = _Probe()
+    take_off(skeleton, sites)
+    attach(
+        skeleton,
+        [PackedSite(site, probe.matrix(site.id, site.out_features, site.in_features)) for site in sites],
+        compute,
+    )
+    for module in skeleton.modules():
+        if any(getattr(tensor, "experts", None) for tensor in module.parameters(recurse=False)):
+            module.forward = _dense_experts(module)  # type: ignore[method-assign]
+    _register_probe_attention()
+    skeleton.set_attn_implementation(PROBE_ATTENTION)
+    tokens = torch.zeros(batch_size, new_tokens, dtype=torch.int64, device="meta")
+    ones, positions = torch.ones_like(tokens), torch.zeros_like(tokens)
+    with torch.no_grad(), LiveBytes() as live:
+        probe.live = live
+        _ACTIVE.append(probe)
+        try:
+            skeleton(input_ids=tokens, attention_mask=ones, position_ids=positions, use_cache=False, logits_to_keep=1)
+        finally:
+            _ACTIVE.pop()
+    attended = dict(zip(sorted(shown), probe.at_attention, strict=True))
+    return ActivationProfile(
+        batch_size,
+        new_tokens,
+        live.peak_bytes,
+        at_site={site.id: probe.at_site[_traced_id(site, kinds)] for site in model.weights},
+        at_attention={site.layer: attended[kinds[site.layer]] for site in model.attention},
+    )
+
+
+class _Probe:
+    """Collects live bytes at each packed product and each attention call."""
+
+    def __init__(self) -> None:
+        self.live: LiveBytes | None = None
+        self.at_site: dict[str, int] = {}
+        self.at_attention: list[int] = []
+
+    def matrix(self, site_id: str, out_features: int, in_features: int) -> PackedMatrix:
+        return _ProbeMatrix(site_id, WeightOption(), out_features, in_features, dict, self)
+
+    def note_site(self, site_id: str) -> None:
+        assert self.live is not None
+        self.at_site[site_id] = max(self.at_site.get(site_id, 0), self.live.live_bytes)
+
+
+@dataclass(frozen=True)
+class _ProbeMatrix(PackedMatrix):
+    probe: _Probe
+
+    def linear(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        self.probe.note_site(self.site_id)
+        return y
+
+    def rows(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        y = torch.empty(*index.shape, self.in_features, dtype=dtype, device=index.device)
+        self.probe.note_site(self.site_id)
+        return y
+
+
+_ACTIVE: list[_Probe] = []
+"""The probe of the trace that is running, if any: transformers calls attention functions by name."""
+
+
+def _probe_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Allocates the result `(batch, tokens, heads, head_dim)` and notes what lives."""
+    batch_size, num_heads, num_tokens, _ = query.shape
+    out = query.new_empty(batch_size, num_tokens, num_heads, value.shape[-1])
+    probe = _ACTIVE[-1]
+    assert probe.live is not None
+    probe.at_attention.append(probe.live.live_bytes)
+    return out, None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _register_probe_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PROBE_ATTENTION, _probe_attention)
+    AttentionMaskInterface.register(PROBE_ATTENTION, _no_mask)
+
+
+def _layer_kinds(model: Model) -> dict[int, int]:
+    """For each layer, the first layer with the same sites and the same attention."""
+    facts: dict[int, list[Any]] = {layer: [] for layer in range(model.num_layers)}
+    for site in model.weights:
+        if site.layer is not None:
+            facts[site.layer].append((site.role, site.out_features, site.in_features, site.expert))
+    for attention in model.attention:
+        facts[attention.layer].append((attention.window_tokens, attention.num_heads, attention.num_kv_heads))
+    first: dict[tuple, int] = {}
+    return {layer: first.setdefault(tuple(rows), layer) for layer, rows in facts.items()}
+
+
+def _keep_one_layer_of_each_kind(skeleton: nn.Module, model: Model, kinds: Mapping[int, int]) -> None:
+    """Leave the first layer of each kind, under its own index."""
+    kept = set(kinds.values())
+    for module in skeleton.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == model.num_layers:
+                for layer in range(model.num_layers):
+                    if layer not in kept:
+                        child[layer] = _Skip()
+                assert name in module._modules
+                return
+
+
+class _Skip(nn.Module):
+    """A layer left out of a trace: hidden states pass."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    def __getattr__(self, name: str) -> Any:  # models ask layers for facts such as `attention_type`
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return "full_attention"
+
+
+def _dense_experts(module: nn.Module) -> Any:
+    """Experts whose routing can't be known beforehand: the worst case, every token in one expert."""
+
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(hidden_states)
+        first, last = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+        mask = F.one_hot(torch.zeros_like(top_k_index), len(first) + 1)  # the real modules hold one as well
+        x = torch.empty_like(hidden_states)
+        for into, out_of in zip(first.experts, last.experts, strict=True):  # type: ignore[attr-defined]
+            hidden = into.linear(x)
+            half = hidden.shape[-1] // 2
+            hidden = out_of.linear(F.silu(hidden[..., :half]) * hidden[..., half:])
+        weighted = hidden * top_k_weights.new_empty(hidden.shape[0], 1)
+        del mask
+        return result + weighted
+
+    return forward
+
+
+def _traced_id(site: WeightSite, kinds: Mapping[int, int]) -> str:
+    """The id of the same site in the layer that was traced."""
+    if site.layer is None:
+        return site.id
+    return site.id.replace(f".{site.layer}.", f".{kinds[site.layer]}.", 1)

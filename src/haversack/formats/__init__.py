@@ -1,0 +1,1 @@
+"""Files: safetensors written and read tensor by tensor, and the packed folder."""

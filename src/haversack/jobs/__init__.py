@@ -1,0 +1,1 @@
+"""Jobs execute plans: pack, run, verify."""

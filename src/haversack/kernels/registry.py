@@ -1,0 +1,147 @@
+"""Which kernel computes from a packed matrix, for this shape, on this machine; and the contracts they all keep.
+
+    packed_matmul   x (..., in) times a packed (out, in) matrix, transposed: (..., out)
+    packed_rows     some rows of a packed matrix: an embedding lookup
+
+A kernel declares what it supports and the workspace it allocates, and the first that supports a case computes it, in
+the order fast to general. `kernel_name` tells which; nothing falls back without that name changing. The operators
+themselves (`torch.ops.haversack.*`) are registered when first used, so that asking for names and bytes stays cheap.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+from haversack.errors import UsageError
+from haversack.kernels.format import PackedFormat
+
+if TYPE_CHECKING:
+    import torch
+
+MATVEC_MAX_TOKENS = 16
+"""Tokens up to which codes go straight into dot products; beyond, tiles are dequantized for a matmul."""
+
+
+class PackedKernel(Protocol):
+    """An object, or a module, with these names is a kernel; `x` is `(tokens, in)` and contiguous."""
+
+    @property
+    def NAME(self) -> str: ...
+
+    def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool: ...
+
+    def workspace_bytes(
+        self, fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
+    ) -> int: ...
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        fmt: PackedFormat,
+        activation_bits: int,
+    ) -> torch.Tensor: ...
+
+
+def packed_matmul(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    activation_bits: int = 16,
+) -> torch.Tensor:
+    """`x W^T`, `(..., out)` in x's dtype, from packed codes uint8 `(out, row_bytes)` in layout `rows-v1`.
+
+    `scales` is float16 `(out, groups)`; `zeros` uint8 `(out, groups)`, or None for a symmetric grid. `group_size` 0
+    means one group per row. `activation_bits` 16 computes with the activations as they are (at most rounded to
+    bfloat16 on long inputs); 8 quantizes them to int8 per group of columns, which is faster and has a damage of its
+    own. Allocates at most `workspace_bytes` beyond its result.
+    """
+    import haversack.kernels.operators as operators
+
+    return operators.packed_matmul(x, codes, scales, zeros, bits, group_size, in_features, activation_bits)
+
+
+def packed_rows(
+    index: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> torch.Tensor:
+    """Rows `index` (integers, any shape) of the packed matrix: float32 `(*index.shape, in)`."""
+    import haversack.kernels.operators as operators
+
+    return operators.packed_rows(index, codes, scales, zeros, bits, group_size, in_features)
+
+
+def kernel_name(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    activation_bits: int = 16,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Name of the kernel that computes this case here. `dtype` is that of the activations, float32 if not given."""
+    import torch
+
+    fmt = PackedFormat(bits, group_size, in_features, symmetric)
+    return choose_kernel(fmt, num_tokens, dtype or torch.float32, activation_bits).NAME
+
+
+def workspace_bytes(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    activation_bits: int = 16,
+    dtype: torch.dtype | None = None,
+) -> int:
+    """The most bytes `packed_matmul` allocates beyond its result for `num_tokens` rows of input."""
+    import torch
+
+    dtype = dtype or torch.float32
+    fmt = PackedFormat(bits, group_size, in_features, symmetric)
+    kernel = choose_kernel(fmt, num_tokens, dtype, activation_bits)
+    return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
+
+
+def choose_kernel(
+    fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
+) -> PackedKernel:
+    """The first kernel, fast to general, that supports the case. Compiled kernels are for the CPU."""
+    if activation_bits not in (8, 16):
+        raise UsageError(f"activation_bits is 16 (as they are) or 8 (quantized per group), got {activation_bits}")
+    for kernel in kernels(device_type):
+        if kernel.supports(fmt, num_tokens, dtype, activation_bits):
+            return kernel
+    raise AssertionError("the generic kernel supports everything")
+
+
+@cache
+def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
+    """All kernels for a device of this machine, fast to general."""
+    from haversack.kernels import compiled, generic
+    from haversack.kernels.llvm import host_target
+
+    if device_type != "cpu":
+        return (generic,)
+    target = host_target()
+    return (*compiled.matvecs(target, MATVEC_MAX_TOKENS), compiled.CompiledTiles(target), generic)

@@ -1,0 +1,1 @@
+"""Parts of the KV cache: which tokens are held, and how they are stored."""

@@ -1,0 +1,146 @@
+"""Softmax attention over blocks of keys and values, in bounded workspace (the seam behind which kernels come).
+
+Streaming softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135): a running maximum,
+a running sum and a running output, rescaled when the maximum grows. Everything is computed in float32. Grouped heads
+share their keys through a reshape of the queries, never by repeating keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+from haversack.ledger import DTYPE_BYTES
+from haversack.parts.kv.base import FEW_QUERIES, KEY_BLOCK_TOKENS, KEY_BLOCK_TOKENS_PREFILL, QUERY_BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    import torch
+
+    Block: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    """Keys `(batch, kv_heads, tokens, head_dim)`, values, and which are hidden `(batch|1, kv_heads|1, queries, tokens)`."""
+
+    Blocks: TypeAlias = Callable[[int, int], Iterator[Block]]
+    """Yields the blocks that the queries `[start, stop)` may attend to, each in float32."""
+
+
+def key_block_tokens(num_queries: int) -> int:
+    """Stored tokens per block for this many queries."""
+    return KEY_BLOCK_TOKENS if num_queries <= FEW_QUERIES else KEY_BLOCK_TOKENS_PREFILL
+
+
+def as_block(part: torch.Tensor) -> torch.Tensor:
+    """A slice of keys or values in float32 and contiguous: products then round alike wherever the numbers came from."""
+    import torch
+
+    return part.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
+def attend_blocks(
+    query: torch.Tensor,
+    blocks: Blocks,
+    *,
+    num_kv_heads: int,
+    value_head_dim: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output `(batch, heads, queries, value_head_dim)` in the query's dtype, and log-sum-exp `(batch, heads, queries)`.
+
+    The output is a transposed view of a contiguous `(batch, queries, heads, value_head_dim)`: the layout that the
+    output projection reads.
+    """
+    import torch
+
+    batch_size, num_heads, num_queries, _ = query.shape
+    output = query.new_empty((batch_size, num_queries, num_heads, value_head_dim))
+    lse = torch.empty((batch_size, num_heads, num_queries), dtype=torch.float32, device=query.device)
+    for start in range(0, num_queries, QUERY_BLOCK_TOKENS):
+        stop = min(start + QUERY_BLOCK_TOKENS, num_queries)
+        part, part_lse = _attend_query_block(
+            query[:, :, start:stop], blocks(start, stop), num_kv_heads, value_head_dim, scaling, softcap, sinks
+        )
+        output[:, start:stop] = part.transpose(1, 2)
+        lse[:, :, start:stop] = part_lse
+    return output.transpose(1, 2), lse
+
+
+def _attend_query_block(
+    query: torch.Tensor,
+    blocks: Iterator[Block],
+    num_kv_heads: int,
+    value_head_dim: int,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_groups = num_heads // num_kv_heads
+    rows = num_groups * num_queries
+    q = query.to(torch.float32, copy=True, memory_format=torch.contiguous_format).mul_(scaling)
+    q = q.view(batch_size, num_kv_heads, rows, head_dim)
+    lowest = torch.finfo(torch.float32).min
+    top = q.new_full((batch_size, num_kv_heads, rows, 1), lowest)
+    total = torch.zeros_like(top)
+    output = q.new_zeros((batch_size, num_kv_heads, rows, value_head_dim))
+    for keys, values, hidden in blocks:
+        scores = torch.matmul(q, keys.transpose(-1, -2))  # (batch, kv_heads, groups * queries, tokens)
+        if softcap is not None:
+            if scores.requires_grad:
+                scores = torch.tanh(scores / softcap) * softcap
+            else:
+                scores.div_(softcap).tanh_().mul_(softcap)
+        if hidden is not None:
+            by_group = (batch_size, num_kv_heads, num_groups, num_queries, -1)
+            scores.view(by_group).masked_fill_(hidden.unsqueeze(2), -torch.inf)
+        # the shift cancels out of the result, so it needs no gradient; where nothing is visible it stays finite
+        new_top = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
+        weights = scores.sub_(new_top).exp_()
+        shrink = torch.exp(top - new_top)
+        total = total * shrink + weights.sum(-1, keepdim=True)
+        output = torch.matmul(weights, values).add_(output * shrink)
+        top = new_top
+        del keys, values, hidden, scores, weights  # or two blocks would be alive while the next one is made
+    lse = (top + total.log()).view(batch_size, num_heads, num_queries)
+    if sinks is not None:
+        logits = sinks.to(torch.float32).view(1, num_kv_heads, num_groups, 1).expand(-1, -1, -1, num_queries)
+        logits = logits.reshape(1, num_kv_heads, rows, 1)
+        new_top = torch.maximum(top, logits.detach())
+        shrink = torch.exp(top - new_top)
+        output = output * shrink
+        total = total * shrink + torch.exp(logits - new_top)
+    output = output / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return output.view(batch_size, num_heads, num_queries, value_head_dim), lse
+
+
+def attention_workspace_bytes(
+    *,
+    batch_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    key_head_dim: int,
+    value_head_dim: int,
+    num_queries: int,
+    block_tokens: int,
+    block_bytes: int,
+) -> int:
+    """The most bytes `attend_blocks` allocates beyond its output.
+
+    `block_bytes` is what making one block of `block_tokens` takes (keys, values and their temporaries). Scaled queries,
+    one block of scores, three outputs (old, its rescaling, new), nine columns of statistics, the masks of one block.
+    """
+    f32 = DTYPE_BYTES["F32"]
+    queries = min(num_queries, QUERY_BLOCK_TOKENS)
+    rows = batch_size * num_heads * queries
+    masks = batch_size * queries * block_tokens * (2 * DTYPE_BYTES["I32"] + 4 * DTYPE_BYTES["BOOL"])
+    return (
+        rows * key_head_dim * f32
+        + rows * block_tokens * f32
+        + 3 * rows * value_head_dim * f32
+        + 9 * rows * f32
+        + batch_size * num_heads * num_queries * f32
+        + block_bytes
+        + masks
+    )

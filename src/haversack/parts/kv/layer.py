@@ -1,0 +1,415 @@
+"""The layer that holds sinks and a recent ring as they are, and optionally packs what leaves the ring.
+
+Of a sequence's tokens, numbered from 0: the first `sink_tokens` lie in the first slots of the plain slab; the others,
+with ordinals o = position - sink_tokens, enter a ring of `ring_tokens` slots (slot o mod ring_tokens). Without a packed
+store the ring is all there is. With one, tokens leave the ring in whole groups for a ring of packed groups, so that the
+ring keeps between `plain_tokens` and `plain_tokens + group_tokens - 1`. Each sequence of the batch has its own count.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from haversack.describe.site import AttentionSite
+from haversack.errors import DoesNotFitError, UsageError
+from haversack.ledger import StoredTensor, total_bytes
+from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
+from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer, Regions
+
+if TYPE_CHECKING:
+    import torch
+
+    from haversack.parts.kv.attention import Block
+
+
+class PackedGroups(ABC):
+    """A ring of groups of tokens in a packed form: writes whole groups, reads whole groups in float32."""
+
+    group_tokens: int
+    num_groups: int
+    tensors: dict[str, torch.Tensor]
+
+    @abstractmethod
+    def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Pack `(rows, kv_heads, n * group_tokens, head_dim)` into group slots `first_slot ... first_slot + n - 1`."""
+
+    @abstractmethod
+    def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in float32 of the group slots `[first_slot, last_slot)` of every row."""
+
+
+class RingLayer(KVLayer):
+    """See the module's docstring. `packed` is None for a representation that keeps tokens as they are.
+
+    `rebuild` makes an empty layer like this one for another batch size.
+    """
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        regions: Regions,
+        *,
+        batch_size: int,
+        ring_tokens: int,
+        declared: tuple[StoredTensor, ...],
+        tensors: dict[str, torch.Tensor],
+        rebuild: Callable[[int], RingLayer],
+        packed: PackedGroups | None = None,
+        plain_tokens: int = 0,
+    ):
+        self.site = site
+        self.regions = regions
+        self.batch_size = batch_size
+        self.ring_tokens = ring_tokens
+        self.declared = declared
+        self.tensors = tensors
+        self.rebuild = rebuild
+        self.packed = packed
+        self.plain_tokens = plain_tokens
+        self.counts = [0] * batch_size  # real tokens seen, by row
+        self.packed_until = [0] * batch_size  # ordinals below are in the packed groups, or dropped
+        self.real_since_padding = 0  # columns that were real in every row: how far a crop may go
+
+    # What is held
+
+    def max_bytes(self) -> int:
+        return total_bytes(self.declared)
+
+    def seen_tokens(self) -> tuple[int, ...]:
+        return tuple(self.counts)
+
+    def held_positions(self, row: int) -> tuple[int, ...]:
+        count, sinks = self.counts[row], min(self.regions.sink_tokens, self.counts[row])
+        oldest = count - self.regions.recent_tokens if self.regions.drops else 0
+        return (*range(sinks), *range(max(sinks, oldest), count))
+
+    # Growing
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        num_new = keys.shape[2]
+        num_real = [num_new] * self.batch_size if real is None else [int(n) for n in real.sum(-1)]
+        if not self.regions.drops:
+            longest = max(count + n for count, n in zip(self.counts, num_real))
+            if longest > self.regions.total_tokens:
+                raise DoesNotFitError(
+                    f"{self.site.id}: a sequence of {longest} tokens was asked of a cache planned for "
+                    f"{self.regions.total_tokens}; plan a longer context, or options that drop old tokens.",
+                    cheapest_change=f"plan a context of {longest} tokens",
+                )
+        if real is None or all(n == num_new for n in num_real):
+            self.real_since_padding += num_new
+            if len(set(self.counts)) == 1:
+                self._write(slice(0, self.batch_size), keys, values)
+                return
+            real = None
+        else:
+            self.real_since_padding = 0
+        for row in range(self.batch_size):
+            rows = slice(row, row + 1)
+            if real is None or num_real[row] == num_new:
+                self._write(rows, keys[rows], values[rows])
+            elif num_real[row]:
+                index = real[row].nonzero().squeeze(-1)
+                self._write(rows, keys[rows].index_select(2, index), values[rows].index_select(2, index))
+
+    def _write(self, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store new real tokens of rows that all have seen the same number."""
+        count, num_new, sinks = self.counts[rows.start], keys.shape[2], self.regions.sink_tokens
+        slab_keys, slab_values = self.tensors["keys"], self.tensors["values"]
+        to_sinks = min(num_new, max(0, sinks - count))
+        if to_sinks:
+            slab_keys[rows, :, count : count + to_sinks] = keys[:, :, :to_sinks]
+            slab_values[rows, :, count : count + to_sinks] = values[:, :, :to_sinks]
+        first = max(0, count - sinks)  # ordinal of the first token that enters the ring
+        last = first + num_new - to_sinks
+        packed_until = self._pack(rows, keys, values, to_sinks, first, last)
+        ordinal = max(first, packed_until, last - self.ring_tokens)
+        while ordinal < last:
+            slot = ordinal % self.ring_tokens
+            span = min(self.ring_tokens - slot, last - ordinal)
+            source = slice(to_sinks + ordinal - first, to_sinks + ordinal - first + span)
+            slab_keys[rows, :, sinks + slot : sinks + slot + span] = keys[:, :, source]
+            slab_values[rows, :, sinks + slot : sinks + slot + span] = values[:, :, source]
+            ordinal += span
+        for row in range(rows.start, rows.stop):
+            self.counts[row] = count + num_new
+            self.packed_until[row] = packed_until
+
+    def _pack(self, rows: slice, keys: torch.Tensor, values: torch.Tensor, offset: int, first: int, last: int) -> int:
+        """Move whole groups that leave the ring into the packed store, a bounded piece at a time.
+
+        Ordinals below `first` are read from the ring, the others from the new tokens, which start at `offset`. Returns
+        the first ordinal that stays in the ring.
+        """
+        done = self.packed_until[rows.start]
+        if self.packed is None:
+            return done
+        size = self.packed.group_tokens
+        until = max(done, (last - self.plain_tokens) // size * size)
+        # groups that this same append would overwrite are never packed
+        begin = max(done, until - self.packed.num_groups * size)
+        while begin < until:
+            slot = begin // size % self.packed.num_groups
+            groups = min(
+                (until - begin) // size, self.packed.num_groups - slot, max(1, KEY_BLOCK_TOKENS_PREFILL // size)
+            )
+            end = begin + groups * size
+            self.packed.write(
+                rows,
+                slot,
+                self._gather(rows, "keys", keys, offset, first, begin, end),
+                self._gather(rows, "values", values, offset, first, begin, end),
+            )
+            begin = end
+        return until
+
+    def _gather(
+        self, rows: slice, name: str, new: torch.Tensor, offset: int, first: int, begin: int, end: int
+    ) -> torch.Tensor:
+        """Tokens of ordinals `[begin, end)`, from the ring and then from the new ones."""
+        import torch
+
+        if begin >= first:
+            return new[:, :, offset + begin - first : offset + end - first]
+        ordinals = torch.arange(begin, min(first, end), device=new.device)
+        old = self.tensors[name][rows].index_select(2, self.regions.sink_tokens + ordinals % self.ring_tokens)
+        if end <= first:
+            return old
+        return torch.cat([old, new[:, :, offset : offset + end - first].to(old.dtype)], dim=2)
+
+    # Attending
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        new_keys: torch.Tensor | None = None,
+        new_values: torch.Tensor | None = None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        num_queries, device = query.shape[2], query.device
+        uniform = real is None and len(set(self.counts)) == 1
+        counts = torch.tensor(self.counts[:1] if uniform else self.counts, dtype=torch.int32, device=device)[:, None]
+        if real is None:
+            query_positions = counts + torch.arange(num_queries, dtype=torch.int32, device=device)
+        else:
+            query_positions = counts + real.to(torch.int32).cumsum(-1, dtype=torch.int32) - 1
+
+        def blocks(start: int, stop: int) -> Iterator[Block]:
+            positions = query_positions[:, start:stop]
+            size = key_block_tokens(num_queries)
+            yield from self._packed_blocks(positions, size, uniform)
+            yield from self._plain_blocks(positions, size, uniform)
+            if new_keys is not None and new_values is not None:
+                yield from self._new_blocks(
+                    new_keys, new_values, query_positions, real, start, stop, min(size, KEY_BLOCK_TOKENS_PREFILL)
+                )
+
+        return attend_blocks(
+            query,
+            blocks,
+            num_kv_heads=self.site.num_kv_heads,
+            value_head_dim=self.site.value_head_dim,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
+        )
+
+    def _packed_blocks(self, positions: torch.Tensor, size: int, uniform: bool) -> Iterator[Block]:
+        import torch
+
+        if self.packed is None or not any(self.packed_until):
+            return
+        tokens, slots = self.packed.group_tokens, self.packed.num_groups
+        until = [n // tokens for n in self.packed_until[:1]] if uniform else [n // tokens for n in self.packed_until]
+        used = min(slots, max(until))
+        per_block = max(1, size // tokens)
+        plain = uniform and not self.regions.drops
+        for first in range(0, used, per_block):
+            stop = min(first + per_block, used)
+            hidden = None
+            if not plain:
+                device = positions.device
+                written = torch.tensor(until, dtype=torch.int32, device=device)[:, None]
+                groups = _last_ordinal(written, torch.arange(first, stop, dtype=torch.int32, device=device), slots)
+                within = torch.arange(tokens, dtype=torch.int32, device=device)
+                ordinals = (groups[:, :, None] * tokens + within).flatten(1)
+                hidden = self._hidden(positions, ordinals, ordinals < 0)
+            keys, values = self.packed.read(first, stop)
+            yield keys, values, hidden
+            del keys, values, hidden
+
+    def _plain_blocks(self, positions: torch.Tensor, size: int, uniform: bool) -> Iterator[Block]:
+        return self._blocks_by_age(positions, size) if uniform else self._blocks_by_slot(positions, size)
+
+    def _blocks_by_age(self, positions: torch.Tensor, size: int) -> Iterator[Block]:
+        """Where all rows hold the same positions: oldest first, so that sums run in the order of an endless cache."""
+        import torch
+
+        count, sinks = self.counts[0], min(self.regions.sink_tokens, self.counts[0])
+        oldest = max(self.packed_until[0], count - sinks - self.ring_tokens, 0)
+        held = count - oldest
+        for first in range(0, held, size):
+            stop = min(first + size, held)
+            hidden = None
+            if self._some_hidden(positions.shape[1]):
+                ages = torch.arange(first, stop, dtype=torch.int32, device=positions.device)
+                ordinals = torch.where(ages < sinks, ages - sinks, ages - sinks + oldest)[None]
+                hidden = self._hidden(positions, ordinals, torch.zeros_like(ordinals, dtype=torch.bool))
+            spans = self._spans(sinks, oldest, first, stop)
+            yield self._slots("keys", spans), self._slots("values", spans), hidden
+            del hidden
+
+    def _spans(self, sinks: int, oldest: int, first: int, stop: int) -> list[tuple[int, int]]:
+        """Slots of the tokens with ages `[first, stop)`: sinks, then the ring from ordinal `oldest` on."""
+        spans: list[tuple[int, int]] = []
+        while first < stop:
+            if first < sinks:
+                slot, end = first, sinks
+            else:
+                within = (oldest + first - sinks) % self.ring_tokens
+                slot, end = self.regions.sink_tokens + within, self.regions.sink_tokens + self.ring_tokens
+            length = min(end - slot, stop - first)
+            if spans and spans[-1][1] == slot:
+                spans[-1] = (spans[-1][0], slot + length)
+            else:
+                spans.append((slot, slot + length))
+            first += length
+        return spans
+
+    def _slots(self, name: str, spans: list[tuple[int, int]]) -> torch.Tensor:
+        import torch
+
+        parts = [self.tensors[name][:, :, start:stop] for start, stop in spans]
+        return as_block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+
+    def _blocks_by_slot(self, positions: torch.Tensor, size: int) -> Iterator[Block]:
+        """Where rows differ: as the slots lie, with what is not there hidden from each row."""
+        import torch
+
+        sinks, device = self.regions.sink_tokens, positions.device
+        counts = torch.tensor(self.counts, dtype=torch.int32, device=device)[:, None]
+        until = torch.tensor(self.packed_until, dtype=torch.int32, device=device)[:, None]
+        used = min(max(self.counts), sinks + self.ring_tokens)
+        for first in range(0, used, size):
+            stop = min(first + size, used)
+            slots = torch.arange(first, stop, dtype=torch.int32, device=device)
+            ordinals = _last_ordinal(counts - sinks, slots - sinks, self.ring_tokens)
+            ordinals = torch.where(slots < sinks, slots - sinks, ordinals)  # sinks have negative ordinals
+            absent = torch.where(slots < sinks, slots >= counts, ordinals < until)
+            hidden = self._hidden(positions, ordinals, absent)
+            yield self._slots("keys", [(first, stop)]), self._slots("values", [(first, stop)]), hidden
+            del hidden
+
+    def _new_blocks(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        real: torch.Tensor | None,
+        start: int,
+        stop: int,
+        size: int,
+    ) -> Iterator[Block]:
+        import torch
+
+        columns = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)
+        for first in range(0, stop, size):
+            last = min(first + size, stop)
+            ordinals = positions[:, first:last] - self.regions.sink_tokens
+            absent = torch.zeros_like(ordinals, dtype=torch.bool) if real is None else ~real[:, first:last]
+            hidden = self._hidden(positions[:, start:stop], ordinals, absent)
+            hidden = hidden | (columns[first:last] > columns[start:stop, None])
+            yield as_block(keys[:, :, first:last]), as_block(values[:, :, first:last]), hidden
+            del hidden
+
+    def _hidden(self, positions: torch.Tensor, ordinals: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+        """What queries at `positions` (rows, queries) may not see of tokens `(rows, tokens)`: `(rows, 1, queries, tokens)`."""
+        hidden = absent[:, None, None, :]
+        if not self.regions.drops:
+            return hidden.expand(-1, -1, positions.shape[1], -1)
+        oldest = positions[:, :, None] - (self.regions.sink_tokens + self.regions.recent_tokens)
+        too_old = (ordinals[:, None, :] < oldest) & (ordinals >= 0)[:, None, :]
+        return too_old[:, None].logical_or_(hidden)
+
+    def _some_hidden(self, num_queries: int) -> bool:
+        """Whether a stored token may lie outside the window of one of the next `num_queries` queries."""
+        if not self.regions.drops:
+            return False
+        longest, ring = max(self.counts), self.regions.sink_tokens + self.regions.recent_tokens
+        # one query sees all that an exact ring holds; more queries see ever fewer
+        return longest + num_queries - 1 > ring and (num_queries > 1 or self.packed is not None)
+
+    # Batches
+
+    def reorder(self, index: torch.Tensor) -> None:
+        order = [int(i) for i in index]
+        if len(order) != self.batch_size:
+            raise UsageError(f"{self.site.id}: {len(order)} rows were asked of a cache of {self.batch_size}.")
+        if order == list(range(self.batch_size)):
+            return
+        for tensor in self.tensors.values():
+            for first in range(0, tensor.shape[2], KEY_BLOCK_TOKENS_PREFILL):
+                block = tensor[:, :, first : first + KEY_BLOCK_TOKENS_PREFILL]
+                block.copy_(block.index_select(0, index.to(tensor.device)))
+        self.counts = [self.counts[i] for i in order]
+        self.packed_until = [self.packed_until[i] for i in order]
+
+    def resized(self, index: torch.Tensor) -> RingLayer:
+        order = [int(i) for i in index]
+        other = self.rebuild(len(order))
+        for name, tensor in self.tensors.items():
+            for row, source in enumerate(order):
+                other.tensors[name][row] = tensor[source]
+        other.counts = [self.counts[i] for i in order]
+        other.packed_until = [self.packed_until[i] for i in order]
+        other.real_since_padding = self.real_since_padding
+        return other
+
+    def crop(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            return
+        sinks = self.regions.sink_tokens
+        overwritten = self.regions.drops and max(self.counts) > sinks + self.ring_tokens
+        packed = any(
+            count - num_tokens - sinks < until for count, until in zip(self.counts, self.packed_until) if until
+        )
+        if num_tokens > self.real_since_padding or overwritten or packed:
+            why = "padding" if num_tokens > self.real_since_padding else "tokens that were dropped or packed since"
+            raise UsageError(f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; that needs {why} back.")
+        self.counts = [count - num_tokens for count in self.counts]
+        self.real_since_padding -= num_tokens
+
+    def reset(self) -> None:
+        self.counts = [0] * self.batch_size
+        self.packed_until = [0] * self.batch_size
+        self.real_since_padding = 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        rows = torch.tensor([self.counts, self.packed_until, [self.real_since_padding] * self.batch_size])
+        return {**self.tensors, "rows": rows}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        expected = {name: tuple(t.shape) for name, t in self.tensors.items()} | {"rows": (3, self.batch_size)}
+        for name, shape in expected.items():
+            found = tuple(state[name].shape) if name in state else None
+            if found != shape:
+                raise UsageError(f"{self.site.id}: the saved cache's {name} is {found}, but this cache needs {shape}.")
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+        self.counts, self.packed_until, since = (row.tolist() for row in state["rows"])
+        self.real_since_padding = since[0]
+
+
+def _last_ordinal(count: torch.Tensor, slot: torch.Tensor, ring: int) -> torch.Tensor:
+    """The newest ordinal below `count` that lies in `slot` of a ring; negative where none does."""
+    return count - 1 - (count - 1 - slot).remainder(ring)

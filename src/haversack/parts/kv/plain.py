@@ -1,0 +1,70 @@
+"""Keys and values as they are, in the model's dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from haversack.describe.site import AttentionSite
+from haversack.ledger import DTYPE_BYTES, StoredTensor
+from haversack.parts.kv.attention import attention_workspace_bytes, key_block_tokens
+from haversack.parts.kv.base import KVLayer, Regions, Represent
+from haversack.parts.kv.layer import RingLayer
+from haversack.parts.kv.slabs import allocate, plain_slabs
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class PlainKV(Represent):
+    """Store keys and values in the model's own dtype.
+
+    Bytes: batch * kv_heads * tokens * (key_head_dim + value_head_dim) * dtype bytes. Error: none; bit for bit the cache
+    of transformers under the same attention function and prefill chunks.
+    """
+
+    id: ClassVar[str] = "kv.plain"
+    title: ClassVar[str] = "Keys and values in the model's dtype"
+    lossless: ClassVar[bool] = True
+
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
+        return plain_slabs(site, batch_size, regions.total_tokens, dtype)
+
+    def workspace_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
+    ) -> int:
+        block_tokens = min(key_block_tokens(new_tokens), max(regions.total_tokens, new_tokens))
+        heads = batch_size * site.num_kv_heads
+        block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES["F32"]
+        if regions.drops:  # a block across the ring's end is joined before it is expanded
+            block_bytes += heads * block_tokens * max(site.key_head_dim, site.value_head_dim) * DTYPE_BYTES[dtype]
+        return attention_workspace_bytes(
+            batch_size=batch_size,
+            num_heads=site.num_heads,
+            num_kv_heads=site.num_kv_heads,
+            key_head_dim=site.key_head_dim,
+            value_head_dim=site.value_head_dim,
+            num_queries=new_tokens,
+            block_tokens=block_tokens,
+            block_bytes=block_bytes,
+        )
+
+    def build(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
+    ) -> KVLayer:
+        return self._layer(site, regions, batch_size, dtype, device)
+
+    def _layer(
+        self, site: AttentionSite, regions: Regions, batch_size: int, dtype: str, device: str | torch.device
+    ) -> RingLayer:
+        declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
+        return RingLayer(
+            site,
+            regions,
+            batch_size=batch_size,
+            ring_tokens=regions.recent_tokens,
+            declared=declared,
+            tensors=allocate(declared, device),
+            rebuild=lambda rows: self._layer(site, regions, rows, dtype, device),
+        )

@@ -1,0 +1,250 @@
+"""Keys per channel in groups of tokens, values per token in groups of channels, at 8, 4 or 2 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from haversack.describe.site import AttentionSite
+from haversack.ledger import DTYPE_BYTES, StoredTensor
+from haversack.parts.base import Source, check_range
+from haversack.parts.kv.attention import attention_workspace_bytes, key_block_tokens
+from haversack.parts.kv.base import KVLayer, Regions, Represent
+from haversack.parts.kv.layer import PackedGroups, RingLayer
+from haversack.parts.kv.slabs import allocate, plain_slabs
+
+if TYPE_CHECKING:
+    import torch
+
+BITS = (8, 4, 2)
+GROUP_SIZES = (32, 64)
+SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero: a constant group has no range, and must not divide by it
+
+
+@dataclass(frozen=True)
+class QuantizedKV(Represent):
+    """Pack all but the most recent tokens to `key_bits` and `value_bits` per number.
+
+    Keys: asymmetric, one scale and zero per channel and group of `group_size` tokens. Values: the same per token and
+    group of up to `group_size` channels (a last group is smaller where the head's width asks for it). Scales and zeros
+    are float16 and count. The most recent `recent_tokens`, and up to `group_size - 1` more that wait for their group to
+    fill, stay in the model's dtype, sinks too.
+
+    Bytes beyond the recent window, per token and KV head, with D channels, b bits, groups of g: keys
+    ceil(D b / 8) + 4 D / g, values ceil(D b / 8) + 4 ceil(D / g): 0.156 of 16 bits at 2 bits, groups of 64 and D a
+    multiple of 64. Error: |x - x'| <= s / 2 + 2^-11 (|min| + max - min) + 2^(b - 25), where s = (max - min) / (2^b - 1) in
+    the group and the rest is the rounding of zero and scale to float16.
+    Differs from the source in that the values' recent window is as long as the keys' and moves by whole groups.
+    """
+
+    id: ClassVar[str] = "kv.per-channel-keys"
+    title: ClassVar[str] = "Per-channel keys and per-token values at low precision, a recent window as is"
+    source: ClassVar[Source | None] = Source(
+        "Liu et al.", 2024, "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", "2402.02750", "section 3.3"
+    )
+
+    key_bits: int = 2
+    value_bits: int = 2
+    group_size: int = 64
+    recent_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_range(self.id, "key_bits", self.key_bits, "8, 4 or 2", self.key_bits in BITS)
+        check_range(self.id, "value_bits", self.value_bits, "8, 4 or 2", self.value_bits in BITS)
+        check_range(self.id, "group_size", self.group_size, "32 or 64", self.group_size in GROUP_SIZES)
+        check_range(self.id, "recent_tokens", self.recent_tokens, "0 or more", self.recent_tokens >= 0)
+
+    @property
+    def label(self) -> str:
+        return f"K{self.key_bits}V{self.value_bits} g{self.group_size} +{self.recent_tokens}"
+
+    def split(self, regions: Regions) -> tuple[int, int]:
+        """Slots of the ring in the model's dtype, and groups of packed tokens behind it.
+
+        With growth refused at the capacity, a group is packed only once it is whole. With old tokens dropped, the
+        oldest group may reach beyond the window; it is held until the whole of it may go.
+        """
+        ring_tokens = self.recent_tokens + self.group_size - 1
+        if regions.recent_tokens <= ring_tokens:
+            return regions.recent_tokens, 0
+        behind = regions.recent_tokens - self.recent_tokens
+        return ring_tokens, -(-behind // self.group_size) if regions.drops else behind // self.group_size
+
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
+        ring_tokens, num_groups = self.split(regions)
+        plain = plain_slabs(site, batch_size, regions.sink_tokens + ring_tokens, dtype)
+        if not num_groups:
+            return plain
+        leading = (batch_size, site.num_kv_heads)
+        tokens = num_groups * self.group_size
+        scales = (num_groups, site.key_head_dim)
+        value_scales = (tokens, _num_channel_groups(site.value_head_dim, self.group_size))
+        return (
+            *plain,
+            StoredTensor("key_codes", "U8", (*leading, tokens, _row_bytes(site.key_head_dim, self.key_bits))),
+            StoredTensor("key_scales", "F16", (*leading, *scales)),
+            StoredTensor("key_zeros", "F16", (*leading, *scales)),
+            StoredTensor("value_codes", "U8", (*leading, tokens, _row_bytes(site.value_head_dim, self.value_bits))),
+            StoredTensor("value_scales", "F16", (*leading, *value_scales)),
+            StoredTensor("value_zeros", "F16", (*leading, *value_scales)),
+        )
+
+    def workspace_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
+    ) -> int:
+        ring_tokens, num_groups = self.split(regions)
+        held = max(regions.sink_tokens + ring_tokens, num_groups * self.group_size, new_tokens)
+        block_tokens = min(key_block_tokens(new_tokens), held)
+        heads = batch_size * site.num_kv_heads
+        f32 = DTYPE_BYTES["F32"]
+        # keys, values, and while the later of them is made: its codes, a plane of them, and its scales in float32
+        widest = max(site.key_head_dim, site.value_head_dim)
+        block_bytes = (
+            heads
+            * block_tokens
+            * (
+                (site.key_head_dim + site.value_head_dim) * f32
+                + 2 * widest
+                + 2 * f32 * _num_channel_groups(site.value_head_dim, self.group_size)
+            )
+        )
+        return attention_workspace_bytes(
+            batch_size=batch_size,
+            num_heads=site.num_heads,
+            num_kv_heads=site.num_kv_heads,
+            key_head_dim=site.key_head_dim,
+            value_head_dim=site.value_head_dim,
+            num_queries=new_tokens,
+            block_tokens=block_tokens,
+            block_bytes=block_bytes,
+        )
+
+    def build(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
+    ) -> KVLayer:
+        return self._layer(site, regions, batch_size, dtype, device)
+
+    def _layer(
+        self, site: AttentionSite, regions: Regions, batch_size: int, dtype: str, device: str | torch.device
+    ) -> RingLayer:
+        ring_tokens, num_groups = self.split(regions)
+        declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
+        tensors = allocate(declared, device)
+        return RingLayer(
+            site,
+            regions,
+            batch_size=batch_size,
+            ring_tokens=ring_tokens,
+            declared=declared,
+            tensors=tensors,
+            rebuild=lambda rows: self._layer(site, regions, rows, dtype, device),
+            packed=QuantizedGroups(self, site, num_groups, tensors) if num_groups else None,
+            plain_tokens=self.recent_tokens,
+        )
+
+
+class QuantizedGroups(PackedGroups):
+    """Packed groups in their slabs; layout `kv-tokens-v1`.
+
+    Codes are `(batch, kv_heads, tokens, row_bytes)`: a token's row holds planes, not neighbours: with P = 8 / bits codes
+    to a byte and n = row_bytes, byte j holds channels j, n + j, 2n + j ... from the low bits up, so that a plane is
+    contiguous after one shift and mask.
+    """
+
+    def __init__(self, part: QuantizedKV, site: AttentionSite, num_groups: int, tensors: dict[str, torch.Tensor]):
+        self.part = part
+        self.site = site
+        self.group_tokens = part.group_size
+        self.num_groups = num_groups
+        self.tensors = tensors
+
+    def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        import torch
+
+        size, part = self.group_tokens, self.part
+        num_groups = keys.shape[2] // size
+        groups = slice(first_slot, first_slot + num_groups)
+        tokens = slice(first_slot * size, (first_slot + num_groups) * size)
+        x = keys.to(torch.float32).unflatten(2, (num_groups, size))
+        codes, scale, zero = _quantize(x, part.key_bits, dim=3)
+        self.tensors["key_codes"][rows, :, tokens] = _pack(codes.flatten(2, 3), part.key_bits)
+        self.tensors["key_scales"][rows, :, groups] = scale.squeeze(3)
+        self.tensors["key_zeros"][rows, :, groups] = zero.squeeze(3)
+        del x, codes
+        x = values.to(torch.float32)
+        codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        for g, channels in enumerate(_channel_groups(x.shape[-1], size)):
+            codes[..., channels], scale, zero = _quantize(x[..., channels], part.value_bits, dim=3)
+            self.tensors["value_scales"][rows, :, tokens, g : g + 1] = scale
+            self.tensors["value_zeros"][rows, :, tokens, g : g + 1] = zero
+        self.tensors["value_codes"][rows, :, tokens] = _pack(codes, part.value_bits)
+
+    def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size, part = self.group_tokens, self.part
+        groups, tokens = slice(first_slot, last_slot), slice(first_slot * size, last_slot * size)
+        keys = _unpack(self.tensors["key_codes"][:, :, tokens], part.key_bits, self.site.key_head_dim)
+        grouped = keys.unflatten(2, (last_slot - first_slot, size))
+        grouped.mul_(self.tensors["key_scales"][:, :, groups, None].float())
+        grouped.add_(self.tensors["key_zeros"][:, :, groups, None].float())
+        values = _unpack(self.tensors["value_codes"][:, :, tokens], part.value_bits, self.site.value_head_dim)
+        for g, channels in enumerate(_channel_groups(values.shape[-1], size)):
+            values[..., channels].mul_(self.tensors["value_scales"][:, :, tokens, g : g + 1].float())
+            values[..., channels].add_(self.tensors["value_zeros"][:, :, tokens, g : g + 1].float())
+        return keys, values
+
+
+def _num_channel_groups(num_channels: int, group_size: int) -> int:
+    return -(-num_channels // group_size)
+
+
+def _channel_groups(num_channels: int, group_size: int) -> list[slice]:
+    return [slice(c, min(c + group_size, num_channels)) for c in range(0, num_channels, group_size)]
+
+
+def _row_bytes(num_channels: int, bits: int) -> int:
+    return -(-num_channels * bits // 8)
+
+
+def _quantize(x: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (uint8, the shape of x), and scale and zero (float16, one along `dim`) with x near codes * scale + zero."""
+    import torch
+
+    largest = torch.finfo(torch.float16).max
+    low, high = torch.aminmax(x, dim=dim, keepdim=True)
+    levels = 2**bits - 1
+    zero = low.clamp(-largest, largest).to(torch.float16)
+    # the scale must reach from the rounded zero, not from the true minimum, to the maximum
+    scale = ((high - zero.float()) / levels).clamp(SMALLEST_SCALE, largest).to(torch.float16)
+    codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
+    return codes, scale, zero
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`(..., channels)` codes to `(..., row_bytes)`, by planes."""
+    if bits == 8:
+        return codes
+    import torch
+
+    num_channels = codes.shape[-1]
+    row_bytes = _row_bytes(num_channels, bits)
+    packed = torch.zeros((*codes.shape[:-1], row_bytes), dtype=torch.uint8, device=codes.device)
+    for plane in range(8 // bits):
+        part = codes[..., plane * row_bytes : (plane + 1) * row_bytes]
+        packed[..., : part.shape[-1]] |= part << (plane * bits)
+    return packed
+
+
+def _unpack(packed: torch.Tensor, bits: int, num_channels: int) -> torch.Tensor:
+    """`(..., row_bytes)` to codes `(..., channels)` in float32."""
+    import torch
+
+    if bits == 8:
+        return packed.to(torch.float32)
+    row_bytes = packed.shape[-1]
+    codes = torch.empty((*packed.shape[:-1], num_channels), dtype=torch.float32, device=packed.device)
+    for plane in range(8 // bits):
+        channels = slice(plane * row_bytes, min((plane + 1) * row_bytes, num_channels))
+        width = channels.stop - channels.start
+        if width > 0:
+            codes[..., channels] = (packed[..., :width] >> (plane * bits)).bitwise_and_(2**bits - 1)
+    return codes

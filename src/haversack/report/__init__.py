@@ -1,0 +1,1 @@
+"""One self-contained page per plan: pictures as inline SVG, no network."""

@@ -1,0 +1,54 @@
+"""Random packed matrices and their float64 reference, shared by the kernel tests."""
+
+from dataclasses import dataclass
+
+import torch
+
+from haversack.codecs.bitpack import pack_codes
+from haversack.kernels.format import PackedFormat
+
+
+@dataclass
+class PackedCase:
+    fmt: PackedFormat
+    weight: torch.Tensor  # float64 (out, in): the values the codes stand for
+    magnitude: torch.Tensor  # float64 (out, in): (|code - centre| + |zero - centre|) * scale, what kernels add up
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return {"bits": self.fmt.bits, "group_size": self.fmt.group_size, "in_features": self.fmt.in_features}
+
+
+def make_case(
+    out_features: int, in_features: int, bits: int, group_size: int, symmetric: bool, seed: int = 0
+) -> PackedCase:
+    """Codes over the whole range, scales over four octaves, zero points over the whole range of codes."""
+    generator = torch.Generator().manual_seed(seed)
+    fmt = PackedFormat(bits, group_size, in_features, symmetric)
+    groups = (out_features, fmt.num_groups)
+    codes = torch.randint(0, 1 << bits, (out_features, fmt.padded_columns), generator=generator, dtype=torch.uint8)
+    scales = (2.0 ** (-6 + 4 * torch.rand(groups, generator=generator))).half()
+    zeros = None if symmetric else torch.randint(0, 1 << bits, groups, generator=generator, dtype=torch.uint8)
+    zero = torch.full(groups, 1 << (bits - 1)) if zeros is None else zeros
+    values = codes.double().view(*groups, -1) - zero.double()[..., None]
+    centre = 1 << (bits - 1)
+    sizes = (codes.double().view(*groups, -1) - centre).abs() + (zero.double()[..., None] - centre).abs()
+    weight = (values * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
+    magnitude = (sizes * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
+    return PackedCase(fmt, weight, magnitude, pack_codes(codes, bits), scales, zeros)
+
+
+def make_input(num_tokens: int, in_features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, in_features, generator=generator).to(dtype)
+
+
+def error_of(y: torch.Tensor, x: torch.Tensor, case: PackedCase) -> float:
+    """Largest |y - x W^T|, in parts of what a kernel adds up: sum |x| (|code - centre| + |zero - centre|) scale."""
+    if not y.numel():
+        return 0.0
+    added = x.double().abs() @ case.magnitude.t() + 1e-30
+    return ((y.double() - x.double() @ case.weight.t()).abs() / added).max().item()
