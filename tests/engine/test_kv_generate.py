@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from haversack.describe.model import describe_model
 from haversack.engine.attention import NAME, register
 from haversack.engine.generation import install_kv_plan, uninstall_kv_plan
 from haversack.engine.kv_cache import HaversackCache, KVPlan
@@ -173,6 +174,43 @@ def test_beams_and_samples_reorder_the_cache(model):
     assert torch.equal(model.generate(tokens, **beams), expected_beams)
     torch.manual_seed(0)
     assert torch.equal(model.generate(tokens, **samples), expected_samples)
+
+
+def test_conversations_go_on_in_one_cache(model):
+    """Two turns through a cache passed by hand, the second prompt chunked too, equal one long prompt."""
+    first, second = prompt(1, 20), prompt(1, 15, seed=1)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    plan = plan_for(model, KVOption(), capacity_tokens=64, chunk=6)
+    install_kv_plan(model, plan)
+    cache = HaversackCache(plan)
+    so_far = model.generate(first, past_key_values=cache, **settings)
+    history = torch.cat([so_far, second], dim=1)
+    widths = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+    found = model.generate(history, past_key_values=cache, **settings)
+    hook.remove()
+    assert widths[:3] == [6, 6, 4]
+    assert torch.equal(found, model.generate(history, **settings))
+
+
+def test_speculation_takes_tokens_back(llama):
+    """Prompt lookup guesses tokens and forgets the wrong ones: a neutral cache gives them back, a dropping one refuses."""
+    tokens = prompt(1, 6).repeat(1, 4)
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    expected = llama.generate(tokens, **settings)
+    install_kv_plan(llama, plan_for(llama, KVOption()))
+    assert torch.equal(llama.generate(tokens, prompt_lookup_num_tokens=3, **settings), expected)
+    install_kv_plan(llama, plan_for(llama, KVOption(SinksAndWindow(2, 10))))
+    with pytest.raises(UsageError, match="can't be forgotten"):
+        llama.generate(tokens, prompt_lookup_num_tokens=3, **settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_described_sites_are_those_that_run(name):
+    model = small_copy(FAMILIES[name])
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    assert describe_model(config).attention == observe_sites(model)
 
 
 def test_what_needs_more_bytes_than_planned_is_refused_first(llama):

@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from haversack.engine.attention import NAME, register
 from haversack.engine.kv_cache import HaversackCache, KVPlan
@@ -40,7 +41,7 @@ def install_kv_plan(model: PreTrainedModel, plan: KVPlan) -> None:
         self: PreTrainedModel,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        generation_mode: Any,
+        generation_mode: GenerationMode,
         batch_size: int,
         max_cache_length: int,
     ) -> None:
@@ -49,13 +50,16 @@ def install_kv_plan(model: PreTrainedModel, plan: KVPlan) -> None:
                 f"cache_implementation={generation_config.cache_implementation!r} was asked, but this model's cache is "
                 f"planned; leave it out, or pass past_key_values to step outside the plan."
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            cache = HaversackCache(plan, batch_size=rows, capacity_tokens=max_cache_length)
+            ahead = _speculated_tokens(generation_config, generation_mode)
+            cache = HaversackCache(plan, batch_size=rows, capacity_tokens=max_cache_length + ahead)
             model_kwargs["past_key_values"] = cache
-            generation_config.prefill_chunk_size = _chunk_tokens(plan, generation_config.prefill_chunk_size)
-            return
-        original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        else:
+            original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if isinstance(cache, HaversackCache):
+            generation_config.prefill_chunk_size = _chunk_tokens(cache.plan, generation_config.prefill_chunk_size)
 
     setattr(model, _FACTORY, MethodType(prepare_cache, model))
 
@@ -64,6 +68,13 @@ def uninstall_kv_plan(model: PreTrainedModel, attn_implementation: str = "sdpa")
     """Give `generate` its own cache back, and the model another attention function."""
     model.__dict__.pop(_FACTORY, None)
     model.set_attn_implementation(attn_implementation)
+
+
+def _speculated_tokens(generation_config: GenerationConfig, generation_mode: GenerationMode) -> int:
+    """Tokens a speculative call may store beyond its last one, before it takes them back."""
+    if generation_mode != GenerationMode.ASSISTED_GENERATION:
+        return 0
+    return generation_config.prompt_lookup_num_tokens or generation_config.num_assistant_tokens or 0
 
 
 def _chunk_tokens(plan: KVPlan, asked: int | None) -> int | None:

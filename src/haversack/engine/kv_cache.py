@@ -147,7 +147,7 @@ class PlannedCacheLayer(CacheLayerMixin):
         return self.planned_batch_size if self.store is None else self.store.batch_size
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        batch_size, dtype = key_states.shape[0], DTYPE_NAMES[key_states.dtype]
+        batch_size, dtype = key_states.shape[0], DTYPE_NAMES.get(key_states.dtype, str(key_states.dtype))
         if dtype != self.plan.dtype:
             raise PlanError(f"{self.site.id} was planned in {self.plan.dtype}, but the model computes keys in {dtype}.")
         found = (key_states.shape[1], key_states.shape[3], value_states.shape[3])

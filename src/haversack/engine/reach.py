@@ -68,6 +68,7 @@ def small_copy(config: PretrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     Head widths stay (rotary tables depend on them). Weights are drawn wide enough for softcaps and windows to matter.
     """
     small = copy.deepcopy(config)
+    small.__dict__.pop("quantization_config", None)
     text = small.get_text_config(decoder=True)
     _shrink(text)
     with torch.random.fork_rng(devices=[]):
