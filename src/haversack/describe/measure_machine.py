@@ -52,7 +52,7 @@ PIECE_SECONDS = 0.005
 MAX_DISTURBANCE = 0.1
 """The share of the processor that others may take before the result says so."""
 
-RUNTIME_IMPORTS = ("torch", "transformers", "haversack.jobs.run")
+RUNTIME_IMPORTS = ("torch", "transformers", "haversack.engine.load", "haversack.cli.app")
 """What a process that runs a packed model has imported before it loads anything."""
 
 _RUNTIME_PROBE = """
