@@ -12,6 +12,7 @@ from haversack.kernels.format import PackedFormat
 class PackedCase:
     fmt: PackedFormat
     weight: torch.Tensor  # float64 (out, in): the values the codes stand for
+    magnitude: torch.Tensor  # float64 (out, in): (|code - centre| + |zero - centre|) * scale, what kernels add up
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
@@ -33,8 +34,11 @@ def make_case(
     zeros = None if symmetric else torch.randint(0, 1 << bits, groups, generator=generator, dtype=torch.uint8)
     zero = torch.full(groups, 1 << (bits - 1)) if zeros is None else zeros
     values = codes.double().view(*groups, -1) - zero.double()[..., None]
+    centre = 1 << (bits - 1)
+    sizes = (codes.double().view(*groups, -1) - centre).abs() + (zero.double()[..., None] - centre).abs()
     weight = (values * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
-    return PackedCase(fmt, weight, pack_codes(codes, bits), scales, zeros)
+    magnitude = (sizes * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
+    return PackedCase(fmt, weight, magnitude, pack_codes(codes, bits), scales, zeros)
 
 
 def make_input(num_tokens: int, in_features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -42,9 +46,9 @@ def make_input(num_tokens: int, in_features: int, dtype: torch.dtype = torch.flo
     return torch.randn(num_tokens, in_features, generator=generator).to(dtype)
 
 
-def error_against(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Largest |y - x W^T| over |x| |W|^T: the error in units of what rounding every product by 1 would give."""
+def error_of(y: torch.Tensor, x: torch.Tensor, case: PackedCase) -> float:
+    """Largest |y - x W^T|, in parts of what a kernel adds up: sum |x| (|code - centre| + |zero - centre|) scale."""
     if not y.numel():
         return 0.0
-    bound = x.double().abs() @ weight.abs().t() + 1e-30
-    return ((y.double() - x.double() @ weight.t()).abs() / bound).max().item()
+    added = x.double().abs() @ case.magnitude.t() + 1e-30
+    return ((y.double() - x.double() @ case.weight.t()).abs() / added).max().item()

@@ -2,15 +2,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_cases import error_against, make_case, make_input
+from packed_cases import error_of, make_case, make_input
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from haversack.errors import UsageError
 from haversack.kernels import generic, registry
 from haversack.kernels.registry import kernel_name, packed_matmul, packed_rows, workspace_bytes
 
-# One rounding of the result to its dtype (half an ulp), over a float32 accumulation.
-RESULT_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-6}
+# One rounding of the result to its dtype, over the tolerance that the kernels state for float32.
+RESULT_ROUNDING = {torch.float32: 2**-16, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-6}
 
 formats = st.tuples(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0, 24, 64, 128]), st.booleans())
 
@@ -22,7 +22,7 @@ def test_packed_matmul_against_float64(fmt, num_tokens, out_features, in_feature
     x = make_input(num_tokens, in_features, dtype)
     y = packed_matmul(x, case.codes, case.scales, case.zeros, **case.arguments)
     assert y.shape == (num_tokens, out_features) and y.dtype == dtype
-    assert error_against(y, x, case.weight) < RESULT_ROUNDING[dtype]
+    assert error_of(y, x, case) < RESULT_ROUNDING[dtype]
 
 
 @given(formats, st.integers(1, 40), st.integers(1, 300))
@@ -62,13 +62,13 @@ def test_generic_workspace_is_never_exceeded_and_smaller_than_the_matrix(dtype):
     case = make_case(3000, 1024, 3, 64, False)
     x = make_input(2, 1024, dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        generic.matmul(x, case.codes, case.scales, case.zeros, case.fmt)
+        generic.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16)
     total, peak = 0, 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             total += event.nbytes()
             peak = max(peak, total)
-    declared = generic.workspace_bytes(case.fmt, 2, 3000, dtype)
+    declared = generic.workspace_bytes(case.fmt, 2, 3000, dtype, 16)
     result_bytes = 2 * 3000 * dtype.itemsize
     assert 0 < peak - result_bytes <= declared < 4 * 3000 * 1024
     assert declared < 1.3 * (peak - result_bytes)

@@ -65,6 +65,7 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[At
                 softcap=softcap,
                 has_sinks=getattr(module, "sinks", None) is not None,
                 shares_with=shares,
+                is_latent=_is_latent(module),
             )
         )
     return tuple(sites)
@@ -97,8 +98,9 @@ def _head_shapes(module: nn.Module, config: Any, name: str) -> tuple[int, int, i
         return None
 
     num_heads = fact("num_heads", "num_attention_heads", "n_heads", "n_head")
-    if getattr(module, "kv_b_proj", None) is not None:
-        # Latent attention: transformers caches the expanded keys and values of every head.
+    if _is_latent(module):
+        return num_heads, 1, fact("kv_lora_rank"), fact("qk_rope_head_dim")
+    if getattr(module, "kv_b_proj", None) is not None:  # latent in the weights, but cached as expanded
         return num_heads, num_heads, fact("qk_head_dim", "q_head_dim"), fact("v_head_dim")
     head_dim = fact("head_dim", "head_size")
     if head_dim is None and num_heads:
@@ -120,6 +122,11 @@ def _head_shapes(module: nn.Module, config: Any, name: str) -> tuple[int, int, i
                     "due; this attention is not understood."
                 )
     return num_heads, num_kv_heads, head_dim, head_dim
+
+
+def _is_latent(module: nn.Module) -> bool:
+    """Whether the cache keeps latents: transformers' modules that do have a method that expands them after reading."""
+    return hasattr(module, "expand_kv") and hasattr(module, "kv_lora_rank")
 
 
 def _rows(module: nn.Module, projection: str) -> int | None:

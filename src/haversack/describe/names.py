@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import re
 
-_QUERY, _KEY, _VALUE = ("query", "q"), ("key", "k"), ("value", "v")
-_GATE, _UP = ("gate", "gate"), ("up", "up")
-
 # Tails of module paths, first match wins. A context (`attn`, `mlp`) is named where the last word alone says too little.
 _ROLES: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(wpe|embed_positions|position_embeddings?)$", "position"),
@@ -29,13 +26,13 @@ _ROLES: tuple[tuple[str, str], ...] = (
 )
 _PATTERNS = tuple((re.compile(pattern), role) for pattern, role in _ROLES)
 
-_FUSED: dict[str, tuple[tuple[str, str], ...]] = {
-    "qkv_proj": (_QUERY, _KEY, _VALUE),
-    "c_attn": (_QUERY, _KEY, _VALUE),
-    "Wqkv": (_QUERY, _KEY, _VALUE),
-    "gate_up_proj": (_GATE, _UP),
+_FUSED: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("query", "key", "value"),
+    "c_attn": ("query", "key", "value"),
+    "Wqkv": ("query", "key", "value"),
+    "gate_up_proj": ("gate", "up"),
 }
-"""Fused projections whose parts are blocks of rows, in order: (role, part). Those that interleave heads stay whole."""
+"""Roles of the parts of fused projections that are blocks of rows, in order. Those that interleave heads stay whole."""
 
 _ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
 """Modules that choose experts: tiny, and everything behind them depends on them, so they are never packed."""
@@ -46,8 +43,8 @@ def role_of(module: str) -> str:
     return next((role for pattern, role in _PATTERNS if pattern.search(module)), "other")
 
 
-def fused_parts(module: str) -> tuple[tuple[str, str], ...]:
-    """(role, part) of each block of rows of a fused projection, in order; () where it is not fused."""
+def fused_roles(module: str) -> tuple[str, ...]:
+    """The role of each block of rows of a fused projection, in order; () where it is not fused."""
     return _FUSED.get(module.rpartition(".")[2], ())
 
 

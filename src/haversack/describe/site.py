@@ -41,7 +41,7 @@ class WeightSite:
     """One matrix to choose an option for.
 
     `id` is unique and stable: the module's path, with `#part` for a part of a fused or stacked parameter
-    (`...qkv_proj#q`, `...experts#3.gate`). `module` and `parameter` say who uses it in the transformers model;
+    (`...qkv_proj#query`, `...experts#3.gate`). `module` and `parameter` say who uses it in the transformers model;
     `module_slice` cuts that parameter. `pieces` say where the rows lie in the checkpoint, concatenated in order.
     `tied_modules` read the same storage (a tied head). `layer` is None outside the layers.
     """
@@ -76,6 +76,8 @@ class AttentionSite:
 
     `window_tokens` is the sliding window or None; `chunk_tokens` the chunked-attention length or None; `softcap` the
     logit cap or None; `has_sinks` learned sink logits; `shares_with` the layer whose keys and values are reused.
+    `is_latent` says that the cache keeps one compressed latent per token (as its one head of keys) and one rotary key
+    (as its values), from which every head's keys and values are expanded.
     """
 
     id: str
@@ -90,6 +92,7 @@ class AttentionSite:
     softcap: float | None = None
     has_sinks: bool = False
     shares_with: int | None = None
+    is_latent: bool = False
 
     def bytes_per_token(self, dtype: str = "BF16") -> int:
         """Keys and values of one token in a 16-bit cache; 0 where another layer's are reused."""

@@ -67,8 +67,7 @@ def _parse_config(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    model_type = model_type if isinstance(model_type, str) else ""
-    known = model_type in CONFIG_MAPPING
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     if "auto_map" in config and not known:
         if not trust_remote_code:
             raise UnsupportedModelError(
@@ -79,14 +78,14 @@ def _parse_config(
             raise UnsupportedModelError(f"{name!r} needs its own code, so name its folder or hub id, not its config.")
         return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     if not known:
-        found = f"model_type {model_type!r}" if model_type else "no model_type"
+        found = f"model_type {model_type!r}" if model_type is not None else "no model_type"
         raise UnsupportedModelError(
             f"{name!r} has {found}, which this version of transformers does not know; update transformers, or choose "
             "another model."
         )
     values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
+        return CONFIG_MAPPING[str(model_type)].from_dict(values)
     except Exception as error:  # configs validate themselves with many kinds of exception
         raise _contradiction(name, error) from None
 

@@ -53,8 +53,8 @@ def weight_sites(
             transposed = isinstance(module, Conv1D)
             num_rows = module.weight.shape[1 if transposed else 0]
             matrices.append(("weight", transposed, _fused(path, config, num_rows) or [_Part(role, "", 0, num_rows)]))
-        elif hasattr(module, "is_transposed") and hasattr(module, "is_concatenated"):
-            matrices += _stacks(module)
+        else:
+            matrices += _stacks(module, config.hidden_size)
         for name, transposed, parts in matrices:
             parameter = f"{path}.{name}"
             if parameter not in dtypes:  # tied to one that came first
@@ -71,42 +71,57 @@ def weight_sites(
 
 def _fused(path: str, config: Any, num_rows: int) -> list[_Part]:
     """The row blocks of a fused projection: equal halves for gate and up, by heads for query, key and value."""
-    labels = names.fused_parts(path)
-    if len(labels) == 3:
+    roles = names.fused_roles(path)
+    if len(roles) == 3:
         num_heads = config.num_attention_heads
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
         lengths = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    elif labels:
-        lengths = [num_rows // len(labels)] * len(labels)
+    elif roles:
+        lengths = [num_rows // len(roles)] * len(roles)
     else:
         return []
     if sum(lengths) != num_rows:
         return []
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [
-        _Part(role, label, start, start + length)
-        for (role, label), start, length in zip(labels, starts, lengths, strict=True)
+        _Part(role, role, start, start + length) for role, start, length in zip(roles, starts, lengths, strict=True)
     ]
 
 
-def _stacks(module: Any) -> Iterator[tuple[str, bool, list[_Part]]]:
-    """Stacks (experts, out, in), or (experts, in, out) where the module says transposed; gate and up in blocks, or
-    interleaved row by row where it says they are not concatenated."""
-    for name, tensor in module.named_parameters(recurse=False):
-        if tensor.ndim != 3:
-            continue
-        num_rows = tensor.shape[2 if module.is_transposed else 1]
-        labels = names.fused_parts(name)
-        if not labels:
+def _stacks(module: Any, hidden_size: int) -> Iterator[tuple[str, bool, list[_Part]]]:
+    """Stacks (experts, out, in), or (experts, in, out) where transposed; gate and up in blocks, or interleaved row by
+    row where the module says that they are not concatenated."""
+    stacks = {name: tensor for name, tensor in module.named_parameters(recurse=False) if tensor.ndim == 3}
+    transposed = _stacks_transposed(module, stacks, hidden_size)
+    if transposed is None:
+        return
+    for name, tensor in stacks.items():
+        num_rows = tensor.shape[2 if transposed else 1]
+        roles = names.fused_roles(name)
+        if not roles:
             role = names.role_of(f".{name}")
             parts = [_Part(role, role, 0, num_rows)]
-        elif module.is_concatenated:
-            half = num_rows // len(labels)
-            parts = [_Part(role, part, i * half, (i + 1) * half) for i, (role, part) in enumerate(labels)]
+        elif getattr(module, "is_concatenated", True):
+            half = num_rows // len(roles)
+            parts = [_Part(role, role, i * half, (i + 1) * half) for i, role in enumerate(roles)]
         else:
-            parts = [_Part(role, part, i, num_rows, len(labels)) for i, (role, part) in enumerate(labels)]
-        yield name, module.is_transposed, parts
+            parts = [_Part(role, role, i, num_rows, len(roles)) for i, role in enumerate(roles)]
+        yield name, transposed, parts
+
+
+def _stacks_transposed(module: Any, stacks: Mapping[str, Any], hidden_size: int) -> bool | None:
+    """What the module says, or what its shapes leave possible; None where these are no experts."""
+    if hasattr(module, "is_transposed"):
+        return module.is_transposed
+    if not {"gate_up_proj", "down_proj"} <= stacks.keys():
+        return None
+    (_, *both), (_, *down) = stacks["gate_up_proj"].shape, stacks["down_proj"].shape
+    for transposed in (False, True):
+        (double_width, hidden), (out_features, width) = (both, down) if not transposed else (both[::-1], down[::-1])
+        if hidden == out_features == hidden_size and double_width == 2 * width:
+            return transposed
+    return None
 
 
 def _cut(

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, prepare_pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haversack.errors import UnsupportedModelError
-from haversack.parts.kv.attention import attend_blocks, key_block_tokens
+from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _attend_plain(
                 hidden = hidden[None, None]
                 if real is not None:
                     hidden = hidden | ~real[:, None, None, first:last]
-            yield key[:, :, first:last].to(torch.float32), value[:, :, first:last].to(torch.float32), hidden
+            yield as_block(key[:, :, first:last]), as_block(value[:, :, first:last]), hidden
             del hidden
 
     return attend_blocks(

@@ -231,25 +231,24 @@ class HaversackCache(Cache):
         batch_size, capacity_tokens = batch_size or plan.batch_size, capacity_tokens or plan.capacity_tokens
         plan.check_fits(batch_size, capacity_tokens)
         self.plan = plan
-        super().__init__(
-            layers=[
-                PlannedCacheLayer(site, option, plan, batch_size, capacity_tokens)
-                for site, option in zip(plan.sites, plan.options)
-            ]
-        )
+        self.planned = [
+            PlannedCacheLayer(site, option, plan, batch_size, capacity_tokens)
+            for site, option in zip(plan.sites, plan.options)
+        ]
+        super().__init__(layers=[*self.planned])
 
     def num_bytes(self) -> int:
         """Bytes held now over all layers."""
-        return sum(layer.store.num_bytes() for layer in self.layers if layer.store is not None)
+        return sum(layer.store.num_bytes() for layer in self.planned if layer.store is not None)
 
     def save(self, path: str | Path, *, model_fingerprint: str) -> None:
         """Write every layer's state to one safetensors file, bound to the plan and to the model it was filled by."""
         tensors: dict[str, torch.Tensor] = {}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.planned):
             if layer.store is None:
                 raise UsageError("the cache is empty: there is nothing to save before the first forward pass.")
             tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in layer.store.state().items()}
-        first = self.layers[0]
+        first = self.planned[0]
         about = {
             "plan": self.plan.fingerprint(),
             "model": model_fingerprint,
@@ -270,7 +269,7 @@ class HaversackCache(Cache):
                 if about.get(what) != expected:
                     raise PlanError(f"{path} was saved under another {what}; fill the cache again with this one.")
             cache = cls(plan, batch_size=int(about["batch_size"]), capacity_tokens=int(about["capacity_tokens"]))
-            for i, layer in enumerate(cache.layers):
+            for i, layer in enumerate(cache.planned):
                 layer.store = layer.option.build(
                     layer.site,
                     batch_size=layer.planned_batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from haversack.codecs.bitpack import UNPACK_BYTES_PER_CODE, unpack_codes
+from haversack.kernels.activations import rounded_activations, rounding_bytes
 from haversack.kernels.format import PackedFormat
 
 NAME = "generic-f32-tiles"
@@ -18,13 +19,17 @@ TILE_BYTES = 4 << 20
 
 
 def supports(fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool:
-    return activation_bits == 16
+    return True
 
 
-def workspace_bytes(fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype) -> int:
+def workspace_bytes(
+    fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
+) -> int:
     """Tile (codes and float32 values), its scales, the tile's product, and a float32 copy of another dtype's input."""
     rows = min(out_features, tile_rows(fmt))
     copy_bytes = 0 if dtype == torch.float32 else 4 * num_tokens * fmt.in_features
+    if activation_bits < 16:
+        copy_bytes = rounding_bytes(fmt, num_tokens)
     return rows * (_row_bytes(fmt) + 4 * num_tokens) + copy_bytes
 
 
@@ -38,12 +43,17 @@ def tile_rows(fmt: PackedFormat) -> int:
 
 
 def matmul(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, fmt: PackedFormat
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    fmt: PackedFormat,
+    activation_bits: int,
 ) -> torch.Tensor:
     """`x W^T`, `(tokens, out)` in x's dtype, for `x` `(tokens, in)`."""
     out_features = codes.shape[0]
     out = x.new_empty(x.shape[0], out_features)
-    values = x.float()
+    values = rounded_activations(x, fmt) if activation_bits < 16 else x.float()
     step = tile_rows(fmt)
     for first in range(0, out_features, step):
         tile = slice(first, first + step)

@@ -10,7 +10,7 @@ from math import prod
 import torch
 
 from haversack.errors import UsageError
-from haversack.kernels import generic
+from haversack.kernels import compiled, generic, ir_dequantize
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.registry import choose_kernel
 
@@ -47,8 +47,8 @@ def _matmul(
     if num_tokens == 0 or codes.shape[0] == 0:
         return x.new_zeros(out_shape)
     rows = x.reshape(num_tokens, in_features).contiguous()
-    kernel = choose_kernel(fmt, num_tokens, x.dtype, activation_bits)
-    return kernel.matmul(rows, codes, scales, zeros, fmt).view(out_shape)
+    kernel = choose_kernel(fmt, num_tokens, x.dtype, activation_bits, codes.device.type)
+    return kernel.matmul(rows, codes, scales, zeros, fmt, activation_bits).view(out_shape)
 
 
 def _rows(
@@ -69,7 +69,13 @@ def _rows(
         raise UsageError(
             f"row numbers {int(flat.min())} to {int(flat.max())} asked of a packed matrix of {codes.shape[0]} rows"
         )
-    return generic.rows(flat, codes, scales, zeros, fmt).view(*index.shape, in_features)
+    if codes.device.type == "cpu" and ir_dequantize.supports(fmt) and flat.numel():
+        values = codes.new_empty(flat.numel(), fmt.unit_columns, dtype=torch.float32)
+        compiled.dequantize_rows(values, flat.to(torch.int64), codes, scales, zeros, fmt)
+        values = values[:, :in_features]
+    else:
+        values = generic.rows(flat, codes, scales, zeros, fmt)
+    return values.reshape(*index.shape, in_features)
 
 
 def _check(fmt: PackedFormat, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:

@@ -10,6 +10,7 @@ themselves (`torch.ops.haversack.*`) are registered when first used, so that ask
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from haversack.errors import UsageError
@@ -18,15 +19,21 @@ from haversack.kernels.format import PackedFormat
 if TYPE_CHECKING:
     import torch
 
+MATVEC_MAX_TOKENS = 16
+"""Tokens up to which codes go straight into dot products; beyond, tiles are dequantized for a matmul."""
+
 
 class PackedKernel(Protocol):
-    """A module with these names is a kernel; `x` is `(tokens, in)`, contiguous, and on the codes' device."""
+    """An object, or a module, with these names is a kernel; `x` is `(tokens, in)` and contiguous."""
 
-    NAME: str
+    @property
+    def NAME(self) -> str: ...
 
     def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool: ...
 
-    def workspace_bytes(self, fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype) -> int: ...
+    def workspace_bytes(
+        self, fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
+    ) -> int: ...
 
     def matmul(
         self,
@@ -35,6 +42,7 @@ class PackedKernel(Protocol):
         scales: torch.Tensor,
         zeros: torch.Tensor | None,
         fmt: PackedFormat,
+        activation_bits: int,
     ) -> torch.Tensor: ...
 
 
@@ -112,24 +120,28 @@ def workspace_bytes(
     dtype = dtype or torch.float32
     fmt = PackedFormat(bits, group_size, in_features, symmetric)
     kernel = choose_kernel(fmt, num_tokens, dtype, activation_bits)
-    return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype)
+    return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
 
 
-def choose_kernel(fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> PackedKernel:
-    """The first kernel, fast to general, that supports the case."""
+def choose_kernel(
+    fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
+) -> PackedKernel:
+    """The first kernel, fast to general, that supports the case. Compiled kernels are for the CPU."""
     if activation_bits not in (8, 16):
         raise UsageError(f"activation_bits is 16 (as they are) or 8 (quantized per group), got {activation_bits}")
-    for kernel in kernels():
+    for kernel in kernels(device_type):
         if kernel.supports(fmt, num_tokens, dtype, activation_bits):
             return kernel
-    raise UsageError(
-        f"no kernel on this machine multiplies {fmt.bits}-bit codes in groups of {fmt.group_size} with "
-        f"{activation_bits}-bit activations; activation_bits=16 always runs"
-    )
+    raise AssertionError("the generic kernel supports everything")
 
 
-def kernels() -> tuple[PackedKernel, ...]:
-    """All kernels of this machine, fast to general."""
-    from haversack.kernels import generic
+@cache
+def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
+    """All kernels for a device of this machine, fast to general."""
+    from haversack.kernels import compiled, generic
+    from haversack.kernels.llvm import host_target
 
-    return (generic,)
+    if device_type != "cpu":
+        return (generic,)
+    target = host_target()
+    return (*compiled.matvecs(target, MATVEC_MAX_TOKENS), compiled.CompiledTiles(target), generic)

@@ -28,6 +28,13 @@ def key_block_tokens(num_queries: int) -> int:
     return KEY_BLOCK_TOKENS if num_queries <= FEW_QUERIES else KEY_BLOCK_TOKENS_PREFILL
 
 
+def as_block(part: torch.Tensor) -> torch.Tensor:
+    """A slice of keys or values in float32 and contiguous: products then round alike wherever the numbers came from."""
+    import torch
+
+    return part.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
 def attend_blocks(
     query: torch.Tensor,
     blocks: Blocks,
@@ -86,8 +93,8 @@ def _attend_query_block(
             else:
                 scores.div_(softcap).tanh_().mul_(softcap)
         if hidden is not None:
-            grouped = scores.view(batch_size, num_kv_heads, num_groups, num_queries, -1)
-            grouped.masked_fill_(hidden.unsqueeze(2), -torch.inf)
+            by_group = (batch_size, num_kv_heads, num_groups, num_queries, -1)
+            scores.view(by_group).masked_fill_(hidden.unsqueeze(2), -torch.inf)
         # the shift cancels out of the result, so it needs no gradient; where nothing is visible it stays finite
         new_top = torch.maximum(top, scores.detach().amax(-1, keepdim=True))
         weights = scores.sub_(new_top).exp_()

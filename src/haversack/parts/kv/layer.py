@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
-from haversack.parts.kv.attention import attend_blocks, key_block_tokens
+from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer, Regions
 
 if TYPE_CHECKING:
@@ -247,28 +247,66 @@ class RingLayer(KVLayer):
             del keys, values, hidden
 
     def _plain_blocks(self, positions: torch.Tensor, size: int, uniform: bool) -> Iterator[Block]:
+        return self._blocks_by_age(positions, size) if uniform else self._blocks_by_slot(positions, size)
+
+    def _blocks_by_age(self, positions: torch.Tensor, size: int) -> Iterator[Block]:
+        """Where all rows hold the same positions: oldest first, so that sums run in the order of an endless cache."""
         import torch
 
-        longest, sinks = max(self.counts), self.regions.sink_tokens
-        used = min(longest, sinks + self.ring_tokens)
-        # every used slot is visible to every query: nothing dropped yet, nothing packed, no row shorter
-        plain = uniform and not any(self.packed_until) and not self._some_dropped(positions.shape[1])
+        count, sinks = self.counts[0], min(self.regions.sink_tokens, self.counts[0])
+        oldest = max(self.packed_until[0], count - sinks - self.ring_tokens, 0)
+        held = count - oldest
+        for first in range(0, held, size):
+            stop = min(first + size, held)
+            hidden = None
+            if self._some_hidden(positions.shape[1]):
+                ages = torch.arange(first, stop, dtype=torch.int32, device=positions.device)
+                ordinals = torch.where(ages < sinks, ages - sinks, ages - sinks + oldest)[None]
+                hidden = self._hidden(positions, ordinals, torch.zeros_like(ordinals, dtype=torch.bool))
+            spans = self._spans(sinks, oldest, first, stop)
+            yield self._slots("keys", spans), self._slots("values", spans), hidden
+            del hidden
+
+    def _spans(self, sinks: int, oldest: int, first: int, stop: int) -> list[tuple[int, int]]:
+        """Slots of the tokens with ages `[first, stop)`: sinks, then the ring from ordinal `oldest` on."""
+        spans: list[tuple[int, int]] = []
+        while first < stop:
+            if first < sinks:
+                slot, end = first, sinks
+            else:
+                within = (oldest + first - sinks) % self.ring_tokens
+                slot, end = self.regions.sink_tokens + within, self.regions.sink_tokens + self.ring_tokens
+            length = min(end - slot, stop - first)
+            if spans and spans[-1][1] == slot:
+                spans[-1] = (spans[-1][0], slot + length)
+            else:
+                spans.append((slot, slot + length))
+            first += length
+        return spans
+
+    def _slots(self, name: str, spans: list[tuple[int, int]]) -> torch.Tensor:
+        import torch
+
+        parts = [self.tensors[name][:, :, start:stop] for start, stop in spans]
+        return as_block(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+
+    def _blocks_by_slot(self, positions: torch.Tensor, size: int) -> Iterator[Block]:
+        """Where rows differ: as the slots lie, with what is not there hidden from each row."""
+        import torch
+
+        sinks, device = self.regions.sink_tokens, positions.device
+        counts = torch.tensor(self.counts, dtype=torch.int32, device=device)[:, None]
+        until = torch.tensor(self.packed_until, dtype=torch.int32, device=device)[:, None]
+        used = min(max(self.counts), sinks + self.ring_tokens)
         for first in range(0, used, size):
             stop = min(first + size, used)
-            hidden = None
-            if not plain:
-                device = positions.device
-                counts = torch.tensor(self.counts[:1] if uniform else self.counts, dtype=torch.int32, device=device)
-                until = self.packed_until[:1] if uniform else self.packed_until
-                slots = torch.arange(first, stop, dtype=torch.int32, device=device)
-                ordinals = _last_ordinal(counts[:, None] - sinks, slots - sinks, self.ring_tokens)
-                ordinals = torch.where(slots < sinks, slots - sinks, ordinals)  # sinks have negative ordinals
-                stale = ordinals < torch.tensor(until, dtype=torch.int32, device=device)[:, None]
-                absent = torch.where(slots < sinks, slots >= counts[:, None], stale)
-                hidden = self._hidden(positions, ordinals, absent)
-            keys, values = self.tensors["keys"][:, :, first:stop], self.tensors["values"][:, :, first:stop]
-            yield keys.to(torch.float32), values.to(torch.float32), hidden
-            del keys, values, hidden
+            slots = torch.arange(first, stop, dtype=torch.int32, device=device)
+            ordinals = _last_ordinal(counts - sinks, slots - sinks, self.ring_tokens)
+            ordinals = torch.where(slots < sinks, slots - sinks, ordinals)  # sinks have negative ordinals
+            absent = torch.where(slots < sinks, slots >= counts, ordinals < until)
+            hidden = self._hidden(positions, ordinals, absent)
+            yield self._slots("keys", [(first, stop)]), self._slots("values", [(first, stop)]), hidden
+            del hidden
 
     def _new_blocks(
         self,
@@ -289,7 +327,7 @@ class RingLayer(KVLayer):
             absent = torch.zeros_like(ordinals, dtype=torch.bool) if real is None else ~real[:, first:last]
             hidden = self._hidden(positions[:, start:stop], ordinals, absent)
             hidden = hidden | (columns[first:last] > columns[start:stop, None])
-            yield keys[:, :, first:last].to(torch.float32), values[:, :, first:last].to(torch.float32), hidden
+            yield as_block(keys[:, :, first:last]), as_block(values[:, :, first:last]), hidden
             del hidden
 
     def _hidden(self, positions: torch.Tensor, ordinals: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
@@ -301,7 +339,7 @@ class RingLayer(KVLayer):
         too_old = (ordinals[:, None, :] < oldest) & (ordinals >= 0)[:, None, :]
         return too_old[:, None].logical_or_(hidden)
 
-    def _some_dropped(self, num_queries: int) -> bool:
+    def _some_hidden(self, num_queries: int) -> bool:
         """Whether a stored token may lie outside the window of one of the next `num_queries` queries."""
         if not self.regions.drops:
             return False

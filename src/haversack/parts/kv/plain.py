@@ -35,8 +35,10 @@ class PlainKV(Represent):
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
     ) -> int:
         block_tokens = min(key_block_tokens(new_tokens), max(regions.total_tokens, new_tokens))
-        width = site.key_head_dim + site.value_head_dim
-        block_bytes = batch_size * site.num_kv_heads * block_tokens * width * DTYPE_BYTES["F32"]
+        heads = batch_size * site.num_kv_heads
+        block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES["F32"]
+        if regions.drops:  # a block across the ring's end is joined before it is expanded
+            block_bytes += heads * block_tokens * max(site.key_head_dim, site.value_head_dim) * DTYPE_BYTES[dtype]
         return attention_workspace_bytes(
             batch_size=batch_size,
             num_heads=site.num_heads,
@@ -45,7 +47,7 @@ class PlainKV(Represent):
             value_head_dim=site.value_head_dim,
             num_queries=new_tokens,
             block_tokens=block_tokens,
-            block_bytes=0 if dtype == "F32" else block_bytes,
+            block_bytes=block_bytes,
         )
 
     def build(

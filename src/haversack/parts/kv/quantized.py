@@ -32,8 +32,8 @@ class QuantizedKV(Represent):
 
     Bytes beyond the recent window, per token and KV head, with D channels, b bits, groups of g: keys
     ceil(D b / 8) + 4 D / g, values ceil(D b / 8) + 4 ceil(D / g): 0.156 of 16 bits at 2 bits, groups of 64 and D a
-    multiple of 64. Error: |x - x'| <= scale / 2 plus the rounding of scale and zero to float16, where scale =
-    (max - min) / (2^b - 1) in the group; measured damage belongs to the plan.
+    multiple of 64. Error: |x - x'| <= s / 2 + 2^-11 (|min| + max - min) + 2^(b - 25), where s = (max - min) / (2^b - 1) in
+    the group and the rest is the rounding of zero and scale to float16.
     Differs from the source in that the values' recent window is as long as the keys' and moves by whole groups.
     """
 

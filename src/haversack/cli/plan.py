@@ -1,0 +1,215 @@
+"""`haversack plan`: does it fit, what will it cost, what do I lose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from haversack.cli import console
+from haversack.cli.question import (
+    Asked,
+    BudgetOption,
+    CalibrationFile,
+    CalibrationTokens,
+    Context,
+    GenerateTokens,
+    MachineName,
+    MaxDamage,
+    MinSpeed,
+    Placement,
+    PromptTokens,
+    Source,
+    TensorBudget,
+    Trust,
+    Users,
+    calibration_for,
+)
+from haversack.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from haversack.plan.make import Answer
+    from haversack.plan.schema import DamageRecord
+
+
+def plan(
+    model: Source,
+    budget: BudgetOption = None,
+    tensor_budget: TensorBudget = None,
+    max_damage: MaxDamage = None,
+    context: Context = None,
+    prompt_tokens: PromptTokens = None,
+    generate_tokens: GenerateTokens = None,
+    users: Users = 1,
+    min_tokens_per_second: MinSpeed = None,
+    placement: Placement = "auto",
+    machine: MachineName = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Weigh options on this model's weights (minutes) instead of citing.")
+    ] = False,
+    calibration: CalibrationFile = None,
+    calibration_tokens: CalibrationTokens = 32_768,
+    trust_remote_code: Trust = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
+    asked = Asked(
+        budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
+        placement, machine,
+    )  # fmt: skip
+    from haversack.describe.model import describe_model
+    from haversack.plan.make import make_plan
+
+    described = describe_model(model, trust_remote_code=trust_remote_code)
+    with console.progress_bar(quiet=json) as progress:
+        found = None
+        if calibrate or calibration is not None:
+            tokens = asked.workload(described).context_tokens
+            found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
+        answer = make_plan(asked.question(described, found), progress)
+    if output is not None:
+        write_plan(answer, output)
+    if json:
+        console.print_json(plan_json(answer))
+    else:
+        print_answer(answer)
+    return 0 if answer.fits else 1
+
+
+def write_plan(answer: Answer, output: Path) -> None:
+    """Write a plan file whole or not at all. Raises DoesNotFitError for a plan that does not fit."""
+    from haversack.errors import OutputError
+
+    text = answer.require_fit().to_json()
+    partial = output.with_name(output.name + ".partial")
+    try:
+        partial.write_text(text)
+        partial.rename(output)
+    except OSError as error:
+        raise OutputError(f"can't write the plan to {output}: {error.strerror}.") from None
+
+
+def plan_json(answer: Answer) -> dict[str, Any]:
+    """What `plan --json` prints: the answer's figures on top, the whole plan below."""
+    plan, prediction = answer.plan, answer.plan.prediction
+    return {
+        "fits": answer.fits,
+        "budget_bytes": plan.budget.num_bytes,
+        "budget_kind": plan.budget.kind,
+        "peak_bytes": prediction.peak_bytes,
+        "peak_time_point": prediction.peak_time_point,
+        "shortfall_bytes": answer.shortfall_bytes,
+        "cheapest_change": answer.cheapest_change,
+        "timeline": prediction.timeline,
+        "damage": prediction.damage.model_dump(),
+        "seconds": {
+            "per_token": prediction.seconds_per_token,
+            "prefill": prediction.prefill_seconds,
+            "load": prediction.load_seconds,
+        },
+        "sites": [row.model_dump() for row in plan.weights] + [row.model_dump() for row in plan.kv],
+        "prediction_hash": plan.prediction_hash,
+        "plan": plan.model_dump(mode="json", exclude={"weights", "kv", "prediction"}),
+    }
+
+
+def print_answer(answer: Answer) -> None:
+    """The answer as tables of at most 80 columns."""
+    plan, prediction = answer.plan, answer.plan.prediction
+    budget = plan.budget.num_bytes
+    workload = plan.workload
+    of = "the whole process" if plan.budget.kind == "process" else "tensors alone"
+    verdict = "fits" if answer.fits else "does not fit"
+    asked = f" in {format_bytes(budget)}" if budget else ""
+    typer.echo(
+        f"{plan.model.name}: {plan.model.num_parameters / 1e9:.3g}B parameters, {format_bytes(plan.model.num_bytes)} "
+        f"as they are ({plan.model.dtype})."
+    )
+    typer.echo(
+        f"{workload['users']} x ({workload['prompt_tokens']} prompt + {workload['generate_tokens']} generated) tokens: "
+        f"{verdict}{asked} ({of})."
+    )
+    if not answer.fits:
+        typer.echo(
+            f"The smallest plan needs {format_bytes(prediction.peak_bytes)}: {format_bytes(answer.shortfall_bytes)} short. "
+            f"{answer.cheapest_change or ''}".rstrip()
+        )
+    typer.echo("")
+    _print_timeline(answer)
+    console.table("", ("what", "predicted"), _figures(answer))
+    typer.echo("")
+    console.table("", ("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
+    for note in plan.notes:
+        typer.echo(f"note: {note}.")
+
+
+def _print_timeline(answer: Answer) -> None:
+    ledger = answer.plan.ledger
+    points = list(ledger.timeline)
+    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
+    rows = []
+    for owner in owners:
+        tiers = {tier for point in points for tier in ledger.timeline[point].get(owner, {})}
+        for tier in sorted(tiers):
+            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
+            name = owner if tier == "device" else f"{owner} [{tier}]"
+            rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
+    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
+    console.table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
+    typer.echo("")
+
+
+def _figures(answer: Answer) -> list[tuple[str, str]]:
+    prediction = answer.plan.prediction
+    speed = answer.plan.workload["users"] / prediction.seconds_per_token if prediction.seconds_per_token else 0
+    return [
+        (
+            "peak",
+            f"{format_bytes(prediction.peak_bytes)} ({prediction.peak_bytes:,} bytes) at {prediction.peak_time_point}",
+        ),
+        ("on disk", format_bytes(prediction.disk_bytes)),
+        (
+            "decode",
+            f"{format_seconds(prediction.seconds_per_token)} per step, {speed:.3g} tokens/s at the memory's bound",
+        ),
+        (
+            "prefill",
+            f"{format_seconds(prediction.prefill_seconds)}, {answer.plan.prefill_chunk_tokens} tokens at a time",
+        ),
+        ("load", format_seconds(prediction.load_seconds)),
+        ("damage", damage_words(prediction.damage)),
+        ("prediction", answer.plan.prediction_hash[:16]),
+    ]
+
+
+def damage_words(damage: DamageRecord) -> str:
+    """`0.0123 nats per token (proxied)`, with the range and what is unknown."""
+    if damage.nats is None:
+        known = f"; at least {damage.low:.3g} nats from what was published" if damage.low else ""
+        return f"unknown{known}"
+    if damage.nats == 0:
+        return "none: everything stays as it is"
+    span = f", {damage.low:.3g} to {damage.high:.3g}" if damage.low is not None and damage.label == "cited" else ""
+    return f"{damage.nats:.4g} nats per token ({damage.label}{span})"
+
+
+def _mix(answer: Answer) -> list[tuple[str, str, str, str, str]]:
+    """Options by how often they were taken."""
+    from haversack.parts.kv.base import KVOption
+    from haversack.parts.weights.base import WeightOption
+
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for row in answer.plan.weights:
+        key = (WeightOption.from_dict(row.option).label, row.placement["part"])
+        groups.setdefault(key, []).append((row.stored_bytes, row.neutral_bytes))
+    for kv in answer.plan.kv:
+        groups.setdefault((KVOption.from_dict(kv.option).label, "keys and values"), []).append(
+            (kv.stored_bytes, kv.neutral_bytes)
+        )
+    out = []
+    for (label, where), sizes in groups.items():
+        stored, neutral = (sum(column) for column in zip(*sizes, strict=True))
+        out.append((label, where, str(len(sizes)), format_bytes(stored), f"{stored / max(1, neutral):.1%}"))
+    return out

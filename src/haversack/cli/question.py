@@ -1,0 +1,149 @@
+"""The options that `plan` and `pack` share, and how they become a question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from haversack.cli.console import Progress
+from haversack.errors import UsageError
+from haversack.units import parse_budget
+
+if TYPE_CHECKING:
+    from haversack.cost.calibrated import Calibration
+    from haversack.describe.machine import Machine
+    from haversack.describe.model import Model
+    from haversack.describe.workload import ServeWorkload
+    from haversack.plan.make import Question
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
+BudgetOption = Annotated[
+    str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
+]
+TensorBudget = Annotated[
+    str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
+]
+MaxDamage = Annotated[
+    float | None, typer.Option("--max-damage", help="Turn the question round: the fewest bytes at this many nats.")
+]
+Context = Annotated[int | None, typer.Option("--context", help="Tokens per user, prompt and answer together.")]
+PromptTokens = Annotated[int | None, typer.Option("--prompt-tokens", help="Tokens of each prompt.")]
+GenerateTokens = Annotated[int | None, typer.Option("--generate-tokens", help="Tokens generated after it.")]
+Users = Annotated[int, typer.Option("--users", help="Sequences at once.")]
+MinSpeed = Annotated[
+    float | None, typer.Option("--min-tokens-per-second", help="A bound on decoding speed, summed over users.")
+]
+Placement = Annotated[str, typer.Option("--placement", help="auto, resident, mapped or streamed.")]
+MachineName = Annotated[
+    str | None, typer.Option("--machine", help="A named machine, or a machine file; this one if left out.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code while describing it.")]
+CalibrationFile = Annotated[
+    Path | None, typer.Option("--calibration", help="Text to calibrate on; a built-in one if left out.")
+]
+CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="How much of it.")]
+
+DEFAULT_CONTEXT_TOKENS = 1024
+PLACEMENTS = ("auto", "resident", "mapped", "streamed")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options as given."""
+
+    budget: str | None
+    tensor_budget: str | None
+    max_damage: float | None
+    context: int | None
+    prompt_tokens: int | None
+    generate_tokens: int | None
+    users: int
+    min_tokens_per_second: float | None
+    placement: str
+    machine: str | None
+
+    def question(self, model: Model, calibration: Calibration | None) -> Question:
+        """Raises UsageError where options contradict each other."""
+        from haversack.plan.make import Question
+
+        if self.placement not in PLACEMENTS:
+            raise UsageError(f"--placement {self.placement!r} is not one of {', '.join(PLACEMENTS)}.")
+        if self.budget and self.tensor_budget:
+            raise UsageError("--budget and --tensor-budget were both given; a plan has one budget.")
+        if not (self.budget or self.tensor_budget or self.max_damage is not None):
+            raise UsageError(
+                "no budget was given; say --budget 8GiB (or 60%), or turn the question round with --max-damage."
+            )
+        if self.max_damage is not None and self.max_damage < 0:
+            raise UsageError(f"--max-damage is {self.max_damage:g} nats, but damage is never below 0.")
+        machine = self.find_machine()
+        text = self.budget or self.tensor_budget
+        available = machine.tiers()["device"]
+        return Question(
+            model=model,
+            workload=self.workload(model),
+            machine=machine,
+            budget_bytes=None if text is None else parse_budget(text, available),
+            budget_kind="tensor" if self.tensor_budget else "process",
+            max_damage=self.max_damage,
+            placement=self.placement,  # type: ignore[arg-type]
+            weight_damages=None if calibration is None else calibration.weight_damages,
+            kv_damages=None if calibration is None else calibration.kv_damages,
+        )
+
+    def find_machine(self) -> Machine:
+        """This machine with the rates measured earlier, a named one, or a file's."""
+        from haversack.describe import machine
+
+        if self.machine is None:
+            return machine.known()
+        if Path(self.machine).is_file():
+            return machine.from_file(self.machine)
+        return machine.named(self.machine)
+
+    def workload(self, model: Model) -> ServeWorkload:
+        """Prompt and answer from whichever of the three lengths were given; three quarters prompt by default."""
+        from haversack.describe.workload import ServeWorkload
+
+        prompt, generate, context = self.prompt_tokens, self.generate_tokens, self.context
+        if prompt is not None and generate is not None and context is not None and prompt + generate != context:
+            raise UsageError(
+                f"--prompt-tokens {prompt} and --generate-tokens {generate} make {prompt + generate}, but --context says {context}."
+            )
+        if context is None and (prompt is None or generate is None):
+            context = min(DEFAULT_CONTEXT_TOKENS, model.max_positions or DEFAULT_CONTEXT_TOKENS)
+            context = max(context, (prompt or 0) + (generate or 0) + (prompt is None) + (generate is None))
+        if prompt is None and generate is None:
+            assert context is not None
+            generate = context // 4
+        if generate is None:
+            assert context is not None and prompt is not None
+            generate = context - prompt
+        if prompt is None:
+            assert context is not None
+            prompt = context - generate
+        return ServeWorkload(prompt, generate, self.users, min_tokens_per_second=self.min_tokens_per_second)
+
+
+def calibration_for(
+    model: Model, file: Path | None, num_tokens: int, context_tokens: int, progress: Progress
+) -> Calibration:
+    """Calibrate a model on a file's text, or on the built-in text."""
+    from haversack import data
+    from haversack.cost.calibrated import calibrate_model
+
+    if file is None:
+        text = data.text("calibration")
+    else:
+        try:
+            text = file.read_text(encoding="utf-8", errors="strict")
+        except OSError as error:
+            raise UsageError(f"can't read the calibration text {file}: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{file} is not text (it is not UTF-8); name a plain text file.") from None
+    return calibrate_model(
+        model, text, num_tokens=num_tokens, kv_capacity_tokens=min(context_tokens, 1024), progress=progress
+    )

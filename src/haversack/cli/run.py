@@ -1,0 +1,57 @@
+"""`haversack run`: generate from a packed folder, under a cap if asked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from haversack.cli import console
+from haversack.units import format_bytes
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed folder.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to continue; standard input if left out.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="At most; as planned if left out.")
+    ] = None,
+    cap: Annotated[
+        str | None,
+        typer.Option("--cap", help="A hard limit on this process's private memory (RLIMIT_DATA), e.g. 2GiB."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON when done, instead of streaming.")] = False,
+) -> int:
+    """Continue a prompt, streaming tokens as they come."""
+    from haversack.jobs.run import generate
+    from haversack.units import parse_bytes
+
+    text = prompt if prompt is not None else sys.stdin.read()
+
+    def show(piece: str) -> None:
+        if not json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    result = generate(
+        folder,
+        text,
+        max_new_tokens=max_new_tokens,
+        cap_bytes=None if cap is None else parse_bytes(cap),
+        on_text=show,
+    )
+    if json:
+        console.print_json(result)
+        return 0
+    typer.echo("")
+    typer.echo(
+        f"[{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens; first after "
+        f"{result['seconds_to_first_token']:.2f} s, then {result['tokens_per_second']:.1f} tokens/s; peak "
+        f"{format_bytes(result['peak_private_bytes'])} private]",
+        err=True,
+    )
+    return 0

@@ -1,0 +1,683 @@
+"""Streamed calibration: second-order statistics of every weight site, with one layer in memory at a time.
+
+A change `dW` of one matrix changes the model's predictions by about
+
+    0.5 * sum_o row_importance[o] * (dW H dW^T)[o, o]      nats per token (KL divergence),
+
+with `H` the mean of `x x^T` over tokens at the matrix's input and `row_importance` the mean of `g^2`, where `g` is
+the gradient of the log-likelihood of labels sampled from the model's own predictions with respect to the matrix's
+output: the diagonal blocks of the Fisher information under the assumption that inputs and output gradients are
+independent (Martens and Grosse 2015, arXiv 1503.05671, section 3), and that errors of different outputs add. A row of
+an embedding is changed only where its token occurs: there `H` is the mean of `g g^T` at the embedding's output and
+`row_importance` the token's frequency.
+
+The forward pass goes layer by layer over all tokens, accumulates `H` and leaves the layers' inputs of some sequences
+on disk; the backward pass recomputes each layer for those with gradients. Every finished layer is a file: a killed
+run goes on there.
+
+Memory: one layer (or embedding, or head) in the compute dtype; at most `statistics_bytes` of second moments, or one
+of them; activations of `batch_tokens` tokens through one layer with gradients; in the head `head_tokens` rows of
+logits, about 5 times in float32. Disk: `4 in^2` bytes per distinct input, `2 * hidden_size * itemsize` per token and
+`hidden_size * itemsize` per gradient token and layer while it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from haversack.describe.model import Model
+from haversack.describe.site import WeightSite
+from haversack.engine.hidden_states import HiddenStates
+from haversack.engine.layers import StreamedModel, site_rows
+from haversack.engine.observe import InputSharing, ProductKey, ProductObserver, SecondMoment, StopForwardError
+from haversack.errors import CheckpointError, UsageError
+
+_VERSION = 1
+"""Counts changes of what the files hold; part of the cache key."""
+
+_HEAD, _LOOKUP = "head", "lookup"
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to calibrate. `gradient_tokens` of all tokens get gradients; `seed` draws them and the sampled labels.
+
+    `batch_tokens` go through a layer at once, `head_tokens` through the head. `compute_dtype` is a torch dtype's
+    name, or None for the checkpoint's own. Experts that see fewer tokens than a quarter of their inputs use those of
+    all experts.
+    """
+
+    gradient_tokens: int = 8192
+    batch_tokens: int = 4096
+    head_tokens: int = 512
+    statistics_bytes: int = 4 * 2**30
+    compute_dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("gradient_tokens", "batch_tokens", "head_tokens", "statistics_bytes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"calibration: {name} is {getattr(self, name)}, but must be at least 1.")
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What calibration knows of one site: pairs of `hessian` `(in, in)` and `row_importance` `(out,)`, float32.
+
+    A tied embedding has two pairs: as head, and as lookup. `notes` says what was substituted.
+    """
+
+    site_id: str
+    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    notes: tuple[str, ...] = ()
+
+    def damage(self, change: torch.Tensor) -> float:
+        """Estimated nats per token of adding `change` `(out, in)` to the matrix: a proxy, see the module's formula."""
+        change = change.float()
+        return sum(0.5 * float(((change @ h) * change).sum(1) @ importance) for h, importance in self.pairs)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """One `(in, in)` matrix for a rounding: the only pair's, or the pairs' sum weighted by mean row importance."""
+        if len(self.pairs) == 1:
+            return self.pairs[0][0]
+        return torch.stack([h * importance.mean() for h, importance in self.pairs]).sum(0)
+
+    @property
+    def row_importance(self) -> torch.Tensor:
+        """`(out,)`: the sum over pairs, each weighted by its mean diagonal of `hessian`, over the sum's."""
+        if len(self.pairs) == 1:
+            return self.pairs[0][1]
+        traces = torch.stack([h.diagonal().mean() for h, _ in self.pairs])
+        rows = torch.stack([importance for _, importance in self.pairs])
+        return (traces[:, None] * rows).sum(0) / traces.sum().clamp_min(1e-30)
+
+
+class Statistics(Mapping[str, SiteStatistics]):
+    """Statistics by site id, read from the cache folder one site at a time. Sites that no product reached are
+    absent."""
+
+    def __init__(self, folder: Path, described: Model):
+        self.folder = folder
+        self._sites = {site.id: site for site in described.weights}
+        self._files = _StatisticsFiles(folder)
+        self._present = [site.id for site in described.weights if self._keys_of(site)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._present)
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def __getitem__(self, site_id: str) -> SiteStatistics:
+        site = self._sites[site_id]
+        notes: list[str] = []
+        pairs = []
+        for file, key in self._keys_of(site):
+            hessian, importance, note = self._files.read(file, key)
+            rows = site_rows(site) if file.startswith("layer") else slice(None)
+            pairs.append((hessian, importance[rows].contiguous()))
+            if note:
+                notes.append(note)
+        if not pairs:
+            raise KeyError(site_id)
+        return SiteStatistics(site_id, tuple(pairs), tuple(notes))
+
+    @property
+    def unobserved(self) -> tuple[str, ...]:
+        """Sites without statistics."""
+        return tuple(site_id for site_id in self._sites if site_id not in set(self._present))
+
+    def _keys_of(self, site: WeightSite) -> list[tuple[str, ProductKey]]:
+        key = ProductKey(f"{site.module}.{site.parameter}", -1 if site.expert is None else site.expert)
+        files = [_layer_file(site.layer)] if site.layer is not None else [_HEAD, _LOOKUP]
+        return [(file, key) for file in files if self._files.has(file, key)]
+
+
+def calibrate(
+    source: str | Path | Model,
+    token_ids: torch.Tensor,
+    *,
+    cache: str | Path,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics of every weight site from `token_ids` `(sequences, tokens)`, kept in a folder under `cache`.
+
+    The folder's name hashes checkpoint, tokens and settings: the same call again reads it, and a killed one goes on.
+    Raises UsageError (no tokens, ids outside the vocabulary) and CheckpointError (no weights, values not finite).
+    """
+    settings = settings or CalibrationSettings()
+    dtype = None if settings.compute_dtype is None else getattr(torch, settings.compute_dtype)
+    model = StreamedModel.open(source, dtype)
+    check_token_ids(token_ids, model.described)
+    folder = Path(cache) / _cache_key(model, token_ids, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "complete.json").exists():
+        _Calibration(model, token_ids, folder, settings, progress or (lambda what, done, total: None)).run()
+    return Statistics(folder, model.described)
+
+
+def calibration_token_ids(token_ids: Sequence[int], num_tokens: int, seq_len: int) -> tuple[torch.Tensor, list[str]]:
+    """`(sequences, seq_len)` of at most `num_tokens` from a long text's ids, and notes where the text is too short.
+
+    Windows are spread evenly over the text and do not overlap. A text shorter than one sequence becomes one shorter
+    sequence.
+    """
+    notes = []
+    if len(token_ids) < 2:
+        raise UsageError(f"the calibration text has {len(token_ids)} tokens, but needs 2 or more; name a longer text.")
+    if len(token_ids) < seq_len:
+        notes.append(f"calibration text has {len(token_ids)} tokens, less than a sequence of {seq_len}; used as it is")
+        seq_len = len(token_ids)
+    available = len(token_ids) // seq_len
+    wanted = max(1, num_tokens // seq_len)
+    if available < wanted:
+        notes.append(f"calibration text gives {available} sequences of {seq_len} tokens, not the {wanted} asked for")
+    count = min(wanted, available)
+    windows = [i * available // count for i in range(count)]
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    return torch.stack([ids[w * seq_len : (w + 1) * seq_len] for w in windows]), notes
+
+
+class _Calibration:
+    """One run: forward over layers, head, backward over layers, embedding. Each step ends with its file's rename."""
+
+    def __init__(
+        self, model: StreamedModel, token_ids: torch.Tensor, folder: Path, settings: CalibrationSettings, tell: Progress
+    ):
+        order = torch.randperm(token_ids.shape[0], generator=torch.Generator().manual_seed(settings.seed))
+        self.token_ids = token_ids[order]
+        self.num_sequences, self.num_tokens = token_ids.shape
+        self.num_gradient_sequences = min(self.num_sequences, -(-settings.gradient_tokens // self.num_tokens))
+        self.batch = max(1, settings.batch_tokens // self.num_tokens)
+        self.model, self.settings, self.tell = model, settings, tell
+        self.folder = folder
+        self.states = HiddenStates(
+            folder / "scratch", self.num_tokens, model.described.hidden_size, model.compute_dtype
+        )
+        self.num_steps = 2 * model.num_layers + 3
+        self.step = 0
+
+    def run(self) -> None:
+        model, states = self.model, self.states
+        self._step("embedding the text", self._start_hidden, not states.finished())
+        for layer in range(model.num_layers):
+            self._step(f"forward, layer {layer}", partial(self._forward_layer, layer), f"hidden-{layer}" in states)
+        self._step("head", self._head, f"hidden-{model.num_layers}" in states)
+        for layer in reversed(range(model.num_layers)):
+            self._step(
+                f"backward, layer {layer}", partial(self._backward_layer, layer), f"gradient-{layer + 1}" in states
+            )
+        self._step("embedding", self._lookup, "gradient-0" in states)
+        facts = {"tokens": self.token_ids.numel(), "gradient_tokens": self.num_gradient_sequences * self.num_tokens}
+        _write_atomically(self.folder / "complete.json", json.dumps({**facts, **asdict(self.settings)}))
+        shutil.rmtree(self.folder / "scratch")
+
+    def _step(self, what: str, do: Callable[[], None], needed: bool) -> None:
+        if needed:
+            self.tell(what, self.step, self.num_steps)
+            do()
+        self.step += 1
+        self.tell(what, self.step, self.num_steps)
+
+    # Forward
+
+    @torch.no_grad()
+    def _start_hidden(self) -> None:
+        with self.model.before_layers() as embed:
+            hidden = self.states.create("hidden-0", self.num_sequences)
+            for part in self._batches(self.num_sequences):
+                hidden[part] = embed(self.token_ids[part])
+        self.states.finish("hidden-0")
+
+    @torch.no_grad()
+    def _forward_layer(self, layer: int) -> None:
+        hidden = self.states.open(f"hidden-{layer}", self.num_sequences)
+        after = self.states.create(f"hidden-{layer + 1}", self.num_sequences)
+        writer = _MomentWriter(self.folder, _layer_file(layer))
+        with self.model.layer(layer):
+            watched = watched_parameters(self.model, layer)
+            sharing = trace_inputs(self.model, layer, watched, hidden[:1])
+            for number, keys in enumerate(moment_rounds(sharing, watched, self.settings.statistics_bytes)):
+                inputs = ((part, hidden[part]) for part in self._batches(self.num_sequences))
+                moments = collect_moments(self.model, layer, watched, keys, inputs, None if number else after)
+                writer.add(moments)
+                del moments
+            writer.finish(shared_products(sharing, watched))
+        self._check_finite(after, f"layer {layer}")
+        self.states.finish(f"hidden-{layer + 1}")
+        self.states.cut(f"hidden-{layer}", f"inputs-{layer}", self.num_gradient_sequences)
+
+    # Head
+
+    def _head(self) -> None:
+        """The head's moments over all tokens, its row importance and the gradient of sampled labels over some."""
+        num_layers = self.model.num_layers
+        hidden = self.states.open(f"hidden-{num_layers}", self.num_sequences)
+        gradient = self.states.create(f"gradient-{num_layers}", self.num_gradient_sequences)
+        with self.model.after_layers() as logits_of:
+            name, matrix = outside_parameter(self.model, "head")
+            moment, importance = SecondMoment(matrix.shape[1]), torch.zeros(matrix.shape[0])
+            outputs: list[torch.Tensor] = []
+
+            def stop_at_input(key: ProductKey, x: torch.Tensor) -> None:
+                moment.add(x)
+                raise StopForwardError
+
+            for sequence in range(self.num_sequences):
+                seeded = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + sequence)
+                draws = torch.rand(self.num_tokens, generator=seeded)
+                for start in range(0, self.num_tokens, self.settings.head_tokens):
+                    part = slice(start, start + self.settings.head_tokens)
+                    if sequence >= self.num_gradient_sequences:
+                        try:
+                            with torch.no_grad(), ProductObserver({name: matrix}, on_input=stop_at_input):
+                                logits_of(hidden[sequence : sequence + 1, part])
+                        except StopForwardError:
+                            continue
+                    x = hidden[sequence : sequence + 1, part].clone().requires_grad_()
+                    outputs.clear()
+                    with ProductObserver(
+                        {name: matrix},
+                        on_input=lambda key, x: moment.add(x),
+                        on_output=lambda key, y: outputs.append(y),
+                    ):
+                        logits = logits_of(x)
+                    importance += self._sample_backward(logits, outputs[-1], draws[part])
+                    assert x.grad is not None
+                    gradient[sequence : sequence + 1, part] = x.grad
+                    del logits, x
+        self._check_finite(gradient, "the head")
+        writer = _MomentWriter(self.folder, _HEAD)
+        writer.add({ProductKey(name): moment})
+        writer.finish([[ProductKey(name)]])
+        tokens = self.num_gradient_sequences * self.num_tokens
+        _save(self.folder / f"{_HEAD}.importance.safetensors", {_text(ProductKey(name)): importance / tokens})
+        self.states.finish(f"gradient-{num_layers}")
+        self.states.remove(f"hidden-{num_layers}")
+
+    def _sample_backward(self, logits: torch.Tensor, product: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Backward of the sampled labels' log-likelihood; returns the expected squared gradient at the head's product.
+
+        The expectation over labels is exact there: `p (1 - p)` times the squared derivative of what follows the product
+        (softcap, scaling), which is element-wise. `(vocab,)`, summed over tokens.
+        """
+        slope = torch.autograd.grad(logits.sum(), product, retain_graph=True)[0]
+        log_p = logits.float().log_softmax(-1)
+        p = log_p.detach().exp()
+        cumulated = p.cumsum(-1)
+        labels = torch.searchsorted(cumulated, (draws[None, :, None] * cumulated[..., -1:]).contiguous())
+        labels.clamp_(max=p.shape[-1] - 1)
+        log_p.gather(-1, labels).sum().backward()
+        return (p.mul_(1 - p) * slope.float().square()).sum((0, 1))
+
+    # Backward
+
+    def _backward_layer(self, layer: int) -> None:
+        count = self.num_gradient_sequences
+        inputs = self.states.open(f"inputs-{layer}", count)
+        above = self.states.open(f"gradient-{layer + 1}", count)
+        below = self.states.create(f"gradient-{layer}", count)
+        sums: dict[ProductKey, torch.Tensor] = {}
+
+        def square(key: ProductKey, y: torch.Tensor) -> None:
+            def accumulate(gradient: torch.Tensor) -> None:
+                total = gradient.reshape(-1, gradient.shape[-1]).float().square_().sum(0)
+                sums[key] = sums[key] + total if key in sums else total
+
+            if y.requires_grad:
+                y.register_hook(accumulate)
+
+        with self.model.layer(layer):
+            watched = watched_parameters(self.model, layer)
+            for part in self._batches(count):
+                x = inputs[part].clone().requires_grad_()
+                with ProductObserver(watched, on_output=square):
+                    output = self.model.run_layer(layer, x)
+                output.backward(above[part])
+                assert x.grad is not None
+                below[part] = x.grad
+                del output, x
+        self._check_finite(below, f"layer {layer}'s gradient")
+        tokens = count * self.num_tokens
+        file = self.folder / f"{_layer_file(layer)}.importance.safetensors"
+        _save(file, {_text(key): total / tokens for key, total in sums.items()})
+        self.states.finish(f"gradient-{layer}")
+        self.states.remove(f"gradient-{layer + 1}")
+        self.states.remove(f"inputs-{layer}")
+
+    def _lookup(self) -> None:
+        """Embeddings: the mean of `g g^T` where rows come out, and how often each row is looked up."""
+        gradient = self.states.open("gradient-0", self.num_gradient_sequences)
+        moments: dict[ProductKey, SecondMoment] = {}
+        counts: dict[ProductKey, torch.Tensor] = {}
+        looked_up: list[tuple[ProductKey, torch.Tensor]] = []
+
+        def follow(key: ProductKey, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            rows = rows.detach().requires_grad_()
+            looked_up.append((key, rows))
+            counts[key] = counts.get(key, torch.zeros(())) + torch.bincount(
+                index.flatten(), minlength=watched[key.parameter].shape[0]
+            )
+            return rows
+
+        with self.model.before_layers() as embed:
+            watched = {
+                f"{site.module}.{site.parameter}": self.model.module.get_parameter(f"{site.module}.{site.parameter}")
+                for site in self.model.outside_sites()
+                if site.role in ("embedding", "position")
+            }
+            for part in self._batches(self.num_gradient_sequences):
+                looked_up.clear()
+                with ProductObserver(watched, on_lookup=follow):
+                    hidden = embed(self.token_ids[part])
+                hidden.backward(gradient[part])
+                for key, rows in looked_up:
+                    if rows.grad is None:
+                        continue
+                    moment = moments.setdefault(key, SecondMoment(rows.shape[-1]))
+                    moment.add(rows.grad.reshape(-1, rows.shape[-1]))
+                    # Rows that one lookup gives to many sequences sum their gradients; tokens are what is averaged
+                    # over.
+                    moment.num_tokens += hidden.shape[0] * hidden.shape[1] - rows.numel() // rows.shape[-1]
+            for key in counts:
+                if watched[key.parameter] is watched.get(self.model.input_name):
+                    counts[key] = torch.bincount(self.token_ids.flatten(), minlength=len(counts[key]))
+        writer = _MomentWriter(self.folder, _LOOKUP)
+        writer.add(moments)
+        writer.finish([[key] for key in moments])
+        frequencies = {_text(key): count.float() / count.sum() for key, count in counts.items() if key in moments}
+        _save(self.folder / f"{_LOOKUP}.importance.safetensors", frequencies)
+
+    def _batches(self, num_sequences: int) -> list[slice]:
+        return batches(num_sequences, self.batch)
+
+    def _check_finite(self, values: torch.Tensor, where: str) -> None:
+        for part in self._batches(values.shape[0]):
+            if not bool(torch.isfinite(values[part]).all()):
+                raise CheckpointError(
+                    f"{where} of {self.model.described.name!r} gives values that are not finite on the calibration "
+                    "text; its weights are damaged, or its dtype overflows (try compute_dtype float32)."
+                )
+
+
+# Moments of one layer; also used by the sequential pass.
+
+
+def batches(num_sequences: int, batch: int) -> list[slice]:
+    return [slice(start, min(start + batch, num_sequences)) for start in range(0, num_sequences, batch)]
+
+
+def watched_parameters(model: StreamedModel, layer: int) -> dict[str, torch.Tensor]:
+    """The materialised parameters that the layer's sites are cut from, by name."""
+    names = dict.fromkeys(f"{site.module}.{site.parameter}" for site in model.layer_sites(layer))
+    return {name: model.module.get_parameter(name) for name in names}
+
+
+def outside_parameter(model: StreamedModel, which: str) -> tuple[str, torch.Tensor]:
+    """Name (under which the site is described) and parameter of the head, materialised."""
+    parameter = model.module.get_output_embeddings().weight
+    for site in model.outside_sites():
+        names = [site.module, *site.tied_modules]
+        if any(f"{name}.weight" == model.head_name for name in names):
+            return f"{site.module}.{site.parameter}", parameter
+    return model.head_name, parameter
+
+
+@torch.no_grad()
+def trace_inputs(
+    model: StreamedModel, layer: int, watched: Mapping[str, torch.Tensor], hidden: torch.Tensor
+) -> InputSharing:
+    """Which of the layer's parameters share an input, from one sequence."""
+    sharing = InputSharing()
+    with ProductObserver(watched, on_input=sharing.see):
+        model.run_layer(layer, hidden)
+    sharing.forget_inputs()
+    return sharing
+
+
+def moment_rounds(
+    sharing: InputSharing, watched: Mapping[str, torch.Tensor], limit_bytes: int, *, one_input_each: bool = False
+) -> Iterator[set[ProductKey]]:
+    """Sets of products, in order of use, whose second moments together stay within the limit (or are one alone).
+
+    With `one_input_each` no set holds two inputs, but for the experts of one stack.
+    """
+    chosen: set[ProductKey] = set()
+    num_bytes = 0
+    for owner in sharing.members:
+        parameter = watched[owner]
+        if chosen and one_input_each:
+            yield chosen
+            chosen, num_bytes = set(), 0
+        for expert in range(parameter.shape[0]) if parameter.ndim == 3 else [-1]:
+            cost = 4 * sharing.in_features[owner] ** 2
+            if chosen and num_bytes + cost > limit_bytes:
+                yield chosen
+                chosen, num_bytes = set(), 0
+            chosen.add(ProductKey(owner, expert))
+            num_bytes += cost
+    if chosen:
+        yield chosen
+
+
+@torch.no_grad()
+def collect_moments(
+    model: StreamedModel,
+    layer: int,
+    watched: Mapping[str, torch.Tensor],
+    keys: set[ProductKey],
+    inputs: Iterable[tuple[slice, torch.Tensor]],
+    outputs: torch.Tensor | None,
+    stop_after: ProductKey | None = None,
+) -> dict[ProductKey, SecondMoment]:
+    """Second moments of these products over all inputs.
+
+    The layer's outputs are written where `outputs` is given; forwards end early once `stop_after` has its input.
+    """
+    moments: dict[ProductKey, SecondMoment] = {}
+
+    def add(key: ProductKey, x: torch.Tensor) -> None:
+        if key in keys:
+            moments.setdefault(key, SecondMoment(x.shape[1])).add(x)
+            if key == stop_after:
+                raise StopForwardError
+
+    for part, hidden in inputs:
+        try:
+            with ProductObserver(watched, on_input=add):
+                result = model.run_layer(layer, hidden)
+        except StopForwardError:
+            continue
+        if outputs is not None:
+            outputs[part] = result
+    return moments
+
+
+def shared_products(sharing: InputSharing, watched: Mapping[str, torch.Tensor]) -> list[list[ProductKey]]:
+    """Products that read the same input, the owner first; one list per expert of a stack."""
+    groups = []
+    for owner, members in sharing.members.items():
+        for expert in range(watched[owner].shape[0]) if watched[owner].ndim == 3 else [-1]:
+            groups.append([ProductKey(name, expert) for name in members])
+    return groups
+
+
+def enough_tokens(in_features: int) -> int:
+    """Tokens below which an expert's own second moment is not used: a quarter of its rank."""
+    return max(1, in_features // 4)
+
+
+class PooledMoment:
+    """Mean of `x x^T` over all experts of a stack, for those that see too few tokens."""
+
+    def __init__(self) -> None:
+        self.sum: torch.Tensor | None = None
+        self.num_tokens = 0
+
+    def add(self, mean: torch.Tensor, num_tokens: int) -> None:
+        if self.sum is None:
+            self.sum = torch.zeros_like(mean)
+        self.sum.add_(mean, alpha=num_tokens)
+        self.num_tokens += num_tokens
+
+    def mean(self) -> torch.Tensor:
+        assert self.sum is not None, "no expert saw a token"
+        return self.sum / self.num_tokens
+
+
+def rare_expert_note(expert: int, num_tokens: int, enough: int) -> str:
+    return (
+        f"expert {expert} saw {num_tokens} calibration tokens, fewer than {enough}: the inputs of all experts stand in"
+    )
+
+
+class _MomentWriter:
+    """Saves means of `x x^T`, one file per round, and an index of products once all are there."""
+
+    def __init__(self, folder: Path, name: str):
+        self._folder, self._name = folder, name
+        self._places: dict[ProductKey, tuple[str, str]] = {}
+        self._num_tokens: dict[ProductKey, int] = {}
+        self._pools: dict[str, PooledMoment] = {}
+        self._num_files = 0
+
+    def add(self, moments: Mapping[ProductKey, SecondMoment]) -> None:
+        tensors = {}
+        for key, moment in moments.items():
+            mean = moment.mean()
+            if key.expert >= 0:
+                self._pools.setdefault(key.parameter, PooledMoment()).add(mean, moment.num_tokens)
+            tensors[_text(key)] = mean
+            self._num_tokens[key] = moment.num_tokens
+        self._write(tensors)
+
+    def finish(self, groups: list[list[ProductKey]]) -> None:
+        """Write the index of these groups of products, each of which reads the moment of its first."""
+        pooled: dict[str, torch.Tensor] = {}
+        index: dict[str, list[Any]] = {}
+        for owner, *others in groups:
+            note = ""
+            pool = self._pools.get(owner.parameter)
+            if pool is not None and pool.sum is not None:
+                enough, seen = enough_tokens(pool.sum.shape[0]), self._num_tokens.get(owner, 0)
+                if seen < enough:
+                    note = rare_expert_note(owner.expert, seen, enough)
+                    pooled[owner.parameter] = pool.sum
+                    self._places[owner] = (f"{self._name}.moments-{self._num_files}", owner.parameter)
+            for key in (owner, *others):
+                index[_text(key)] = [*self._places[owner], note]
+        if pooled:
+            self._write({name: self._pools[name].mean() for name in pooled})
+        _write_atomically(self._folder / f"{self._name}.moments.json", json.dumps(index))
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+        name = f"{self._name}.moments-{self._num_files}"
+        _save(self._folder / f"{name}.safetensors", tensors)
+        self._places |= {_key(text): (name, text) for text in tensors}
+        self._num_files += 1
+
+
+class _StatisticsFiles:
+    """The cache folder's files, by layer (or head, or lookup) and product."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._indexes: dict[str, dict[str, list[Any]]] = {}
+
+    def has(self, name: str, key: ProductKey) -> bool:
+        return _text(key) in self._index(name)
+
+    def read(self, name: str, key: ProductKey) -> tuple[torch.Tensor, torch.Tensor, str]:
+        file, tensor, note = self._index(name)[_text(key)]
+        with safe_open(self._folder / f"{file}.safetensors", "pt") as opened:
+            hessian = opened.get_tensor(tensor)
+        with safe_open(self._folder / f"{name}.importance.safetensors", "pt") as opened:
+            if _text(key) in opened.keys():  # noqa: SIM118 (not a dict)
+                return hessian, opened.get_tensor(_text(key)), note
+            others = [n for n in opened.keys() if n.startswith(f"{key.parameter}#")]  # noqa: SIM118
+            unreached = f"expert {key.expert} saw no gradient: the mean over experts stands in"
+            importance = torch.stack([opened.get_tensor(n) for n in others]).mean(0)
+        return hessian, importance, "; ".join(filter(None, [note, unreached]))
+
+    def _index(self, name: str) -> dict[str, list[Any]]:
+        if name not in self._indexes:
+            file = self._folder / f"{name}.moments.json"
+            self._indexes[name] = json.loads(file.read_text()) if file.exists() else {}
+        return self._indexes[name]
+
+
+def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    part = file.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(file)
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+def _text(key: ProductKey) -> str:
+    return key.parameter if key.expert < 0 else f"{key.parameter}#{key.expert}"
+
+
+def _key(text: str) -> ProductKey:
+    name, _, expert = text.partition("#")
+    return ProductKey(name, int(expert) if expert else -1)
+
+
+def _layer_file(layer: int) -> str:
+    return f"layer-{layer:04d}"
+
+
+def check_token_ids(token_ids: torch.Tensor, described: Model) -> None:
+    """Raise a UsageError unless these are `(sequences, tokens)` of this model's vocabulary and positions."""
+    if token_ids.ndim != 2 or token_ids.numel() == 0 or token_ids.shape[1] < 2:
+        raise UsageError(
+            f"calibration tokens have shape {list(token_ids.shape)}, but must be (sequences, tokens), with at least 2 "
+            "tokens."
+        )
+    low, high = int(token_ids.min()), int(token_ids.max())
+    if low < 0 or high >= described.vocab_size:
+        raise UsageError(
+            f"calibration tokens run from {low} to {high}, but {described.name!r} has {described.vocab_size} tokens; "
+            "the text was made by another model's tokenizer."
+        )
+    if described.max_positions is not None and token_ids.shape[1] > described.max_positions:
+        raise UsageError(
+            f"calibration sequences have {token_ids.shape[1]} tokens, but {described.name!r} knows "
+            f"{described.max_positions} positions; shorten them."
+        )
+
+
+def _cache_key(model: StreamedModel, token_ids: torch.Tensor, settings: CalibrationSettings) -> str:
+    facts = json.dumps(
+        {
+            "version": _VERSION,
+            "model": model.described.fingerprint,
+            "checkpoint": model.checkpoint.fingerprint(),
+            "shape": list(token_ids.shape),
+            "settings": asdict(settings),
+        },
+        sort_keys=True,
+    )
+    digest = hashlib.sha256(facts.encode())
+    digest.update(token_ids.to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,257 @@
+"""Kernels compiled for this machine, one per format, number of tokens and dtype, when first needed.
+
+    CompiledMatvec   a few tokens: every packed byte is read once, codes go straight into dot products
+    CompiledTiles    many tokens: rows are dequantized into a tile that stays in cache, for torch's matmul to take
+
+Error of a matvec against float64, in parts of sum |x| (|code - centre| + |zero - centre|) scale: 2^-16 with float32
+activations on avx512-bf16 (they become two bfloat16 terms), 2^-20 otherwise; then one rounding to the result's dtype.
+int8 activations: half of 1/127 of the group's largest, per activation. Tiles: in float32 as a matvec; where activations
+are bfloat16 the tile is bfloat16 too, 2^-9 of each weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from haversack.kernels import ir_dequantize, ir_matmul, ir_run
+from haversack.kernels.activations import rounded_activations, rounding_bytes
+from haversack.kernels.dot_schemes import SCHEMES, DotScheme
+from haversack.kernels.format import PackedFormat
+from haversack.kernels.ir_matmul import MatmulCase
+from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
+from haversack.kernels.threads import parallel_address
+
+ROUND_TOKENS = (1, 2, 4, 8)
+"""Tokens per round that kernels are compiled for; other numbers are padded to the next."""
+
+TURN_BYTES = 64 << 10
+"""Packed bytes of one thread's turn: some microseconds of work, and small enough to stay in L2 between rounds."""
+
+TILE_BYTES = 2 << 20
+"""Bytes of one dequantized tile."""
+
+ONEDNN_SCRATCH_BYTES, ONEDNN_SCRATCH_TOKEN_BYTES = 512 << 10, 1 << 10
+"""Allowance for what oneDNN's bfloat16 matmul allocates for itself: at most 258 KiB and 512 bytes per token were seen."""
+
+_FUNCTION = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int32)
+_DEQUANTIZE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int32)
+
+
+@dataclass(frozen=True)
+class CompiledMatvec:
+    """Dot products straight from packed codes, by one scheme, for at most `max_tokens` tokens."""
+
+    scheme: type[DotScheme]
+    target: Target
+    max_tokens: int
+
+    @property
+    def NAME(self) -> str:
+        name = f"llvm-{self.scheme.name}"
+        return name if self.scheme.features else f"{name}-{_widest_vectors(self.target)}"
+
+    def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool:
+        scheme = self.scheme(fmt.bits)
+        return (
+            num_tokens <= self.max_tokens
+            and scheme.activation_bits in (activation_bits, 16)
+            and scheme.runs_on(self.target)
+            and ir_matmul.supports(fmt, scheme)
+        )
+
+    def workspace_bytes(
+        self, fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
+    ) -> int:
+        case = _case(fmt, _round_tokens(num_tokens), _computed(dtype), self.scheme, self.target)
+        converted = 4 * num_tokens * (fmt.in_features + out_features) if dtype == torch.float16 else 0
+        rounding = rounding_bytes(fmt, num_tokens) if activation_bits < self.scheme.activation_bits else 0
+        return case.workspace_bytes(num_tokens) + converted + rounding
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        fmt: PackedFormat,
+        activation_bits: int,
+    ) -> torch.Tensor:
+        dtype = x.dtype
+        if activation_bits < self.scheme.activation_bits:
+            x = rounded_activations(x, fmt)
+        x = x.to(_computed(dtype)).contiguous()
+        run = matvec(fmt, _round_tokens(x.shape[0]), x.dtype, self.scheme, self.target)
+        return run(x, codes, scales, zeros).to(dtype)
+
+
+class Matvec:
+    """One compiled matvec, callable on tensors. `x` is `(tokens, in)`, contiguous, of the dtype it was compiled for."""
+
+    def __init__(self, case: MatmulCase, module: CompiledModule):
+        self.case = case
+        self.module = module
+        self._run = _FUNCTION(module.address("run"))
+
+    def __call__(
+        self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+    ) -> torch.Tensor:
+        num_tokens, num_rows = x.shape[0], codes.shape[0]
+        out = x.new_empty(num_tokens, num_rows)
+        workspace = torch.empty(self.case.workspace_bytes(num_tokens), dtype=torch.uint8)
+        matrix = (ctypes.c_int64 * ir_run.MATRIX_WORDS)(
+            codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), out.data_ptr(), num_rows
+        )
+        threads = _num_threads(num_rows * self.case.fmt.row_bytes)
+        self._run(
+            x.data_ptr(),
+            workspace.data_ptr(),
+            ctypes.addressof(matrix),
+            1,
+            num_tokens,
+            _rows_per_turn(num_rows, self.case.fmt.row_bytes, threads),
+            parallel_address(),
+            threads,
+        )
+        return out
+
+
+@dataclass(frozen=True)
+class CompiledTiles:
+    """Tiles of dequantized rows, multiplied by torch: in bfloat16 where that is the input and the CPU multiplies it."""
+
+    target: Target
+
+    @property
+    def NAME(self) -> str:
+        return f"llvm-tiles-{_widest_vectors(self.target)}"
+
+    def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool:
+        return ir_dequantize.supports(fmt)
+
+    def workspace_bytes(
+        self, fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
+    ) -> int:
+        computed = self._tile_dtype(dtype)
+        rows = min(out_features, self._tile_rows(fmt, computed))
+        converted = num_tokens * fmt.in_features * computed.itemsize if computed != dtype else 0
+        rounding = rounding_bytes(fmt, num_tokens) if activation_bits < 16 else 0
+        scratch = ONEDNN_SCRATCH_BYTES + ONEDNN_SCRATCH_TOKEN_BYTES * num_tokens if computed == torch.bfloat16 else 0
+        return rows * (fmt.unit_columns + num_tokens) * computed.itemsize + scratch + converted + rounding
+
+    def matmul(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        fmt: PackedFormat,
+        activation_bits: int,
+    ) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], codes.shape[0])
+        computed = self._tile_dtype(x.dtype)
+        if activation_bits < 16:
+            x = rounded_activations(x, fmt)
+        x = x.to(computed)
+        step = self._tile_rows(fmt, computed)
+        tile = torch.empty(min(step, codes.shape[0]), fmt.unit_columns, dtype=computed)
+        products = tile.new_empty(x.shape[0] * tile.shape[0])
+        for first in range(0, codes.shape[0], step):
+            part = slice(first, min(first + step, codes.shape[0]))
+            weight = tile[: part.stop - part.start]
+            dequantize_rows(
+                weight, None, codes[part], scales[part], None if zeros is None else zeros[part], fmt, self.target
+            )
+            product = products[: x.shape[0] * weight.shape[0]].view(x.shape[0], -1)
+            out[:, part] = torch.mm(x, weight[:, : fmt.in_features].t(), out=product)
+        return out
+
+    def _tile_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        multiplies = self.target.has("avx512bf16") or self.target.has("amx-bf16") or self.target.has("bf16")
+        return torch.bfloat16 if dtype == torch.bfloat16 and multiplies else torch.float32
+
+    def _tile_rows(self, fmt: PackedFormat, dtype: torch.dtype) -> int:
+        return max(16, TILE_BYTES // (fmt.unit_columns * dtype.itemsize) // 16 * 16)
+
+
+def dequantize_rows(
+    out: torch.Tensor,
+    index: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    fmt: PackedFormat,
+    target: Target | None = None,
+) -> None:
+    """Write rows `index` (int64), or all of them in order, to `out` `(rows, fmt.unit_columns)`, float32 or bfloat16."""
+    run = _dequantizer(fmt, _name(out.dtype), target or host_target())
+    num_rows = out.shape[0]
+    threads = _num_threads(num_rows * fmt.row_bytes)
+    run(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        0 if zeros is None else zeros.data_ptr(),
+        out.data_ptr(),
+        0 if index is None else index.data_ptr(),
+        num_rows,
+        _rows_per_turn(num_rows, fmt.row_bytes, threads),
+        parallel_address(),
+        threads,
+    )
+
+
+def matvecs(target: Target, max_tokens: int) -> tuple[CompiledMatvec, ...]:
+    """The matvecs that run on `target`, fast to general."""
+    return tuple(CompiledMatvec(s, target, max_tokens) for s in SCHEMES if target.has(*s.features))
+
+
+@cache
+def matvec(fmt: PackedFormat, round_tokens: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target) -> Matvec:
+    """Compile, or load from the cache, one matvec."""
+    case = _case(fmt, round_tokens, dtype, scheme, target)
+    return Matvec(case, compile_text(ir_run.matmul_text(case), target))
+
+
+def _case(
+    fmt: PackedFormat, round_tokens: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target
+) -> MatmulCase:
+    return MatmulCase(fmt, round_tokens, _name(dtype), scheme(fmt.bits), target)
+
+
+@cache
+def _dequantizer(fmt: PackedFormat, dtype: str, target: Target) -> Callable[..., None]:
+    module = compile_text(ir_dequantize.dequantize_text(fmt, dtype, target), target)
+    function = _DEQUANTIZE(module.address("dequantize"))
+    function.module = module  # type: ignore[attr-defined]  # the code lives as long as the function
+    return function
+
+
+def _round_tokens(num_tokens: int) -> int:
+    return next((t for t in ROUND_TOKENS if t >= num_tokens), ROUND_TOKENS[-1])
+
+
+def _computed(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _num_threads(packed_bytes: int) -> int:
+    """torch's threads, but one where there is less than a turn of work for each."""
+    return max(1, min(torch.get_num_threads(), packed_bytes // TURN_BYTES))
+
+
+def _rows_per_turn(num_rows: int, row_bytes: int, threads: int) -> int:
+    """Whole blocks of rows, about `TURN_BYTES`, and at least eight turns per thread so that they end together."""
+    rows = min(TURN_BYTES // row_bytes, num_rows // (8 * threads))
+    return max(4, rows // 4 * 4)
+
+
+def _widest_vectors(target: Target) -> str:
+    return next((name for name in ("avx512f", "avx2", "neon") if target.has(name)), "baseline")

@@ -1,0 +1,304 @@
+"""How one chunk of packed codes meets one chunk of activations, per instruction set.
+
+A scheme turns a chunk of a packed row into a few vectors of weights and says which columns each lane holds; activations
+are laid out in that order once per call (`ir_prepare`), so that the inner loop is load, shift, look up, multiply-add.
+
+    avx512-bf16   words looked up as bfloat16 (vpermw), vdpbf16ps against bfloat16 activations (two terms for float32)
+    avx512-f32    double words looked up as float32 (vpermps), fused multiply-add
+    avx512-vnni   bytes shifted and masked, vpdpbusd against int8 activations
+    vectors-f32   plain vectors that LLVM legalises for any CPU: bytes extended to float32, fused multiply-add
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from haversack.codecs.bitpack import UNIT_COLUMNS
+from haversack.kernels.ir import Function, Value, constant, splat_constant, vector, zeros
+from haversack.kernels.llvm import Target
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A vector of weights, and the number of the activation vector it is multiplied with."""
+
+    weights: Value
+    activations: int
+
+
+class DotScheme(ABC):
+    """Sixteen lanes of accumulators; everything about a chunk that depends on the instruction set."""
+
+    name: ClassVar[str]
+    lanes: ClassVar[int] = 16
+    accumulator: ClassVar[str] = "<16 x float>"
+    activation_bits: ClassVar[int] = 16
+    features: ClassVar[tuple[str, ...]]
+
+    def __init__(self, bits: int):
+        self.bits = bits
+        self.base = 2 if bits == 3 else bits  # 3-bit rows are a 2-bit row and a 1-bit row
+        self.unit_bytes = 8 * self.base
+        self.chunk_bytes = max(64, self.unit_bytes)
+        self.chunk_units = self.chunk_bytes // self.unit_bytes
+        self.chunk_columns = UNIT_COLUMNS * self.chunk_units
+
+    def runs_on(self, target: Target) -> bool:
+        return target.has(*self.features)
+
+    @property
+    @abstractmethod
+    def activation_columns(self) -> Sequence[Sequence[int]]:
+        """Per activation vector of a chunk, the column (within the chunk) of each element."""
+
+    @property
+    @abstractmethod
+    def activation_element(self) -> str:
+        """Element type of an activation vector."""
+
+    @property
+    def lane_units(self) -> Sequence[int]:
+        """Per accumulator lane, the unit of the chunk whose columns it sums."""
+        return [4 * lane // self.unit_bytes for lane in range(self.lanes)]
+
+    @abstractmethod
+    def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
+        """Weights of a chunk of `num_units` units at `low` (and, at 3 bits, the high bits at `high`)."""
+
+    @abstractmethod
+    def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
+        """Accumulators plus lane-wise products."""
+
+    def column_of(self, byte: int, plane: int) -> int:
+        unit, j = divmod(byte, self.unit_bytes)
+        return unit * UNIT_COLUMNS + plane * self.unit_bytes + j
+
+    def _chunk(self, f: Function, pointer: Value, num_bytes: int) -> Value:
+        """64 bytes, zero beyond `num_bytes`."""
+        if num_bytes == 64:
+            return f.load("<64 x i8>", pointer)
+        part = f.load(vector(num_bytes, "i8"), pointer)
+        mask = [i if i < num_bytes else num_bytes for i in range(64)]
+        return f.shuffle(part, zeros(part.type), mask)
+
+    def _high_bits(self, f: Function, pointer: Value, num_units: int) -> Value:
+        """The 1-bit row of a 3-bit chunk beside its 2-bit row: bit 2P of byte j is the high bit of plane P, byte j."""
+        part = f.load(vector(8 * num_units, "i8"), pointer)
+        spread = f.shuffle(part, zeros(part.type), [_spread(j, num_units) for j in range(64)])
+        words = f.cast("bitcast", spread, "<8 x i64>")
+        shifted = f.binary("lshr", words, constant("i64", [0, 1] * 4))
+        return f.cast("bitcast", shifted, "<64 x i8>")
+
+
+def _spread(byte: int, num_units: int) -> int:
+    """Source byte of the 1-bit row for byte `byte` of a chunk: each unit's eight bytes twice."""
+    unit, j = divmod(byte, 16)
+    return unit * 8 + j % 8 if unit < num_units else 8 * num_units
+
+
+class Avx512Bf16(DotScheme):
+    """Two columns per lane and instruction; codes are looked up straight from their 16-bit words, garbage and all.
+
+    The table has 32 entries and only the low bits of the index matter, because it repeats. 8-bit codes are two lookups,
+    of 16 * high - 128 and of low: all exact in bfloat16, as the products are in float32.
+    """
+
+    name = "avx512-bf16"
+    features = ("avx512bf16", "avx512bw", "avx512f")
+    activation_element = "bfloat"
+
+    @property
+    def activation_columns(self) -> list[list[int]]:
+        if self.bits == 8:
+            return [[2 * word + half for word in range(32)] for half in range(2)]
+        return [
+            [self.column_of(2 * word + half, plane) for word in range(32)]
+            for plane in range(8 // self.base)
+            for half in range(2)
+        ]
+
+    def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
+        words = f.cast("bitcast", self._chunk(f, low, num_units * self.unit_bytes), "<32 x i16>")
+        if self.bits == 8:
+            tables = [_bf16_table([float(q) for q in range(16)]), _bf16_table([16.0 * q - 128 for q in range(16)])]
+            return [Operand(self._look_up(f, tables[s % 2], _shift(f, words, 4 * s)), s // 2) for s in range(4)]
+        table = _bf16_table([float(q - (1 << (self.bits - 1))) for q in range(1 << self.bits)])
+        if high is None:
+            shifts = [(plane, half) for plane in range(8 // self.base) for half in range(2)]
+            return [
+                Operand(self._look_up(f, table, _shift(f, words, 8 * half + self.base * plane)), 2 * plane + half)
+                for plane, half in shifts
+            ]
+        found = []
+        bits = f.cast("bitcast", self._high_bits(f, high, num_units), "<32 x i16>")
+        for plane in range(4):
+            codes = _merge(f, _shift(f, words, 2 * plane), _shift(f, bits, 2 * plane - 2), 0x0303)
+            found += [
+                Operand(self._look_up(f, table, _shift(f, codes, 8 * half)), 2 * plane + half) for half in range(2)
+            ]
+        return found
+
+    def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
+        return f.call("<16 x float>", "llvm.x86.avx512bf16.dpbf16ps.512", accumulator, weights, activations)
+
+    def _look_up(self, f: Function, table: Value, index: Value) -> Value:
+        found = f.call("<32 x i16>", "llvm.x86.avx512.permvar.hi.512", table, index)
+        return f.cast("bitcast", found, "<32 x bfloat>")
+
+
+class Avx512F32(DotScheme):
+    """One column per lane and instruction, float32 activations; 8-bit codes are converted, not looked up."""
+
+    name = "avx512-f32"
+    features = ("avx512f", "avx512bw")
+    activation_element = "float"
+
+    @property
+    def activation_columns(self) -> list[list[int]]:
+        if self.bits == 8:
+            return [[16 * part + lane for lane in range(16)] for part in range(4)]
+        return [
+            [self.column_of(4 * lane + byte, plane) for lane in range(16)]
+            for plane in range(8 // self.base)
+            for byte in range(4)
+        ]
+
+    def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
+        if self.bits == 8:
+            return [Operand(_bytes_to_float(f, f.load("<16 x i8>", f.offset(low, 16 * i)), 128), i) for i in range(4)]
+        values = [f"{float(q - (1 << (self.bits - 1))):e}" for q in range(1 << self.bits)]
+        table = constant("float", values * (16 // len(values)))
+        words = f.cast("bitcast", self._chunk(f, low, num_units * self.unit_bytes), "<16 x i32>")
+        bits = f.cast("bitcast", self._high_bits(f, high, num_units), "<16 x i32>") if high is not None else None
+        found = []
+        for plane in range(8 // self.base):
+            codes = _shift(f, words, self.base * plane)
+            if bits is not None:
+                codes = _merge(f, codes, _shift(f, bits, 2 * plane - 2), 0x03030303)
+            for byte in range(4):
+                index = _shift(f, codes, 8 * byte)
+                weights = f.call("<16 x float>", "llvm.x86.avx512.permvar.sf.512", table, index)
+                found.append(Operand(weights, 4 * plane + byte))
+        return found
+
+    def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
+        return multiply_add(f, weights, activations, accumulator)
+
+
+class Avx512Vnni(DotScheme):
+    """Four columns per lane and instruction: unsigned codes times int8 activations, summed in int32, exactly.
+
+    The code that stands for zero is taken off once per segment, through the accumulator's start value.
+    """
+
+    name = "avx512-vnni"
+    features = ("avx512vnni", "avx512bw", "avx512f")
+    accumulator = "<16 x i32>"
+    activation_bits = 8
+    activation_element = "i8"
+
+    @property
+    def activation_columns(self) -> list[list[int]]:
+        return [[self.column_of(byte, plane) for byte in range(64)] for plane in range(8 // self.base)]
+
+    def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
+        words = f.cast("bitcast", self._chunk(f, low, num_units * self.unit_bytes), "<16 x i32>")
+        bits = f.cast("bitcast", self._high_bits(f, high, num_units), "<16 x i32>") if high is not None else None
+        mask = ((1 << self.bits) - 1) * 0x01010101
+        found = []
+        for plane in range(8 // self.base):
+            codes = _shift(f, words, self.base * plane)
+            if bits is not None:
+                codes = _merge(f, codes, _shift(f, bits, 2 * plane - 2), 0x03030303)
+            if self.bits < 8:
+                codes = f.binary("and", codes, splat_constant(codes.type, mask))
+            found.append(Operand(codes, plane))
+        return found
+
+    def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
+        activations = f.cast("bitcast", activations, "<16 x i32>")
+        return f.call("<16 x i32>", "llvm.x86.avx512.vpdpbusd.512", accumulator, weights, activations)
+
+
+class VectorsF32(DotScheme):
+    """Sixteen bytes at a time to float32. No intrinsic: LLVM splits the vectors to whatever the CPU has."""
+
+    name = "vectors-f32"
+    features = ()
+    activation_element = "float"
+
+    def __init__(self, bits: int):
+        super().__init__(bits)
+        self.chunk_bytes = self.unit_bytes
+        self.chunk_units, self.chunk_columns = 1, UNIT_COLUMNS
+
+    @property
+    def lane_units(self) -> list[int]:
+        return [0] * self.lanes
+
+    @property
+    def activation_columns(self) -> list[list[int]]:
+        return [[16 * part + lane for lane in range(16)] for part in range(4)]
+
+    def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
+        found = []
+        pieces = [f.load("<16 x i8>", f.offset(low, 16 * i)) for i in range(self.unit_bytes // 16)]
+        bits = None
+        if high is not None:
+            part = f.load("<8 x i8>", high)
+            bits = f.binary("lshr", f.shuffle(part, None, [*range(8), *range(8)]), constant("i8", [0] * 8 + [1] * 8))
+        for plane in range(8 // self.base):
+            for i, piece in enumerate(pieces):
+                codes = _shift(f, piece, self.base * plane)
+                if bits is not None:
+                    codes = _merge(f, codes, _shift(f, bits, 2 * plane - 2), 0x03)
+                if self.bits < 8:
+                    codes = f.binary("and", codes, splat_constant(codes.type, (1 << self.bits) - 1))
+                weights = _bytes_to_float(f, codes, 1 << (self.bits - 1))
+                found.append(Operand(weights, plane * len(pieces) + i))
+        return found
+
+    def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
+        return multiply_add(f, weights, activations, accumulator)
+
+
+SCHEMES: tuple[type[DotScheme], ...] = (Avx512Bf16, Avx512F32, Avx512Vnni, VectorsF32)
+"""Fast to general."""
+
+
+def multiply_add(f: Function, a: Value, b: Value, c: Value) -> Value:
+    """`a * b + c`, fused where the CPU can."""
+    lanes = a.type.split(" ")[0][1:]
+    return f.call(a.type, f"llvm.fmuladd.v{lanes}f32", a, b, c)
+
+
+def _bytes_to_float(f: Function, codes: Value, zero: int) -> Value:
+    """uint8 codes minus `zero`, in float32. The difference fits a signed byte for every width."""
+    lanes = codes.type.split(" ")[0][1:]
+    centred = f.binary("sub", codes, splat_constant(codes.type, zero - 256 if zero > 127 else zero))
+    return f.cast("sitofp", f.cast("sext", centred, f"<{lanes} x i32>"), f"<{lanes} x float>")
+
+
+def _shift(f: Function, a: Value, right_bits: int) -> Value:
+    """Shift right by a constant, left if it is negative."""
+    if right_bits == 0:
+        return a
+    return f.binary("lshr" if right_bits > 0 else "shl", a, splat_constant(a.type, abs(right_bits)))
+
+
+def _merge(f: Function, a: Value, b: Value, mask: int) -> Value:
+    """Bits of `a` where the mask is set, of `b` elsewhere (one vpternlog)."""
+    ones = splat_constant(a.type, mask)
+    difference = f.binary("xor", a, b)
+    return f.binary("xor", f.binary("and", difference, ones), b)
+
+
+def _bf16_table(values: Sequence[float]) -> Value:
+    """Thirty-two words: the values in bfloat16, repeated."""
+    import struct
+
+    words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in values]
+    return constant("i16", words * (32 // len(words)))

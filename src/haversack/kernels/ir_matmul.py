@@ -1,0 +1,350 @@
+"""LLVM IR of one packed matmul kernel: a format, a number of tokens, an activation dtype, an instruction set.
+
+Everything known when a model is loaded is a constant of the code (columns, groups, tokens); rows and pointers are
+arguments. Activations were laid out by `ir_prepare`; `ir_run` puts the two together. Four rows are computed together
+where registers allow, so that an activation vector is read once for four rows; the four next rows are prefetched line
+by line.
+
+Per row: sum over groups of scale * (sum of centred codes times activations), the inner sum in float32 (or exactly, in
+int32, with 8-bit activations); zero points enter as `scale * (zero - centre) * (sum of the group's activations)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from haversack.kernels.dot_schemes import DotScheme, multiply_add
+from haversack.kernels.format import PackedFormat
+from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
+from haversack.kernels.ir_float import bf16_of, half_to_float
+from haversack.kernels.llvm import Target
+
+MAX_TOKENS = 8
+"""Tokens multiplied with a row while it is read once; more run in several rounds over rows that stay in cache."""
+
+MAX_SEGMENT_CHUNKS = 8
+"""Chunks unrolled between two scalings."""
+
+
+@dataclass(frozen=True)
+class MatmulCase:
+    """One kernel: `tokens` per round, and what `run` is generated for."""
+
+    fmt: PackedFormat
+    tokens: int
+    dtype: str  # "float32" or "bfloat16", of activations and result
+    scheme: DotScheme
+    target: Target
+
+    @property
+    def terms(self) -> int:
+        """bfloat16 terms per activation: float32 is the sum of two, up to 2^-17 of it."""
+        return 2 if self.scheme.activation_element == "bfloat" and self.dtype == "float32" else 1
+
+    @property
+    def num_units(self) -> int:
+        return self.fmt.unit_columns // 64
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.num_units // self.scheme.chunk_units)
+
+    @property
+    def whole_row(self) -> bool:
+        return self.fmt.num_groups == 1
+
+    @property
+    def group_units(self) -> int:
+        return self.fmt.group_size // 64
+
+    @property
+    def chunk_groups(self) -> int:
+        """Groups that share a chunk; 1 where groups are as long or longer."""
+        return 1 if self.whole_row else max(1, self.scheme.chunk_units // self.group_units)
+
+    @property
+    def segment_chunks(self) -> int:
+        """Chunks between two scalings."""
+        return 1 if self.whole_row else max(1, self.group_units // self.scheme.chunk_units)
+
+    @property
+    def num_segments(self) -> int:
+        return 1 if self.whole_row else -(-self.num_chunks // self.segment_chunks)
+
+    @property
+    def padded_groups(self) -> int:
+        return -(-self.fmt.num_groups // 16) * 16
+
+    @property
+    def block_rows(self) -> int:
+        """Rows computed together: as many as leave registers for tables, codes and activations."""
+        return 4 if self.tokens <= 2 else 2 if self.tokens <= 4 else 1
+
+    # The workspace of one round: activations, start values and scales of int8 activations, group sums; one float32 row.
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one activation vector (all its terms are separate vectors)."""
+        size = {"bfloat": 2, "float": 4, "i8": 1}[self.scheme.activation_element]
+        return size * len(self.scheme.activation_columns[0])
+
+    @property
+    def activation_bytes(self) -> int:
+        vectors = self.num_chunks * len(self.scheme.activation_columns)
+        return vectors * self.tokens * self.terms * self.vector_bytes
+
+    @property
+    def start_bytes(self) -> int:
+        """Per segment and token sixteen start values (int32) and sixteen scales (float32), 8-bit activations only."""
+        return self.num_segments * self.tokens * 128 if self.scheme.activation_bits == 8 else 0
+
+    @property
+    def sum_bytes(self) -> int:
+        return 0 if self.fmt.symmetric else self.tokens * self.padded_groups * 4
+
+    @property
+    def round_bytes(self) -> int:
+        return self.activation_bytes + self.start_bytes + self.sum_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """One token's activations in float32, in order, padded to whole chunks."""
+        return self.num_chunks * self.scheme.chunk_columns * 4
+
+    def workspace_bytes(self, num_tokens: int) -> int:
+        """Bytes that `run` uses for `num_tokens` tokens, with 64 to align it."""
+        return -(-num_tokens // self.tokens) * self.round_bytes + self.scratch_bytes + 64
+
+
+def supports(fmt: PackedFormat, scheme: DotScheme) -> bool:
+    """Groups are whole units, and whole chunks or an even part of one."""
+    if fmt.num_groups == 1:
+        return True
+    units, chunk = fmt.group_size // 64, scheme.chunk_units
+    if fmt.group_size % 64:
+        return False
+    return chunk % units == 0 or (units % chunk == 0 and units // chunk <= MAX_SEGMENT_CHUNKS)
+
+
+def add_rows(module: Module, case: MatmulCase) -> None:
+    """`rows(round, codes, scales, zeros, out, stride, valid, first, last)`: those rows, for one round of tokens.
+
+    `out` is that of the round's first token; `stride` the elements between tokens; `valid` the tokens to write.
+    """
+    _add_block(module, case, case.block_rows)
+    if case.block_rows > 1:
+        _add_block(module, case, 1)
+    f = Function(module, "rows", [*_BLOCK_ARGUMENTS, ("i64", "last")])
+    last = f.arguments["last"]
+
+    def call(rows: int, row: Value) -> None:
+        passed = [f.arguments[name] if name != "first" else row for _, name in _BLOCK_ARGUMENTS]
+        f.do(f"call void @block{rows}({', '.join(map(str, passed))})")
+
+    step = case.block_rows
+    end = f.binary("sub", last, step - 1)
+
+    def blocks(row: Value, _: list[Value]) -> Sequence[Value]:
+        call(step, row)
+        return []
+
+    f.loop(end, [], blocks, first=f.arguments["first"], step=step)
+    if step > 1:
+        count = f.binary("sub", last, f.arguments["first"])
+        done = f.binary("and", count, -step)
+        rest = f.binary("add", f.arguments["first"], done)
+
+        def singles(row: Value, _: list[Value]) -> Sequence[Value]:
+            call(1, row)
+            return []
+
+        f.loop(last, [], singles, first=rest)
+    f.end()
+
+
+_BLOCK_ARGUMENTS = [
+    ("ptr", "round"),
+    ("ptr", "codes"),
+    ("ptr", "scales"),
+    ("ptr", "zeros"),
+    ("ptr", "out"),
+    ("i64", "stride"),
+    ("i64", "valid"),
+    ("i64", "first"),
+]
+
+
+def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
+    """`block{num_rows}`: that many rows from `first`."""
+    fmt, scheme, tokens = case.fmt, case.scheme, range(case.tokens)
+    f = Function(module, f"block{num_rows}", _BLOCK_ARGUMENTS)
+    arguments = f.arguments
+    rows = [f.binary("add nuw nsw", arguments["first"], r) for r in range(num_rows)]
+    codes = [f.offset(arguments["codes"], f.times(row, fmt.row_bytes)) for row in rows]
+    scales = [f.offset(arguments["scales"], f.times(row, 2 * fmt.num_groups)) for row in rows]
+    low_bytes = case.num_units * scheme.unit_bytes
+    high = [f.offset(pointer, low_bytes) for pointer in codes] if fmt.bits == 3 else None
+    chains = case.terms if num_rows * case.tokens <= 4 else 1
+    chunk_bytes = len(scheme.activation_columns) * case.tokens * case.terms * case.vector_bytes
+    starts = f.offset(arguments["round"], case.activation_bytes)
+
+    def dots(accumulators: list[Value], chunk: Value | int, units: int) -> list[Value]:
+        """Accumulators, ordered row, token, chain, plus the products of one chunk."""
+        accumulators = list(accumulators)
+        low_at = f.times(chunk, scheme.chunk_bytes) if isinstance(chunk, Value) else chunk * scheme.chunk_bytes
+        operands = []
+        for r in range(num_rows):
+            low = f.offset(codes[r], low_at)
+            above = None
+            if high is not None:
+                step = 8 * scheme.chunk_units
+                above = f.offset(high[r], f.times(chunk, step) if isinstance(chunk, Value) else chunk * step)
+            _prefetch(f, low, num_rows * fmt.row_bytes)
+            operands.append(scheme.operands(f, low, above, units))
+        at = f.times(chunk, chunk_bytes) if isinstance(chunk, Value) else chunk * chunk_bytes
+        vectors = f.offset(arguments["round"], at)
+        type_ = vector(len(scheme.activation_columns[0]), scheme.activation_element)
+        for step_operands in zip(*operands, strict=True):
+            for t in tokens:
+                for term in range(case.terms):
+                    number = (step_operands[0].activations * case.tokens + t) * case.terms + term
+                    x = f.load(
+                        type_, f.offset(vectors, number * case.vector_bytes), 64 if case.vector_bytes == 64 else 16
+                    )
+                    for r in range(num_rows):
+                        slot = (r * case.tokens + t) * chains + term % chains
+                        accumulators[slot] = scheme.dot(f, accumulators[slot], step_operands[r].weights, x)
+        return accumulators
+
+    def start(segment: Value | int) -> list[Value]:
+        if case.start_bytes == 0:
+            return [zeros(scheme.accumulator)] * (num_rows * case.tokens * chains)
+        per_token = []
+        for t in tokens:
+            per_token.append(f.load(scheme.accumulator, _start_pointer(f, case, starts, segment, t), 64))
+        return per_token * num_rows
+
+    def scaled(sums: list[Value], accumulators: list[Value], segment: Value | int, groups: int) -> list[Value]:
+        """`sums`, ordered row, token, plus a segment's accumulators times its scales."""
+        result = []
+        for r in range(num_rows):
+            at = 2 * case.chunk_groups
+            offset = f.times(segment, at) if isinstance(segment, Value) else segment * at
+            scale = _lane_scales(f, case, f.offset(scales[r], offset), groups)
+            for t in tokens:
+                first = (r * case.tokens + t) * chains
+                inner = accumulators[first]
+                for other in accumulators[first + 1 : first + chains]:
+                    inner = f.binary("fadd", inner, other)
+                factor = scale
+                if case.start_bytes:
+                    inner = f.cast("sitofp", inner, "<16 x float>")
+                    pointer = f.offset(_start_pointer(f, case, starts, segment, t), 64)
+                    factor = f.binary("fmul", scale, f.load("<16 x float>", pointer, 64))
+                result.append(multiply_add(f, inner, factor, sums[r * case.tokens + t]))
+        return result
+
+    sums = [zeros("<16 x float>")] * (num_rows * case.tokens)
+    full_chunks, tail_units = divmod(case.num_units, scheme.chunk_units)
+    if case.whole_row:
+        accumulators = f.loop(full_chunks, start(0), lambda c, acc: dots(acc, c, scheme.chunk_units))
+        if tail_units:
+            accumulators = dots(accumulators, full_chunks, tail_units)
+        sums = scaled(sums, accumulators, 0, 1)
+    else:
+
+        def segment(s: Value, carried: list[Value]) -> list[Value]:
+            accumulators = start(s)
+            first = f.times(s, case.segment_chunks)
+            for c in range(case.segment_chunks):
+                chunk = f.binary("add nuw nsw", first, c) if c else first
+                accumulators = dots(accumulators, chunk, scheme.chunk_units)
+            return scaled(carried, accumulators, s, case.chunk_groups)
+
+        full_segments = full_chunks // case.segment_chunks
+        sums = f.loop(full_segments, sums, segment)
+        if tail_units:
+            accumulators = dots(start(full_segments), full_chunks, tail_units)
+            sums = scaled(sums, accumulators, full_segments, tail_units // case.group_units)
+    if not fmt.symmetric:
+        sums = _take_zeros(f, case, sums, rows, scales)
+    for r in range(num_rows):
+        for t in tokens:
+            _store(f, case, sums[r * case.tokens + t], rows[r], t)
+    f.end()
+
+
+def _start_pointer(f: Function, case: MatmulCase, starts: Value, segment: Value | int, token: int) -> Value:
+    step = 128 * case.tokens
+    at = f.times(segment, step) if isinstance(segment, Value) else segment * step
+    return f.offset(f.offset(starts, at), 128 * token)
+
+
+def _lane_scales(f: Function, case: MatmulCase, pointer: Value, groups: int) -> Value:
+    """Sixteen float32 scales, lane by lane, from the `groups` float16 scales of a segment."""
+    if groups == 1:
+        lanes = f.splat(f.load("i16", pointer, 2), 16)
+    else:
+        loaded = f.load(vector(groups, "i16"), pointer, 2)
+        units = case.group_units
+        lanes = f.shuffle(loaded, None, [min(u // units, groups - 1) for u in case.scheme.lane_units])
+    return half_to_float(f, lanes, case.target)
+
+
+def _take_zeros(
+    f: Function, case: MatmulCase, sums: list[Value], rows: list[Value], scales: list[Value]
+) -> list[Value]:
+    """Take `scale * (zero - centre) * (sum of the group's activations)` off, sixteen groups at a time."""
+    fmt = case.fmt
+    zero_rows = [f.offset(f.arguments["zeros"], f.times(row, fmt.num_groups)) for row in rows]
+    group_sums = f.offset(f.arguments["round"], case.activation_bytes + case.start_bytes)
+    centre = splat_constant("<16 x float>", f"{float(1 << (fmt.bits - 1)):e}")
+
+    def step(group: Value | int, carried: list[Value], width: int) -> list[Value]:
+        result = list(carried)
+        for r in range(len(rows)):
+            at = f.times(group, 2) if isinstance(group, Value) else 2 * group
+            scale = _widened(f, f.load(vector(width, "i16"), f.offset(scales[r], at)))
+            zero = _widened(f, f.load(vector(width, "i8"), f.offset(zero_rows[r], group)))
+            zero = f.cast("uitofp", f.cast("zext", zero, "<16 x i32>"), "<16 x float>")
+            factor = f.binary("fmul", half_to_float(f, scale, case.target), f.binary("fsub", centre, zero))
+            for t in range(case.tokens):
+                base = f.offset(group_sums, 4 * case.padded_groups * t)
+                x = f.load("<16 x float>", f.offset(base, f.times(group, 4) if isinstance(group, Value) else 4 * group))
+                slot = r * case.tokens + t
+                result[slot] = multiply_add(f, factor, x, result[slot])
+        return result
+
+    full = fmt.num_groups // 16 * 16
+    sums = f.loop(full, sums, lambda group, carried: step(group, carried, 16), step=16)
+    return step(full, sums, fmt.num_groups - full) if fmt.num_groups > full else sums
+
+
+def _widened(f: Function, a: Value) -> Value:
+    """Sixteen elements, zero beyond those there are."""
+    width = int(a.type[1 : a.type.index(" ")])
+    return a if width == 16 else f.shuffle(a, zeros(a.type), [min(i, width) for i in range(16)])
+
+
+def _store(f: Function, case: MatmulCase, lanes: Value, row: Value, token: int) -> None:
+    """Sum the lanes and write the element of one row and token, unless the token is padding of the round."""
+    f.module.declare("declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)")
+    total = f.value("float", f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {lanes})")
+    size = 4 if case.dtype == "float32" else 2
+    element = total if case.dtype == "float32" else bf16_of(f, total, case.target)
+
+    def write() -> None:
+        place = f.binary("add", f.binary("mul", f.arguments["stride"], token), row)
+        f.store(element, f.offset(f.arguments["out"], f.times(place, size)), size)
+
+    if token == 0:
+        write()
+    else:
+        f.when(f.value("i1", f"icmp sgt {f.arguments['valid']}, {token}"), write)
+
+
+def _prefetch(f: Function, pointer: Value, num_bytes: int) -> None:
+    """Ask for the line `num_bytes` ahead: the same place of the next block of rows. Never faults."""
+    f.module.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+    f.do(f"call void @llvm.prefetch.p0({f.offset(pointer, num_bytes)}, i32 0, i32 3, i32 1)")

@@ -1,0 +1,101 @@
+"""What the allocator reports while attending and appending, against what the options declare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from haversack.describe.site import AttentionSite
+from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.plain import PlainKV
+from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.kv.sinks import SinksAndWindow
+
+OPTIONS = {
+    "plain": KVOption(),
+    "window": KVOption(SinksAndWindow(4, 700)),
+    "two-bit": KVOption(None, QuantizedKV(2, 2, 64, 64)),
+    "window-four-bit": KVOption(SinksAndWindow(4, 700), QuantizedKV(4, 4, 32, 32)),
+}
+SITES = {
+    "grouped": AttentionSite("layer", 0, "module", 8, 2, 64, 64),
+    "full": AttentionSite("layer", 0, "module", 4, 4, 96, 96, window_tokens=600, softcap=30.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def peak_bytes(function) -> int:
+    """The most that live allocations grew by while `function` ran, as the allocator told the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("new_tokens", [1, 4, 96, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens, padded):
+    option, site, batch_size, capacity = OPTIONS[name], SITES[site], 2, 2048
+    code = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    sizes = {"batch_size": batch_size, "capacity_tokens": capacity, "dtype": code}
+    layer = option.build(site, **sizes)
+
+    def random(heads: int, tokens: int) -> torch.Tensor:
+        return torch.randn(batch_size, heads, tokens, site.key_head_dim, dtype=dtype)
+
+    real = None
+    if padded:
+        real = torch.ones(batch_size, 1400, dtype=torch.bool)
+        real[0, :37] = False
+    layer.append(random(site.num_kv_heads, 1400), random(site.num_kv_heads, 1400), real)
+    query, keys, values = (random(h, new_tokens) for h in (site.num_heads, site.num_kv_heads, site.num_kv_heads))
+
+    def step() -> torch.Tensor:
+        output, _ = layer.attend(query, keys, values, scaling=0.1, softcap=site.softcap)
+        layer.append(keys, values)
+        return output
+
+    measured = peak_bytes(step)
+    output_bytes = query.numel() * query.element_size()
+    declared = option.workspace_bytes(site, new_tokens=new_tokens, **sizes)
+    assert measured <= declared + output_bytes
+    if (
+        dtype == torch.bfloat16
+    ):  # float32 slabs may need no copy; else what is declared is not padded, for plans waste it
+        assert declared <= 1.5 * (measured - output_bytes)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_decode_step_never_makes_the_whole_cache(bits):
+    """At 8,192 tokens, all that a step allocates is a fraction of the cache in 16 bits, and does not grow with it."""
+    peaks = {}
+    for tokens in (4096, 8192):
+        option, site = KVOption(None, QuantizedKV(bits, bits, 64, 64)), SITES["grouped"]
+        layer = option.build(site, batch_size=1, capacity_tokens=tokens + 1, dtype="BF16")
+        layer.append(*(torch.randn(1, 2, tokens, 64, dtype=torch.bfloat16) for _ in range(2)))
+        query, new = torch.randn(1, 8, 1, 64).bfloat16(), torch.randn(1, 2, 1, 64).bfloat16()
+        peaks[tokens] = peak_bytes(lambda: layer.attend(query, new, new, scaling=0.1))  # noqa: B023
+    assert peaks[8192] == peaks[4096] < 8192 * 2 * 2 * 64 * 2 / 2
+
+
+def test_reordering_beams_takes_a_bounded_workspace():
+    site = SITES["grouped"]
+    layer = KVOption(None, PlainKV()).build(site, batch_size=4, capacity_tokens=4096, dtype="BF16")
+    layer.append(*(torch.randn(4, 2, 4096, 64, dtype=torch.bfloat16) for _ in range(2)))
+    measured = peak_bytes(lambda: layer.reorder(torch.tensor([1, 0, 3, 3])))
+    assert measured < layer.num_bytes() / 20
