@@ -1,7 +1,8 @@
 """Damage measured: KL divergence of a whole plan, or of one change, against the unpacked model.
 
-Both run the same real model, the same attention function and the same prefill chunks; the reference keeps everything. The
-divergence is of the reference's next-token distribution from the changed one's, in nats, at every token of held-out text.
+Both run the same real model, the same attention function and the same prefill chunks; the reference keeps everything.
+The divergence is of the reference's next-token distribution from the changed one's, in nats, at every token of held-out
+text.
 """
 
 from __future__ import annotations
