@@ -19,6 +19,11 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[At
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     config = model.config.get_text_config(decoder=True)
+    for fact in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not isinstance(getattr(config, fact, None), int):
+            raise UnsupportedModelError(
+                f"{name!r} ({config.model_type}) names no single {fact}; this architecture is not supported."
+            )
     try:
         kinds, arguments = get_layer_types_and_kwargs(config)
     except Exception as error:

@@ -141,6 +141,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
     _check_shapes(layouts, state, found.name, checkpoint)
 
     decoder = _decoder_path(skeleton)
+    attention = attention_sites(skeleton, decoder, found.name)
     dtypes = {name: tensors[layouts[name].blocks[0].tensor].dtype for name in state}
     sites = weight_sites(skeleton, decoder, layouts, dtypes, aliases)
     claimed = {f"{site.module}.{site.parameter}" for site in sites}
@@ -162,7 +163,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
         max_positions=getattr(config, "max_position_embeddings", None),
         tie_word_embeddings=any(site.role == "embedding" and site.tied_modules for site in sites),
         weights=sites,
-        attention=attention_sites(skeleton, decoder, found.name),
+        attention=attention,
         rest=rest,
         buffers=tuple(
             StoredTensor(name, dtype_name(buffer.dtype), tuple(buffer.shape))

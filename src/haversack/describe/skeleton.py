@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from haversack.errors import UnsupportedModelError
+from haversack.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,7 +22,7 @@ def build_skeleton(
     """The causal language model of a config on the meta device.
 
     Raises UnsupportedModelError: unknown architecture, remote code not asked for, encoder-decoder, no causal language
-    model, quantized already, or a config that contradicts itself.
+    model, quantized already, or a config that contradicts itself. MissingDependencyError: a library of its own.
     """
     _check_numbers(config, name)
     _check_quantization(config, name)
@@ -54,7 +54,10 @@ def build_skeleton(
                 "model in this version of transformers; choose a text-generating model."
             ) from None
         raise _contradiction(name, error) from None
-    except (TypeError, RuntimeError, AttributeError, KeyError, IndexError, ZeroDivisionError, AssertionError) as error:
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MissingDependencyError(f"{name!r} ({parsed.model_type}) can't be built here: {reason}") from None
+    except Exception as error:  # whatever a modelling file trips over, the cause is the config
         raise _contradiction(name, error) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -118,6 +121,7 @@ def _check_numbers(config: Mapping[str, Any], name: str) -> None:
         hidden = scope.get("hidden_size", scope.get("n_embd"))
         heads = scope.get("num_attention_heads", scope.get("n_head"))
         kv_heads = scope.get("num_key_value_heads")
+        names_head_dim = any(key.endswith("head_dim") and value for key, value in scope.items())
         for label, count in (
             ("num_hidden_layers", scope.get("num_hidden_layers", scope.get("n_layer"))),
             ("vocab_size", scope.get("vocab_size")),
@@ -128,7 +132,7 @@ def _check_numbers(config: Mapping[str, Any], name: str) -> None:
                 raise UnsupportedModelError(
                     f"The config of {name!r} says {label} is {count!r}, where a count above zero is due; check it."
                 )
-        if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and not scope.get("head_dim"):
+        if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and not names_head_dim:
             raise UnsupportedModelError(
                 f"The config of {name!r} contradicts itself: hidden_size {hidden} is no multiple of its {heads} heads, "
                 "and it names no head_dim; check the config."
