@@ -222,3 +222,23 @@ def test_a_70b_config_is_described_quickly_and_exactly():
     assert int(num_parameters) == 80 * layer + 2 * 128256 * 8192 + 8192 == 70_553_706_496
     assert int(num_bytes) == 2 * int(num_parameters)
     assert float(seconds) < 1.0
+
+
+def test_a_hub_id_is_described_from_its_cached_snapshot(tmp_path, saved_families, monkeypatch):
+    """The config comes first; a snapshot whose weights are all there is a folder, any other is config alone."""
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    shutil.copytree(saved_families("llama-tied"), snapshot)
+    asked = []
+
+    def download(hub_id: str, file: str, revision: str | None = None) -> str:
+        asked.append((hub_id, file, revision))
+        return str(snapshot / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    whole = describe_model("owner/name@main")
+    assert asked == [("owner/name", "config.json", "main")]
+    assert (whole.name, whole.hub_id, whole.revision, whole.folder) == ("owner/name", "owner/name", "0123abc", snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    config_only = describe_model("owner/name", revision="main")
+    assert config_only.folder is None and config_only.weights == whole.weights

@@ -61,7 +61,15 @@ def test_pages_follow_what_a_process_holds():
 
 
 def test_the_runtime_grows_with_what_it_imports():
-    assert runtime_pages(("json",))[0] < runtime_pages(("json", "numpy"))[0]
+    notes = []
+    assert runtime_pages(("json",), notes)[0] < runtime_pages(("json", "numpy"), notes)[0]
+    assert notes == []
+
+
+def test_a_runtime_that_cannot_start_is_noted():
+    notes = []
+    assert runtime_pages(("no_such_library",), notes) == (None, None)
+    assert "No module named 'no_such_library'" in notes[0]
 
 
 def test_a_full_disk_is_not_measured(tmp_path, monkeypatch):

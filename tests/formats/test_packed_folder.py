@@ -23,6 +23,7 @@ from haversack.formats.packed_folder import (
     is_packed,
     packed_disk_bytes,
     packed_files,
+    unfinished_plan,
 )
 from haversack.formats.tiers import read_resident
 from haversack.ledger import StoredTensor
@@ -208,11 +209,13 @@ def test_existing_output_is_never_touched(source, packed):
 
 def test_an_interrupted_pack_resumes_with_its_own_plan_only(source, tmp_path):
     output = tmp_path / "out"
+    assert unfinished_plan(output) is None
     with open_writer(source, output) as writer:
         first, second, *_ = SITES
         writer.write_site(first, site_tensors(0))
         with pytest.raises(OutputError, match="another process"):
             open_writer(source, output)
+    assert unfinished_plan(output) == PLAN
     with pytest.raises(OutputError, match="another plan"):
         open_writer(source, output, plan="{}")
     with open_writer(source, output) as writer:

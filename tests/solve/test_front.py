@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from haversack.solve.exact import solve
 from haversack.solve.front import pareto_front, uniform_baselines
@@ -18,7 +19,7 @@ def test_every_point_is_the_optimum_at_its_budget_and_none_is_dominated() -> Non
     problem, budgets = small()
     front = pareto_front(problem, budgets)
     assert len(front) >= 3
-    for smaller, larger in zip(front, front[1:]):
+    for smaller, larger in pairwise(front):
         assert smaller.peak_bytes < larger.peak_bytes and smaller.damage > larger.damage
     for budget in budgets:
         best = solve(replace(problem, capacity_bytes={"device": budget}))

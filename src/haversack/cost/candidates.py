@@ -95,8 +95,8 @@ def weight_candidates(
                     option=option,
                     placement=placement,
                     stored_bytes=stored_bytes,
-                    prefill_bytes=_while_running(serving.prefill, site, option),
-                    decode_bytes=_while_running(serving.decode, site, option),
+                    prefill_bytes=_while_running(serving.prefill, site, option, serving.model.dtype),
+                    decode_bytes=_while_running(serving.decode, site, option, serving.model.dtype),
                     seconds=_read_bytes(site, stored_bytes, serving.workload.users) / serving.read_rate,
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
@@ -105,10 +105,10 @@ def weight_candidates(
     return out
 
 
-def _while_running(profile: ActivationProfile, site: WeightSite, option: WeightOption) -> int:
+def _while_running(profile: ActivationProfile, site: WeightSite, option: WeightOption, dtype: str) -> int:
     """Live bytes while the site's product runs, with the option's own workspace."""
     num_tokens = profile.batch_size * (1 if site.role == "head" else profile.new_tokens)
-    return profile.at_site[site.id] + option.workspace_bytes(num_tokens, site.out_features, site.in_features)
+    return profile.at_site[site.id] + option.workspace_bytes(num_tokens, site.out_features, site.in_features, dtype)
 
 
 def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:

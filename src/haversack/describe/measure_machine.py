@@ -52,7 +52,7 @@ PIECE_SECONDS = 0.005
 MAX_DISTURBANCE = 0.1
 """The share of the processor that others may take before the result says so."""
 
-RUNTIME_IMPORTS = ("torch", "transformers", "haversack.jobs.run")
+RUNTIME_IMPORTS = ("torch", "transformers", "haversack.engine.load", "haversack.cli.app")
 """What a process that runs a packed model has imported before it loads anything."""
 
 _RUNTIME_PROBE = """
@@ -99,7 +99,7 @@ def measure(
     progress("starting a fresh process")
     imports = tuple(name for name in RUNTIME_IMPORTS if _is_there(name))
     notes += [f"{name} is not installed and was not imported" for name in RUNTIME_IMPORTS if name not in imports]
-    private_bytes, file_bytes = runtime_pages(imports)
+    private_bytes, file_bytes = runtime_pages(imports, notes)
     rates = Rates(
         read_bytes_per_second=read,
         copy_bytes_per_second=copied,
@@ -224,11 +224,15 @@ def disk_rates(folder: Path, disk_bytes: int, notes: list[str]) -> tuple[float |
     return num_bytes / seconds, f"{method}, {DISK_READERS} requests of {BLOCK_BYTES >> 20} MiB in flight, in {folder}"
 
 
-def runtime_pages(imports: tuple[str, ...]) -> tuple[int, int]:
-    """(private bytes, file-backed bytes) of a fresh process after `imports`."""
+def runtime_pages(imports: tuple[str, ...], notes: list[str]) -> tuple[int, int] | tuple[None, None]:
+    """(private bytes, file-backed bytes) of a fresh process after `imports`; noted where it can't import them."""
     command = [sys.executable, "-c", _RUNTIME_PROBE, *imports]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    private_bytes, file_bytes = json.loads(out.splitlines()[-1])
+    probe = subprocess.run(command, capture_output=True, text=True)
+    if probe.returncode:
+        reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+        notes.append(f"the runtime was not measured: importing {', '.join(imports)} failed with {reason}")
+        return None, None
+    private_bytes, file_bytes = json.loads(probe.stdout.splitlines()[-1])
     return private_bytes, file_bytes
 
 

@@ -4,12 +4,12 @@ A change `dW` of one matrix changes the model's predictions by about
 
     0.5 * sum_o row_importance[o] * (dW H dW^T)[o, o]      nats per token (KL divergence),
 
-with `H` the mean of `x x^T` over tokens at the matrix's input and `row_importance` the mean of `g^2`, where `g` is
-the gradient of the log-likelihood of labels sampled from the model's own predictions with respect to the matrix's
-output: the diagonal blocks of the Fisher information under the assumption that inputs and output gradients are
-independent (Martens and Grosse 2015, arXiv 1503.05671, section 3), and that errors of different outputs add. A row of
-an embedding is changed only where its token occurs: there `H` is the mean of `g g^T` at the embedding's output and
-`row_importance` the token's frequency.
+with `H` the mean of `x x^T` over tokens at the matrix's input and `row_importance` the mean of `g^2`, where `g` is the
+gradient of the log-likelihood of labels sampled from the model's own predictions with respect to the matrix's output:
+the Fisher information's diagonal over outputs, with inputs and gradients taken as independent (Martens and Grosse 2015,
+arXiv 1503.05671, section 3), times one factor per site for tokens of a sequence that act together (`GradientMoment`). A
+row of an embedding is changed only where its token occurs: there `H` is the mean of `g g^T` at the embedding's output
+and `row_importance` the token's frequency.
 
 The forward pass goes layer by layer over all tokens, accumulates `H` and leaves the layers' inputs of some sequences
 on disk; the backward pass recomputes each layer for those with gradients. Every finished layer is a file: a killed
@@ -40,7 +40,14 @@ from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
 from haversack.engine.hidden_states import HiddenStates
 from haversack.engine.layers import StreamedModel, site_rows
-from haversack.engine.observe import InputSharing, ProductKey, ProductObserver, SecondMoment, StopForwardError
+from haversack.engine.observe import (
+    GradientMoment,
+    InputSharing,
+    ProductKey,
+    ProductObserver,
+    SecondMoment,
+    StopForwardError,
+)
 from haversack.errors import CheckpointError, UsageError
 
 _VERSION = 1
@@ -129,8 +136,10 @@ class Statistics(Mapping[str, SiteStatistics]):
         pairs = []
         for file, key in self._keys_of(site):
             hessian, importance, note = self._files.read(file, key)
-            rows = site_rows(site) if file.startswith("layer") else slice(None)
-            pairs.append((hessian, importance[rows].contiguous()))
+            if importance.ndim == 2:  # a layer's: the site's rows, corrected by how its tokens act together
+                squares, together = importance[:, site_rows(site)]
+                importance = squares * (together.sum() / squares.sum().clamp_min(1e-30))
+            pairs.append((hessian, importance))
             if note:
                 notes.append(note)
         if not pairs:
@@ -295,7 +304,7 @@ class _Calibration:
                     with ProductObserver(
                         {name: matrix},
                         on_input=lambda key, x: moment.add(x),
-                        on_output=lambda key, y: outputs.append(y),
+                        on_output=lambda key, x, y: outputs.append(y),
                     ):
                         logits = logits_of(x)
                     importance += self._sample_backward(logits, outputs[-1], draws[part])
@@ -333,21 +342,18 @@ class _Calibration:
         inputs = self.states.open(f"inputs-{layer}", count)
         above = self.states.open(f"gradient-{layer + 1}", count)
         below = self.states.create(f"gradient-{layer}", count)
-        sums: dict[ProductKey, torch.Tensor] = {}
+        gradients: dict[ProductKey, GradientMoment] = {}
 
-        def square(key: ProductKey, y: torch.Tensor) -> None:
-            def accumulate(gradient: torch.Tensor) -> None:
-                total = gradient.reshape(-1, gradient.shape[-1]).float().square_().sum(0)
-                sums[key] = sums[key] + total if key in sums else total
-
+        def watch(key: ProductKey, x: torch.Tensor, y: torch.Tensor) -> None:
+            moment = gradients.setdefault(key, GradientMoment(y.shape[-1]))
             if y.requires_grad:
-                y.register_hook(accumulate)
+                y.register_hook(lambda gradient: moment.add(x, gradient.reshape(x.shape[0], -1), self.num_tokens))
 
         with self.model.layer(layer):
             watched = watched_parameters(self.model, layer)
             for part in self._batches(count):
                 x = inputs[part].clone().requires_grad_()
-                with ProductObserver(watched, on_output=square):
+                with ProductObserver(watched, on_output=watch):
                     output = self.model.run_layer(layer, x)
                 output.backward(above[part])
                 assert x.grad is not None
@@ -356,7 +362,7 @@ class _Calibration:
         self._check_finite(below, f"layer {layer}'s gradient")
         tokens = count * self.num_tokens
         file = self.folder / f"{_layer_file(layer)}.importance.safetensors"
-        _save(file, {_text(key): total / tokens for key, total in sums.items()})
+        _save(file, {_text(key): moment.means(tokens) for key, moment in gradients.items()})
         self.states.finish(f"gradient-{layer}")
         self.states.remove(f"gradient-{layer + 1}")
         self.states.remove(f"inputs-{layer}")

@@ -1,14 +1,14 @@
 """Damage measured: KL divergence of a whole plan, or of one change, against the unpacked model.
 
-Both run the same real model, the same attention function and the same prefill chunks; the reference keeps everything. The
-divergence is of the reference's next-token distribution from the changed one's, in nats, at every token of held-out text.
+Both run the same real model, the same attention function and the same prefill chunks; the reference keeps everything.
+The divergence is of the reference's next-token distribution from the changed one's, in nats, at every token of held-out
+text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,6 +77,20 @@ class DamageMeter:
                 reference = self._reference[i]
                 out[i] = (reference.exp() * (reference - changed)).sum(-1)
         return out
+
+    def log_likelihood(
+        self,
+        weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]] | None = None,
+        kv: Mapping[str, KVOption] | None = None,
+    ) -> float:
+        """Mean log-likelihood of the text's own next tokens, nats per token (so perplexity is `exp(-x)`)."""
+        with self.changed(weights or {}):
+            total = 0.0
+            for i, row in enumerate(self.token_ids):
+                unchanged = not weights and not kv
+                scores = self._reference[i] if unchanged else self._log_probabilities(row, kv or {})
+                total += float(scores[:-1].gather(1, row[1:, None]).sum())
+        return total / (self.token_ids.shape[0] * (self.token_ids.shape[1] - 1))
 
     @contextmanager
     def changed(self, weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]]) -> Iterator[None]:
@@ -150,10 +164,3 @@ def token_windows(token_ids: Sequence[int], num_sequences: int, seq_len: int) ->
     count = max(1, min(num_sequences, available))
     starts = [i * available // count * seq_len for i in range(count)]
     return torch.tensor([list(token_ids[start : start + seq_len]) for start in starts])
-
-
-def open_tokenizer(folder: Path) -> object:
-    """The folder's tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)

@@ -36,7 +36,7 @@ class StopForwardError(Exception):
 
 
 class ProductObserver(TorchFunctionMode):
-    """Calls `on_input(key, x)` before and `on_output(key, y)` after each product with a watched parameter.
+    """Calls `on_input(key, x)` before and `on_output(key, x, y)` after each product with a watched parameter.
 
     `x` is `(tokens, in)` and `y` has the product's own shape `(..., out)`. Lookups in a watched embedding call
     `on_lookup(key, index, rows)`, which returns the rows to go on with.
@@ -47,7 +47,7 @@ class ProductObserver(TorchFunctionMode):
         watched: Mapping[str, torch.Tensor],
         *,
         on_input: Callable[[ProductKey, torch.Tensor], None] | None = None,
-        on_output: Callable[[ProductKey, torch.Tensor], None] | None = None,
+        on_output: Callable[[ProductKey, torch.Tensor, torch.Tensor], None] | None = None,
         on_lookup: Callable[[ProductKey, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__()
@@ -62,11 +62,12 @@ class ProductObserver(TorchFunctionMode):
             matrix = args[at + 1] if len(args) > at + 1 else kwargs.get("weight")
             key = self._key(matrix)
             if key is not None and x is not None:
+                rows = x.detach().reshape(-1, x.shape[-1])
                 if self._on_input is not None:
-                    self._on_input(key, x.detach().reshape(-1, x.shape[-1]))
+                    self._on_input(key, rows)
                 output = func(*args, **kwargs)
                 if self._on_output is not None:
-                    self._on_output(key, output)
+                    self._on_output(key, rows, output)
                 return output
         elif func is F.embedding and self._on_lookup is not None:
             index = args[0] if args else kwargs["input"]
@@ -109,6 +110,41 @@ class SecondMoment:
             stop = start + _BLOCK_COLUMNS
             self.sum[stop:, start:stop] = self.sum[start:stop, stop:].T
         return self.sum.div_(max(1, self.num_tokens))
+
+
+class GradientMoment:
+    """Squared gradients at a product's output, per output, and how the tokens of a sequence act together.
+
+    A change of the matrix moves all tokens of a sequence at once, and where they meet again (values under attention)
+    their effects add before they are squared. For a change without a preferred direction the exact expectation, for
+    output o, is `|sum_s g_so x_s|^2` per sequence; independent tokens would give `sum_s g_so^2 mean_s |x_s|^2`. The
+    quotient of the two corrects `mean g^2` (weight sharing in Kronecker factors: Eschenhagen et al. 2023, arXiv
+    2311.00636, section 3.2; the quotient is ours). Bytes: 8 per output.
+    """
+
+    def __init__(self, out_features: int):
+        self._squares = torch.zeros(out_features)
+        self._together = torch.zeros(out_features)
+        self._input_squares = 0.0
+        self._num_rows = 0
+
+    def add(self, x: torch.Tensor, gradient: torch.Tensor, num_tokens: int) -> None:
+        """`x` `(rows, in)` and `gradient` `(rows, out)`; rows are whole sequences of `num_tokens`, or tokens of any."""
+        self._squares += gradient.float().square().sum(0)
+        self._input_squares += x.float().square().sum().item()
+        self._num_rows += x.shape[0]
+        step = num_tokens if x.shape[0] % num_tokens == 0 else x.shape[0]
+        for start in range(
+            0, x.shape[0], max(1, step)
+        ):  # labels are independent: sequences never add up in expectation
+            together = gradient[start : start + step].T @ x[start : start + step].to(gradient.dtype)
+            self._together += together.float().square_().sum(1)
+
+    def means(self, num_tokens: int) -> torch.Tensor:
+        """`(2, out)`, per token of all `num_tokens` that were run: `g^2`, and what it would have to be for tokens that
+        act together to be independent."""
+        mean_input_squares = max(self._input_squares / max(1, self._num_rows), 1e-30)
+        return torch.stack([self._squares, self._together / mean_input_squares]) / num_tokens
 
 
 @dataclass

@@ -130,11 +130,12 @@ def _visits(
         hessians: dict[str, torch.Tensor] = {}
         notes: dict[str, str] = {}
         means = {key: (moment.mean(), moment.num_tokens) for key, moment in moments.items()}
-        for key, (mean, seen) in means.items():
+        for key in means:
             if key.expert >= 0:
-                pools.setdefault(key.parameter, PooledMoment()).add(mean, seen)
+                pools.setdefault(key.parameter, PooledMoment()).add(*means[key])
         for owner in sorted(keys):
-            mean, seen = means.get(owner, (None, 0))
+            mean: torch.Tensor | None = means[owner][0] if owner in means else None
+            seen = means[owner][1] if owner in means else 0
             note = ""
             pool = pools.get(owner.parameter)
             if pool is not None and pool.sum is not None and seen < enough_tokens(pool.sum.shape[0]):

@@ -236,7 +236,7 @@ class PackedFolderWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ):
         self.path = Path(output)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = partial_path(self.path)
         self.source = Path(source)
         self.sites = dict(sites)
         self._plan = plan_text.encode()
@@ -433,6 +433,20 @@ def packed_disk_bytes(files: Mapping[str, Iterable[StoredTensor]]) -> int:
     return sum(
         total_file_bytes(tensors, REST_METADATA if name == REST_NAME else None) for name, tensors in files.items()
     )
+
+
+def partial_path(output: str | Path) -> Path:
+    """Where a folder lies until it is whole."""
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
+def unfinished_plan(output: str | Path) -> str | None:
+    """The plan of an interrupted pack into `output`, to go on with it; None where there is none."""
+    try:
+        return (partial_path(output) / PLAN_NAME).read_text()
+    except OSError:
+        return None
 
 
 def is_packed(path: str | Path) -> bool:

@@ -2,14 +2,14 @@
 
 Time points of one tier are merged where they sum the same, and dropped where another of the tier holds at least as much
 whatever is chosen, so that hundreds of moments of a run become the few that can bind. Choices that another of their
-group beats everywhere are marked, unless links tell them apart.
+group beats everywhere are dropped, unless links tell them apart.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -28,7 +28,7 @@ class Arrays:
     terms: distinct peak terms (members by account position, multiplier); point_terms: (num_points, num_terms) counts
     fixed_bytes: (num_points,) int64; tier_of: (num_points,) position in tiers
     links: (if positions, then positions) in the flat row, both arrays
-    keep: (num_choices,) bool, False where dominated
+    origin: (num_choices,) position in the row of all the problem's choices, whose groups start at all_starts
     """
 
     problem: Problem
@@ -46,7 +46,8 @@ class Arrays:
     point_terms: csr_array
     fixed_bytes: np.ndarray
     links: tuple[tuple[np.ndarray, np.ndarray], ...]
-    keep: np.ndarray = field(repr=False)
+    origin: np.ndarray
+    all_starts: np.ndarray
 
     @property
     def num_groups(self) -> int:
@@ -57,11 +58,31 @@ class Arrays:
         return int(self.starts[-1])
 
     def flat(self, chosen: Sequence[int]) -> np.ndarray:
-        """Positions in the flat row of one index per group."""
-        return self.starts[:-1] + np.asarray(chosen, dtype=np.int64)
+        """Positions in the flat row of one index per group of the problem; -1 where that choice was dropped."""
+        wanted = self.all_starts[:-1] + np.asarray(chosen, dtype=np.int64)
+        at = np.minimum(np.searchsorted(self.origin, wanted), len(self.origin) - 1)
+        return np.where(self.origin[at] == wanted, at, -1)
 
     def chosen(self, flat: np.ndarray) -> tuple[int, ...]:
-        return tuple((flat - self.starts[:-1]).tolist())
+        """One index per group of the problem."""
+        return tuple((self.origin[flat] - self.all_starts[:-1]).tolist())
+
+    def restricted(self, keep: np.ndarray) -> Arrays:
+        """The same without the choices where `keep` (num_choices,) is False; every group keeps at least one."""
+        position = np.where(keep, np.cumsum(keep) - 1, -1)
+        columns = np.flatnonzero(keep)
+        group_of = self.group_of[columns]
+        links = [(position[a][keep[a]], position[b][keep[b]]) for a, b in self.links]
+        return replace(
+            self,
+            starts=np.searchsorted(group_of, np.arange(self.num_groups + 1)),
+            group_of=group_of,
+            damage=self.damage[:, columns],
+            seconds=self.seconds[:, columns],
+            account_bytes=csr_array(self.account_bytes.tocsc()[:, columns]),
+            links=tuple((a, b) for a, b in links if len(a)),
+            origin=self.origin[columns],
+        )
 
 
 def to_arrays(problem: Problem, *, never_dominated: Iterable[Sequence[int]] = ()) -> Arrays:
@@ -102,7 +123,7 @@ def to_arrays(problem: Problem, *, never_dominated: Iterable[Sequence[int]] = ()
     protected = np.zeros(len(flat_choices), dtype=bool)
     for chosen in never_dominated:
         protected[starts[:-1] + np.asarray(chosen, dtype=np.int64)] = True
-    return Arrays(
+    full = Arrays(
         problem=problem,
         starts=starts,
         group_of=group_of,
@@ -118,8 +139,10 @@ def to_arrays(problem: Problem, *, never_dominated: Iterable[Sequence[int]] = ()
         point_terms=_from_counts(counts, (len(points), len(distinct))),
         fixed_bytes=np.array([point.fixed_bytes for point in points], dtype=np.int64),
         links=links,
-        keep=_undominated_choices(starts, damage, seconds, account_bytes, links, protected),
+        origin=np.arange(len(flat_choices)),
+        all_starts=starts,
     )
+    return full.restricted(_undominated_choices(starts, damage, seconds, account_bytes, links, protected))
 
 
 def undominated(points: Sequence[TimePoint]) -> tuple[TimePoint, ...]:

@@ -1,14 +1,14 @@
 """A feasible solution and a proven bound in milliseconds, by Lagrangian relaxation.
 
-Every budget gets a price: a byte at a time point, a second, a nat of bounded damage. A peak term's price is spread over its
-members, since z >= multiplier * B_a for each of them. Then every group simply takes its cheapest choice, and for **any**
-prices that are not negative the total, less what the budgets are worth, is a lower bound (Fisher 1981, Management Science
-27:1). Prices are improved by subgradient steps (multiplicative where they share a fixed mass: exponentiated gradient, Kivinen
-and Warmuth 1997). The cheapest choices nearly fit; greedy swaps by loss per priced byte make them fit and then spend
-what is left.
+Every budget gets a price: a byte at a time point, a second, a nat of bounded damage. A peak term's price is spread over
+its members, since z >= multiplier * B_a for each of them. Then every group simply takes its cheapest choice, and for
+**any** prices that are not negative the total, less what the budgets are worth, is a lower bound (Fisher 1981,
+Management Science 27:1). Prices are improved by subgradient steps (multiplicative where they share a fixed mass:
+exponentiated gradient, Kivinen and Warmuth 1997). The cheapest choices nearly fit; greedy swaps by loss per priced byte
+make them fit and then spend what is left.
 
-With S the price of a family of rows (a tier's time points, the probes of damage, the lanes of seconds), c its weight in what is
-minimised and U its budget: S = c + e with e >= 0, and the budget is worth e * U.
+With S the price of a family of rows (a tier's time points, the probes of damage, the lanes of seconds), c its weight in
+what is minimised and U its budget: S = c + e with e >= 0, and the budget is worth e * U.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from haversack.solve.problem import BOUND_TOLERANCE, Evaluation, Problem
 NUM_STEPS = 120
 """Subgradient steps. At 2,000 groups of 24 choices a step takes about a millisecond."""
 
-MAX_REPAIR_STEPS, MAX_IMPROVEMENT_TRIES, IMPROVEMENTS_PER_ROUND = 400, 1000, 25
+NUM_STARTS, DEARER = 6, 1.3
+"""Starts of the greedy search, each with budgets dearer by this factor than the one that didn't come to fit."""
+
+MAX_REPAIR_STEPS, MAX_IMPROVEMENT_TRIES, IMPROVEMENTS_PER_ROUND = 200, 1000, 25
 """Limits of the greedy search; it stops long before them on problems that have room."""
 
 
@@ -58,7 +61,7 @@ class Bound:
 
 
 def bound(problem: Problem, minimise: str = "damage", *, tier: str | None = None, num_steps: int = NUM_STEPS) -> Bound:
-    """Bound and feasible solution for the questions of `exact.solve`: `damage`, `seconds` or `bytes` (peak of `tier`)."""
+    """Bound and solution for the questions of `exact.solve`: `damage`, `seconds` or `bytes` (peak of `tier`)."""
     relaxation = Relaxation(to_arrays(problem), weights_of(problem, minimise, tier))
     prices, lower = relaxation.ascend(num_steps)
     flat = relaxation.repaired(prices)
@@ -78,7 +81,7 @@ def weights_of(problem: Problem, minimise: str, tier: str | None = None) -> dict
 
 
 class Relaxation:
-    """One problem's arrays with the objective's weights. `closed` (num_choices,) bool takes choices away."""
+    """One problem's arrays with the objective's weights. `limits` replace the budgets of named values."""
 
     def __init__(self, arrays: Arrays, weights: Mapping[str, float], limits: Mapping[str, float] | None = None):
         self.arrays = arrays
@@ -98,7 +101,6 @@ class Relaxation:
         self._transposed_sums = arrays.sums.T.tocsr()
         self._transposed_terms = arrays.point_terms.T.tocsr()
         self._table, self._missing = _padded(arrays.starts)
-        self._closed = np.where(arrays.keep, 0.0, np.inf)
 
     # What a solution takes, in integers
 
@@ -130,9 +132,9 @@ class Relaxation:
     # Prices
 
     def cost(self, prices: Prices) -> np.ndarray:
-        """(num_choices,): what a choice costs at these prices; not kept choices cost infinity."""
+        """(num_choices,): what a choice costs at these prices."""
         arrays = self.arrays
-        cost = self._closed + prices.damage @ arrays.damage + prices.seconds @ arrays.seconds
+        cost = prices.damage @ arrays.damage + prices.seconds @ arrays.seconds
         account = self._transposed_sums @ prices.points
         if arrays.terms:
             term = (self._transposed_terms @ prices.points) * self._multiplier
@@ -204,38 +206,39 @@ class Relaxation:
                 points[rows] = share * mass
             return self.legal(Prices(points, members, shares[-2] * masses[-2], shares[-1] * masses[-1], links))
 
-        def look() -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+        best = [(prices_now(), -np.inf)]
+
+        def look() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             prices = prices_now()
             cost = self.cost(prices)
             flat = self.cheapest(cost)
-            booked, points = self.held(flat)
             lower = self.lower_bound(prices, cost, flat)
-            nonlocal best
-            if lower > best[1]:
-                best = (prices, lower)
-            return lower, flat, booked, points
+            if lower > best[0][1]:
+                best[0] = (prices, lower)
+            return flat, *self.held(flat)
 
-        best: tuple[Prices, float] = (prices_now(), -np.inf)
-        for family in np.flatnonzero(can_pay):  # a first price each: bisection on the excess, the others as they are
+        for family in np.flatnonzero(
+            can_pay
+        ).tolist():  # a first price each: bisection on the excess, the others as they are
             low, high = 0.0, scale[family]
-            _, flat, _, points = look()
+            flat, _, points = look()
             if self.values(flat, points)[family] <= self.budget[family]:
                 continue
             for _ in range(40):
                 extra[family] = high
-                _, flat, _, points = look()
+                flat, _, points = look()
                 if self.values(flat, points)[family] <= self.budget[family]:
                     break
                 low, high = high, high * 4
             for _ in range(12):
                 extra[family] = (low * high) ** 0.5 if low > 0 else high / 4
-                _, flat, _, points = look()
+                flat, _, points = look()
                 if self.values(flat, points)[family] <= self.budget[family]:
                     high = extra[family]
                 else:
                     low = extra[family]
         for step in range(num_steps):
-            _, flat, booked, points = look()
+            flat, booked, points = look()
             rate = 0.5 / (1.0 + 0.1 * step)
             rows_of = [points[rows] for rows in self._rows]
             rows_of += [arrays.damage[:, flat].sum(1), arrays.seconds[:, flat].sum(1)]
@@ -253,24 +256,40 @@ class Relaxation:
                 tilt = rate * 2 * (of_members - most) / np.maximum(1.0, most)
                 members = np.maximum(members * np.exp(tilt), 1e-9)
                 members = members / np.maximum.reduceat(members, self._term_starts)[self._term_of]
-            for i, (if_positions, then_positions) in enumerate(arrays.links):
+            for number, (if_positions, then_positions) in enumerate(arrays.links):
                 broken = float(np.isin(flat, if_positions).any()) - float(np.isin(flat, then_positions).any())
-                links[i] = max(0.0, links[i] + rate * self._link_scale * broken)
-        return best
+                links[number] = max(0.0, links[number] + rate * self._link_scale * broken)
+        return best[0]
 
     # Solutions that fit
 
     def repaired(self, prices: Prices) -> np.ndarray | None:
         """A solution within all budgets near the cheapest one at these prices, or None where the search found none."""
-        cost = self.cost(prices)
-        flat = self._keeping_links(cost)
-        if flat is None:
-            return None
-        flat = self._fitted(flat, prices)
-        return None if flat is None else self._improved(flat)
+        for _ in range(NUM_STARTS):
+            flat = self._keeping_links(self.cost(prices))
+            if flat is None:
+                return None
+            fitted = self._fitted(flat, prices)
+            if fitted is not None:
+                return self._improved(fitted)
+            prices = self._dearer(prices)
+        return None
+
+    def _dearer(self, prices: Prices) -> Prices:
+        """Budgets cost more against the objective: the next start is nearer to fitting, and loses more."""
+        parts = [prices.points[rows] for rows in self._rows] + [prices.damage, prices.seconds]
+        factors = [
+            (weight + DEARER * max(0.0, part.sum() - weight)) / max(1e-300, part.sum()) if part.sum() > 0 else 1.0
+            for part, weight in zip(parts, self.weight, strict=True)
+        ]
+        points = prices.points.copy()
+        for rows, factor in zip(self._rows, factors, strict=False):
+            points[rows] *= factor
+        dearer = Prices(points, prices.members, prices.damage * factors[-2], prices.seconds * factors[-1], prices.links)
+        return self.legal(dearer)
 
     def _keeping_links(self, cost: np.ndarray) -> np.ndarray | None:
-        """Cheapest choices, groups settled one by one in the order of what waiting would cost; links forbid the rest."""
+        """Cheapest choices, then broken links mended one by one on the side where that costs less."""
         arrays = self.arrays
         cost = cost.copy()
         flat = self.cheapest(cost)
@@ -305,13 +324,13 @@ class Relaxation:
     def _open(self, flat: np.ndarray) -> np.ndarray:
         """(num_choices,) bool: choices that a swap of one group may take now."""
         arrays = self.arrays
-        allowed = np.isfinite(self._closed)
+        allowed = np.ones(arrays.num_choices, dtype=bool)
         taken = np.zeros(arrays.num_choices, dtype=bool)
         taken[flat] = True
         for if_positions, then_positions in arrays.links:
             if not taken[then_positions].any():
                 allowed[if_positions] = False
-            if taken[if_positions].any():
+            elif taken[if_positions].any():
                 group = arrays.group_of[then_positions[0]]
                 others = np.arange(arrays.starts[group], arrays.starts[group + 1])
                 allowed[np.setdiff1d(others, then_positions, assume_unique=True)] = False
@@ -324,7 +343,7 @@ class Relaxation:
             rows = arrays.damage if family == len(self._rows) else arrays.seconds
             return rows[int(rows[:, flat].sum(1).argmax())]
         rows_of = self._rows[family]
-        worst = int(rows_of[points[rows_of].argmax()])
+        worst: int = int(rows_of[points[rows_of].argmax()])
         account = np.zeros(len(arrays.accounts))
         span = slice(arrays.sums.indptr[worst], arrays.sums.indptr[worst + 1])
         account[arrays.sums.indices[span]] += arrays.sums.data[span]

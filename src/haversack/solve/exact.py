@@ -20,6 +20,7 @@ import numpy as np
 
 from haversack.errors import HaversackError
 from haversack.solve.arrays import Arrays, to_arrays
+from haversack.solve.bound import NUM_STEPS, Relaxation
 from haversack.solve.problem import BOUND_TOLERANCE, Evaluation, Problem
 from haversack.solve.program import Answer, Goal, Program
 
@@ -28,6 +29,12 @@ Minimise = Literal["damage", "seconds", "bytes"]
 MAX_REPAIRS = 50
 """Solutions excluded because they miss a capacity by a tolerance, before the search gives up. None was ever needed in
 the tests' thousands of programs."""
+
+REDUCTION_TOLERANCE = 1e-7
+"""Relative: a choice is dropped only if its bound passes the greedy value by more than sums of floats can be off."""
+
+SMALL_ENOUGH = 100
+"""Choices below which HiGHS is faster than reducing first."""
 
 
 class NoSolutionError(HaversackError):
@@ -118,18 +125,26 @@ class Solver:
             "seconds": [seconds, damage, all_bytes],
             "bytes": [smallest, damage, seconds],
         }[minimise]
+        arrays, program = self.arrays, self._program  # each question starts from the whole, and may drop choices
         found = self._in_order(order if tie_break else order[:1], {}, deadline)
+        self.arrays, self._program = arrays, program
         fits = found is not None
         if found is None:
-            excess = Goal({f"excess:{name}": 1.0 for name in tiers})
+            limited = [name for name in tiers if name in self.problem.capacity_bytes]
+            # over the capacity of the only limited tier: the same as its smallest peak, which reduces better
+            kind = "excess" if len(limited) > 1 else "peak"
+            excess = Goal({f"{kind}:{name}": 1.0 for name in limited})
             order = [excess, damage, seconds]
             allowed = dict.fromkeys(excess.weights, np.inf)
             found = self._in_order(order if tie_break else order[:1], allowed, deadline)
             if found is None:
                 raise NoSolutionError(self._why())
+            self.arrays, self._program = arrays, program
         chosen, bound = found
         evaluation = self.problem.evaluate(chosen)
         objective = sum(_value(name, evaluation) for name in order[0].weights)
+        if not fits and kind == "peak":
+            objective, bound = sum(evaluation.excess_bytes.values()), bound - self.problem.capacity_bytes[limited[0]]
         if minimise == "bytes" or not fits:  # whole bytes: the bound may be rounded up, less what HiGHS tolerates
             bound = math.ceil(bound - self._program.tolerance(order[0]))
         return Solution(
@@ -167,26 +182,70 @@ class Solver:
         return best
 
     def _exactly(self, goal: Goal, limits: dict[str, float], deadline: float | None) -> Answer | None:
-        """HiGHS's answer, solved again without solutions that only its tolerances allow; None where infeasible."""
+        """HiGHS's answer, solved again without solutions that only its tolerances allow; None where infeasible.
+
+        First a price for every budget, a bound and a solution from the relaxation: a choice that costs more than the
+        difference can't be in any better solution and is dropped for this goal and, as its value is held, for the next.
+        """
+        upper = {name: value + _slack(name, value) for name, value in limits.items()}
+        plain = self.arrays.num_choices > SMALL_ENOUGH and not any(
+            name.startswith("excess") for name in (*goal.weights, *upper)
+        )
+        left = None if deadline is None else deadline - time.monotonic()
+        greedy = self._reduce(goal, upper, left) if plain else None
+        program = self._program
         forbidden = list(self._far)
         for _ in range(MAX_REPAIRS):
             left = None if deadline is None else deadline - time.monotonic()
-            upper = {name: value + _slack(name, value) for name, value in limits.items()}
-            answer = self._program.solve(goal, upper=upper, far=forbidden, near=self._near, time_limit_seconds=left)
+            answer = program.solve(goal, upper=upper, far=forbidden, near=self._near, time_limit_seconds=left)
             if answer.infeasible:
                 return None
             if answer.flat is None:
                 if not answer.timed_out:
                     raise HaversackError("HiGHS ended without an answer and without saying that there is none.")
-                return answer
+                return answer if greedy is None else greedy
             chosen = self.arrays.chosen(answer.flat)
             if self._keeps(self.problem.evaluate(chosen), limits):
                 return answer
             forbidden.append((chosen, 1))
         raise HaversackError(f"{MAX_REPAIRS} solutions in a row passed a limit by no more than the solver's tolerance.")
 
+    def _reduce(self, goal: Goal, upper: dict[str, float], left: float | None) -> Answer | None:
+        """Drops choices that can't be in a solution better than the greedy one, which is returned, if there is one."""
+        relaxation = Relaxation(self.arrays, goal.weights, upper)
+        ascended, _ = relaxation.ascend(NUM_STEPS)
+        from_dual = self._program.prices(goal, upper=upper, time_limit_seconds=left)
+        candidates = [ascended] if from_dual is None else [relaxation.legal(from_dual), ascended]
+        costs = [relaxation.cost(prices) for prices in candidates]
+        bounds = [relaxation.lower_bound(p, c, relaxation.cheapest(c)) for p, c in zip(candidates, costs, strict=True)]
+        solutions = [flat for flat in map(relaxation.repaired, candidates) if flat is not None]
+        solutions = [flat for flat in solutions if self._at_distance(self.arrays.chosen(flat))]
+        if not solutions:
+            return None
+        flat = min(solutions, key=relaxation.objective)
+        best = int(np.argmax(bounds))
+        lower, cost = bounds[best], costs[best]
+        cheapest = relaxation.cheapest(cost)
+        value = relaxation.objective(flat)
+        loss = cost - cost[cheapest][self.arrays.group_of]
+        keep = lower + loss <= value + REDUCTION_TOLERANCE * max(1e-12, abs(value), abs(lower))
+        keep[flat] = True
+        chosen = self.arrays.chosen(flat)
+        if not keep.all():
+            self.arrays = self.arrays.restricted(keep)
+            self._program = Program(self.arrays)
+        return Answer(self.arrays.flat(chosen), lower, infeasible=False, timed_out=True)
+
+    def _at_distance(self, chosen: Sequence[int]) -> bool:
+        differ = [sum(a != b for a, b in zip(chosen, other, strict=True)) >= num for other, num in self._far]
+        near = self._near is None or sum(a != b for a, b in zip(chosen, self._near[0], strict=True)) <= self._near[1]
+        return all(differ) and near
+
     def _keeps(self, evaluation: Evaluation, limits: dict[str, float]) -> bool:
-        over = any(limits.get(f"excess:{name}", 0.0) < num for name, num in evaluation.excess_bytes.items())
+        over = any(
+            limits.get(f"excess:{name}", 0.0) < num and f"peak:{name}" not in limits
+            for name, num in evaluation.excess_bytes.items()
+        )
         held = all(_value(name, evaluation) <= value + 2 * _slack(name, value) for name, value in limits.items())
         return evaluation.within_bounds and not evaluation.broken_links and not over and held
 

@@ -27,10 +27,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, csr_array
 
 from haversack.solve.arrays import Arrays
+from haversack.solve.bound import Prices
 
 UNITS_AT_CAPACITY = 2.0**20
 """A capacity is this many units: the 1e-6 that HiGHS tolerates is then 1e-12 of it, below a byte up to 0.9 TiB. Where a
@@ -82,7 +83,7 @@ class Program:
         self.unit[self.position["seconds"]] = _spread(arrays.seconds, arrays)
 
         self.upper = np.full(self.num_variables, np.inf)
-        self.upper[:n] = arrays.keep
+        self.upper[:n] = 1.0
         self.lower = np.zeros(self.num_variables)
         self.lower[[self.position["damage"], self.position["seconds"]]] = -np.inf
         for tier in arrays.tiers:
@@ -99,12 +100,11 @@ class Program:
         goal: Goal,
         *,
         upper: Mapping[str, float] | None = None,
-        closed: np.ndarray | None = None,
         far: Iterable[tuple[Sequence[int], int]] = (),
         near: tuple[Sequence[int], int] | None = None,
         time_limit_seconds: float | None = None,
     ) -> Answer:
-        """HiGHS's answer. `upper` replaces bounds of named values, `closed` (num_choices,) bool takes choices away.
+        """HiGHS's answer. `upper` replaces bounds of named values.
 
         `far` are (solution, n): at least n groups must differ; `near` likewise: at most n may.
         """
@@ -113,18 +113,8 @@ class Program:
         if extra is not None:
             matrix = csr_array(_stack(matrix, extra))
             low, high = np.concatenate([low, extra_low]), np.concatenate([high, extra_high])
-        top = self.upper.copy()
-        for name, value in (upper or {}).items():
-            top[self.position[name]] = value
-        peaks = [self.position[f"peak:{name}"] for name in self.arrays.tiers]
-        if all(np.isfinite(top[self.position[f"excess:{name}"]]) for name in self.arrays.tiers):
-            top[peaks] += HALF_BYTE
-        if closed is not None:
-            top[: self.arrays.num_choices][closed] = 0.0
-        cost = np.zeros(self.num_variables)
-        for name, weight in goal.weights.items():
-            cost[self.position[name]] = weight * self.unit[self.position[name]]
-        scale = max(1e-300, float(np.abs(cost).max()))
+        top = self._top(upper)
+        cost, scale = self._cost(goal)
         integrality = np.zeros(self.num_variables)
         integrality[: self.arrays.num_choices] = 1
         options: dict[str, float | bool] = {"mip_rel_gap": 0.0, "presolve": False}
@@ -144,6 +134,57 @@ class Program:
             infeasible=result.status == 2,
             timed_out=result.status == 1,
         )
+
+    def prices(
+        self, goal: Goal, *, upper: Mapping[str, float] | None = None, time_limit_seconds: float | None = None
+    ) -> Prices | None:
+        """Prices from the dual of the linear relaxation, in the goal's unit per byte, nat and second.
+
+        They are as good as HiGHS's tolerances allow; `Relaxation.legal` makes them exact. None if HiGHS gives none.
+        """
+        matrix, low, high = self._rows
+        top = self._top(upper)
+        equal = low == high
+        cost, scale = self._cost(goal)
+        result = linprog(
+            cost / scale,
+            A_ub=matrix[~equal],
+            b_ub=high[~equal],
+            A_eq=matrix[equal],
+            b_eq=high[equal],
+            bounds=np.column_stack([self.lower / self.unit, top / self.unit]),
+            method="highs",
+            options={} if time_limit_seconds is None else {"time_limit": max(0.1, time_limit_seconds)},
+        )
+        if result.status != 0:
+            return None
+        dual = np.zeros(len(low))
+        dual[~equal] = -np.asarray(result.ineqlin.marginals)
+        arrays, at = self.arrays, self._slices
+        tier_unit = np.array([self.unit[self.position[f"peak:{name}"]] for name in arrays.tiers])
+        return Prices(
+            points=scale * dual[at["points"]] / tier_unit[arrays.tier_of],
+            members=dual[at["members"]],
+            damage=scale * dual[at["damage"]] / self.unit[self.position["damage"]],
+            seconds=scale * dual[at["seconds"]] / self.unit[self.position["seconds"]],
+            links=scale * dual[at["links"]],
+        )
+
+    def _top(self, upper: Mapping[str, float] | None) -> np.ndarray:
+        top = self.upper.copy()
+        for name, value in (upper or {}).items():
+            top[self.position[name]] = value
+        peaks = [self.position[f"peak:{name}"] for name in self.arrays.tiers]
+        if all(np.isfinite(top[self.position[f"excess:{name}"]]) for name in self.arrays.tiers):
+            top[peaks] += HALF_BYTE
+        return top
+
+    def _cost(self, goal: Goal) -> tuple[np.ndarray, float]:
+        """Cost per unit of every variable, and its largest."""
+        cost = np.zeros(self.num_variables)
+        for name, weight in goal.weights.items():
+            cost[self.position[name]] = weight * self.unit[self.position[name]]
+        return cost, max(1e-300, float(np.abs(cost).max()))
 
     def tolerance(self, goal: Goal) -> float:
         """How far HiGHS's bound may lie beside the truth: twice its 1e-6, in the goal's own unit."""
@@ -167,8 +208,9 @@ class Program:
         if not rows:
             return None, np.empty(0), np.empty(0)
         columns = np.concatenate([self.arrays.flat(chosen) for chosen, _, _ in rows])
+        left = columns >= 0
         matrix = coo_array(
-            (np.ones(len(columns)), (np.repeat(np.arange(len(rows)), groups), columns)),
+            (np.ones(left.sum()), (np.repeat(np.arange(len(rows)), groups)[left], columns[left])),
             shape=(len(rows), self.num_variables),
         )
         return csr_array(matrix), np.array([r[1] for r in rows]), np.array([r[2] for r in rows])
@@ -224,6 +266,7 @@ class Program:
             np.zeros(len(accounts)),
             np.zeros(len(accounts)),
         )
+        rows.begin("members")
         for term, (members, multiplier) in enumerate(arrays.terms):
             column, count = self._term0 + term, len(members)
             rows.add_block(
@@ -235,6 +278,7 @@ class Program:
                 np.full(count, -np.inf),
                 np.zeros(count),
             )
+        rows.begin("points")
         for row in range(len(arrays.points)):
             tier = arrays.tier_of[row]
             columns, counts = [], []
@@ -252,10 +296,12 @@ class Program:
                 -arrays.fixed_bytes[row] / unit_of_tier[tier],
             )
         for name, values in (("damage", arrays.damage), ("seconds", arrays.seconds)):
+            rows.begin(name)
             column = self.position[name]
             for lane in values:
                 at = np.flatnonzero(lane)
                 rows.add_row(np.append(at, column), np.append(lane[at] / self.unit[column], -1.0), -np.inf, 0.0)
+        rows.begin("links")
         for if_positions, then_positions in arrays.links:
             rows.add_row(
                 np.concatenate([if_positions, then_positions]),
@@ -263,6 +309,7 @@ class Program:
                 -np.inf,
                 0.0,
             )
+        self._slices = rows.slices()
         return rows.matrix(self.num_variables)
 
 
@@ -276,6 +323,15 @@ class _Rows:
         self.low: list[np.ndarray] = []
         self.high: list[np.ndarray] = []
         self.num_rows = 0
+        self.starts: dict[str, int] = {}
+
+    def begin(self, name: str) -> None:
+        self.starts[name] = self.num_rows
+
+    def slices(self) -> dict[str, slice]:
+        """Rows from each `begin` to the next."""
+        stops = [*list(self.starts.values())[1:], self.num_rows]
+        return {name: slice(start, stop) for (name, start), stop in zip(self.starts.items(), stops, strict=True)}
 
     def add_block(
         self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, low: np.ndarray, high: np.ndarray

@@ -106,8 +106,12 @@ class Grid(WeightPart):
         """Rows of the matrix, `(len(index), in_features)` float32: an embedding lookup, or a tile for tests."""
 
     @abstractmethod
-    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
-        """The most bytes `matmul` allocates beyond its output for `num_tokens` rows of input."""
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The most bytes `matmul` allocates beyond its output for `num_tokens` rows of input of `dtype`."""
+
+    @abstractmethod
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        """The kernel that `matmul` runs through on this machine."""
 
 
 class Rounding(WeightPart):
@@ -175,9 +179,15 @@ class WeightOption:
     def stored_bytes(self, out_features: int, in_features: int, dtype: str) -> int:
         return total_bytes(self.stored(out_features, in_features, dtype))
 
-    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
-        """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input."""
-        return 0 if self.grid is None else self.grid.workspace_bytes(num_tokens, out_features, in_features)
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input of `dtype`."""
+        return 0 if self.grid is None else self.grid.workspace_bytes(num_tokens, out_features, in_features, dtype)
+
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        """The kernel that `linear` runs through on this machine."""
+        if self.grid is None:
+            return "torch linear"
+        return self.grid.kernel_name(num_tokens, out_features, in_features, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {}

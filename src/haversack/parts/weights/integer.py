@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.errors import CheckpointError
 from haversack.ledger import StoredTensor
@@ -184,18 +184,27 @@ class IntegerGrid(Grid):
             in_features=in_features,
         )
 
-    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int) -> int:
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         from haversack.kernels.registry import workspace_bytes
 
-        return workspace_bytes(
-            num_tokens,
-            out_features,
-            in_features,
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            activation_bits=self.activation_bits,
-        )
+        return workspace_bytes(num_tokens, out_features, in_features, **self._case(dtype))
+
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        from haversack.kernels.registry import kernel_name
+
+        return kernel_name(num_tokens, out_features, in_features, **self._case(dtype))
+
+    def _case(self, dtype: str) -> dict[str, Any]:
+        """The registry's words for this grid with activations of `dtype`."""
+        from haversack.describe.checkpoint import torch_dtype
+
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "activation_bits": self.activation_bits,
+            "dtype": torch_dtype(dtype),
+        }
 
     def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` as float32 `(rows, groups, width)`, padded with zeros; refuses what float16 scales can't hold."""

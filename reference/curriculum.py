@@ -1,0 +1,147 @@
+"""Rows of training tokens: crops of text, and synthetic rows in which something must be found again.
+
+Every row is a pure function of (seed, step, row), so that a resumed run reads what an uninterrupted one would have.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from haversack.probes.tasks import SEEN, WORDS, make_records
+
+# Loss weight of synthetic tokens that nothing could predict (fresh keys and values), so that they don't drown the answers. Answers, copies and text count 1.
+UNPREDICTABLE_WEIGHT = 0.1
+PROSE_SHARE = 0.3  # of the text rows: a twentieth of the text, so read about as often as it bears
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of the curriculum; it ends when `gate` is met (see train.py) or after `max_tokens`."""
+
+    seq_len: int
+    synthetic_share: float
+    max_tokens: int | None
+    gate_tokens: int | None  # distance at which word recall, and copying, must reach 0.9
+
+
+PHASES = (
+    Phase(64, 0.85, 3_000_000, 32),
+    Phase(256, 0.60, 2_500_000, 192),
+    Phase(1024, 0.35, 4_000_000, 900),
+    Phase(1024, 0.15, None, None),
+)
+
+
+class Rows:
+    """Draws batches: `tokens` (rows, seq_len + 1) and `weights` (rows, seq_len) of the predicted ones."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, text: dict[str, np.ndarray], seed: int) -> None:
+        self.text = text
+        self.seed = seed
+        self.boundary = tokenizer.bos_token_id
+        self.vocab_size = len(tokenizer)
+        self._encode = tokenizer.backend_tokenizer.encode
+
+    def batch(self, step: int, phase: Phase, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = random.Random(f"{self.seed}/{step}")
+        tokens = np.zeros((num_rows, phase.seq_len + 1), dtype=np.int64)
+        weights = np.zeros((num_rows, phase.seq_len + 1), dtype=np.float32)
+        # Stratified, not drawn row by row: at four rows a batch, chance would make every other batch all text.
+        synthetic = int(num_rows * phase.synthetic_share + rng.random())
+        for row in range(num_rows):
+            draw = self._synthetic_row if row < synthetic else self._text_row
+            tokens[row], weights[row] = draw(rng, phase.seq_len + 1)
+            if rng.random() < 0.5:
+                tokens[row, 0] = self.boundary
+        return tokens, weights[:, 1:]
+
+    def _crop(self, rng: random.Random, num_tokens: int) -> np.ndarray:
+        text = self.text["prose" if rng.random() < PROSE_SHARE else "code"]
+        start = rng.randrange(len(text) - num_tokens)
+        return text[start : start + num_tokens]
+
+    def _text_row(self, rng: random.Random, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._crop(rng, num_tokens), np.ones(num_tokens, dtype=np.float32)
+
+    def _synthetic_row(self, rng: random.Random, num_tokens: int) -> tuple[list[int], list[float]]:
+        """Episodes end to end until the row is full; the last is cut. Half the long rows are one episode, for distance."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        while len(tokens) < num_tokens:
+            left = num_tokens - len(tokens)
+            length = left if left < 64 or rng.random() < 0.5 else rng.randint(48, left)
+            episode = rng.choices(EPISODES, EPISODE_SHARES)[0]
+            pieces = episode(self, rng, length)
+            for ids, weight in pieces:
+                tokens += ids
+                weights += [weight] * len(ids)
+        return tokens[:num_tokens], weights[:num_tokens]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._encode(text).ids
+
+    def _random_copy(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
+        """A stretch of random tokens, twice: what induction is, bare."""
+        half = max(2, length // 2)
+        stretch = [rng.randrange(1, self.vocab_size) for _ in range(rng.randint(max(2, half // 2), half))]
+        return [(stretch, UNPREDICTABLE_WEIGHT / 2), (stretch[:1], 0.0), (stretch[1:], 1.0)]
+
+    def _word_copy(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
+        """A list of words, and the list again."""
+        words = [rng.choice(WORDS) for _ in range(rng.randint(2, max(2, min(200, (length - 12) // 4))))]
+        first, rest = words[0], " ".join(["", *words[1:]])
+        return [
+            (self._ids(f"Copy this list: {first}{rest}.\n"), UNPREDICTABLE_WEIGHT),
+            (self._ids(f"Copy: {first}"), UNPREDICTABLE_WEIGHT),
+            (self._ids(f"{rest}\n"), 1.0),
+        ]
+
+    def _records(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
+        """Records of one template, then questions about them."""
+        kind = rng.choice(("word", "digits"))
+        statement, question = SEEN[rng.choice(list(SEEN))]
+        num_records = rng.randint(2, max(2, length // 12))
+        pieces, used = [], 0
+        asked = []
+        for key, value in make_records(rng, num_records, kind):
+            ids = self._ids(statement.format(key=key, value=value))
+            if asked and used + len(ids) > 0.7 * length:
+                break
+            used += len(ids)
+            pieces.append((ids, UNPREDICTABLE_WEIGHT))
+            asked.append((key, value))
+        rng.shuffle(asked)
+        return pieces + self._questions(question, asked, length - used)
+
+    def _needles(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
+        """One to four statements within text, then questions about them. The text between trains as text."""
+        kind = rng.choice(("word", "digits"))
+        statement, question = SEEN[rng.choice(list(SEEN))]
+        asked = make_records(rng, rng.randint(1, 4), kind)
+        filler = max(len(asked), length - 32 * len(asked))
+        cuts = sorted(rng.random() ** 1.5 for _ in asked)  # more of them early, far from the question
+        pieces, place = [], 0.0
+        for (key, value), cut in zip(asked, cuts, strict=True):
+            pieces.append((self._crop(rng, 1 + int((cut - place) * filler)).tolist(), 1.0))
+            pieces.append((self._ids("\n" + statement.format(key=key, value=value)), UNPREDICTABLE_WEIGHT))
+            place = cut
+        pieces.append((self._crop(rng, 1 + int((1 - place) * filler)).tolist(), 1.0))
+        rng.shuffle(asked)
+        pieces.append((self._ids("\n"), 0.0))
+        return pieces + self._questions(question, asked, 32 * len(asked))
+
+    def _questions(self, question: str, asked: list[tuple[str, str]], length: int) -> list[tuple[list[int], float]]:
+        pieces, used = [], 0
+        for key, value in asked:
+            prompt, answer = self._ids(question.format(key=key)), self._ids(f" {value}")
+            pieces += [(prompt, UNPREDICTABLE_WEIGHT), (answer, 1.0), (self._ids("\n"), UNPREDICTABLE_WEIGHT)]
+            used += len(prompt) + len(answer) + 1
+            if used > length:
+                break
+        return pieces
+
+
+EPISODES = (Rows._random_copy, Rows._word_copy, Rows._records, Rows._needles)
+EPISODE_SHARES = (0.2, 0.15, 0.45, 0.2)

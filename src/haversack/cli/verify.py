@@ -1,0 +1,54 @@
+"""`haversack verify`: run the planned workload in a fresh process and show predicted against measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from haversack.cli import console
+from haversack.units import format_bytes
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A packed folder.")],
+    quality: Annotated[
+        bool, typer.Option("--quality/--no-quality", help="Also measure perplexity and KL against the unpacked model.")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Run the planned workload and compare with what was promised. Exits 1 if the measured peak passes the budget."""
+    from haversack.jobs.verify import verify as verify_job
+
+    with console.progress_bar(quiet=json) as progress:
+        report = verify_job(folder, quality=quality, progress=progress)
+    if json:
+        console.print_json(report)
+        return 0 if report["within_budget"] else 1
+    console.table(
+        "",
+        ("bytes", "predicted", "measured", "difference"),
+        [(row["what"], *_sizes(row)) for row in report["bytes"]],
+        right=(1, 2, 3),
+    )
+    typer.echo("")
+    console.table("", ("figure", "predicted", "measured"), [tuple(row.values()) for row in report["figures"]])
+    for note in report["notes"]:
+        typer.echo(f"note: {note}.")
+    verdict = "kept" if report["within_budget"] else "BROKEN"
+    typer.echo(
+        f"\nThe budget was {verdict}. Prediction {report['prediction_hash'][:16]}, made before anything was loaded."
+    )
+    return 0 if report["within_budget"] else 1
+
+
+def _sizes(row: dict) -> tuple[str, str, str]:
+    predicted, measured = row["predicted"], row["measured"]
+    if predicted is None:
+        return "-", format_bytes(measured), "-"
+    if measured is None:
+        return format_bytes(predicted), "-", "-"
+    gap = measured - predicted
+    share = f" ({gap / predicted:+.1%})" if predicted and gap else ""
+    return format_bytes(predicted), format_bytes(measured), f"{gap:+,} B{share}" if gap else "equal"

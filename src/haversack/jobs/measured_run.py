@@ -1,0 +1,194 @@
+"""The planned workload in a process of its own, measured by instruments that predict nothing.
+
+Run as `python -m haversack.jobs.measured_run DIR`; prints one JSON object. Tensor bytes come from the allocator's own reports
+(torch's profiler), process bytes from the operating system, and each resident from the storages that are really there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haversack.jobs import memory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PROFILED_TOKENS = 8
+"""Decode steps under the profiler; every step allocates alike, and the full workload runs again without it."""
+
+
+def measure_run(folder: Path) -> dict[str, Any]:
+    """Load and run a packed folder's workload; what was allocated, held and how fast it went."""
+    memory.return_freed_memory()
+    import torch
+    import transformers  # noqa: F401
+
+    from haversack.jobs.run import load, open_tokenizer
+
+    # What `load` imports is part of the runtime's baseline, so import it before looking.
+    import haversack.engine.load  # noqa: F401  isort: skip
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    imported_private, imported_file = memory.private_bytes(), memory.file_bytes()
+    marks: dict[str, int] = {}
+    with memory.PeakSampler() as sampler:
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            marks["load"] = time.time_ns()
+            started = time.perf_counter()
+            model = load(folder)
+            load_seconds = time.perf_counter() - started
+            load_private = memory.private_bytes()
+            plan = model.haversack
+            workload = plan.plan["workload"]
+            prompt = _prompt(
+                folder, workload["users"], workload["prompt_tokens"], plan.described.vocab_size, open_tokenizer
+            )
+            marks["prefill"] = time.time_ns()
+            cache = _generate(model, prompt, max(1, min(PROFILED_TOKENS, workload["generate_tokens"])), marks)[1]
+            residents = _residents(model, cache)
+            del cache
+        tensor_peaks = _phase_peaks(profile, marks)
+        del profile
+        marks = {}
+        started_ns = time.time_ns()
+        number, _ = _generate(model, prompt, max(1, workload["generate_tokens"]), marks)
+        ended_ns = time.time_ns()
+    first_ns = marks["decode"]
+    decode_seconds = (ended_ns - first_ns) / 1e9
+    window = getattr(model, "haversack_window", None)
+    return {
+        "imported_private_bytes": imported_private,
+        "imported_file_bytes": imported_file,
+        "loaded_private_bytes": load_private,
+        "peak_private_bytes": sampler.peak_bytes,
+        "file_bytes": memory.file_bytes(),
+        "tensor_peaks": tensor_peaks,
+        "residents": residents,
+        "load_seconds": load_seconds,
+        "prefill_seconds": (first_ns - started_ns) / 1e9,
+        "decode_tokens_per_second": workload["users"] * (number - 1) / decode_seconds if number > 1 else 0.0,
+        "seconds_per_step": decode_seconds / (number - 1) if number > 1 else 0.0,
+        "threads": torch.get_num_threads(),
+        "kernels": _kernels(plan),
+        "stall_seconds": window.statistics.stall_seconds if window is not None else None,
+    }
+
+
+def _prompt(folder: Path, users: int, num_tokens: int, vocab_size: int, open_tokenizer: Any) -> torch.Tensor:
+    """`(users, num_tokens)` of the shipped calibration text, or seeded random ids where there is no tokenizer."""
+    import torch
+
+    from haversack import data
+    from haversack.errors import PlanError
+
+    try:
+        ids = open_tokenizer(folder)(data.text("calibration")[: 16 * users * num_tokens])["input_ids"]
+    except (PlanError, FileNotFoundError):
+        ids = []
+    if len(ids) < users * num_tokens:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocab_size, (users, num_tokens), generator=generator)
+    return torch.tensor(ids[: users * num_tokens]).reshape(users, num_tokens)
+
+
+def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, marks: dict[str, int]) -> tuple[int, Any]:
+    """Greedy generation of exactly `new_tokens` per user; the number generated and the cache."""
+    import torch
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import LogitsProcessor
+
+    class Mark(LogitsProcessor):
+        """Notes when the first token's logits are there: prefill is over."""
+
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            marks.setdefault("decode", time.time_ns())
+            return scores
+
+    with torch.inference_mode():
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([Mark()]),
+            pad_token_id=0,
+        )
+    return out.sequences.shape[1] - prompt.shape[1], out.past_key_values
+
+
+def _phase_peaks(profile: Any, marks: dict[str, int]) -> dict[str, int]:
+    """The most bytes allocated by torch in each phase, from the allocator's events in order."""
+    phases = sorted(marks.items(), key=lambda item: item[1])
+    peaks = {name: 0 for name, _ in phases}
+    live = 0
+    for start_ns, num_bytes in sorted(_memory_events(profile)):
+        live += num_bytes
+        current = next((name for name, begin in reversed(phases) if start_ns >= begin), phases[0][0])
+        peaks[current] = max(peaks[current], live)
+    return peaks
+
+
+def _memory_events(profile: Any) -> Iterator[tuple[int, int]]:
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            yield event.start_ns(), event.nbytes()
+
+
+def _residents(model: PreTrainedModel, cache: Any) -> dict[str, int]:
+    """Bytes on distinct storages by owner, as they lie in memory now."""
+    from haversack.engine.packed_tensor import PackedStack, PackedTensor
+
+    plan = model.haversack
+    resident: list[torch.Tensor] = []
+    mapped: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = list(model.buffers())
+    seen: set[str] = set()
+    for parameter in model.parameters():
+        if isinstance(parameter, PackedStack | PackedTensor):
+            tensors = parameter.experts if isinstance(parameter, PackedStack) else (parameter,)
+            for block in (block for tensor in tensors for block in tensor.blocks):
+                mode = plan.placement(block.matrix.site_id)
+                if block.matrix.site_id in seen or mode == "streamed":
+                    continue
+                seen.add(block.matrix.site_id)
+                (mapped if mode == "mapped" else resident).extend(block.matrix.tensors().values())
+        else:
+            rest.append(parameter)
+    window = getattr(model, "haversack_window", None)
+    rows = {
+        "weights": _distinct_bytes(resident),
+        "weights (mapped)": sum(tensor.nbytes for tensor in mapped),
+        "weights (stream window)": 0 if window is None else window.window_bytes,
+        "rest": _distinct_bytes(rest),
+        "kv": cache.num_bytes() if hasattr(cache, "num_bytes") else 0,
+    }
+    return {owner: num_bytes for owner, num_bytes in rows.items() if num_bytes}
+
+
+def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _kernels(packed: Any) -> dict[str, str]:
+    """For each kind of option, the kernel that one token and a prefill chunk run through."""
+    from haversack.parts.weights.base import WeightOption
+
+    found: dict[str, str] = {}
+    for site in packed.described.weights:
+        option = WeightOption.from_dict(packed.folder.manifest.sites[site.id].option)
+        names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
+        found.setdefault(option.label, " / ".join(dict.fromkeys(names)))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_run(Path(sys.argv[1]))))

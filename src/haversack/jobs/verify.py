@@ -1,0 +1,124 @@
+"""Verifying a packed folder: what was promised, hashed before anything loaded, against what a fresh process really took."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from haversack.errors import HaversackError, ModelNotFoundError, PlanError
+from haversack.formats.packed_folder import PLAN_NAME
+from haversack.plan.schema import Plan
+from haversack.units import format_seconds
+
+Progress = Callable[[str, int, int], None]
+VERIFIED_NAME = "verified.json"
+
+
+class VerifyError(HaversackError):
+    """The measured run failed; the message holds its last line."""
+
+
+def verify(folder: str | Path, *, quality: bool = True, progress: Progress | None = None) -> dict[str, Any]:
+    """Run the planned workload in a fresh process; predicted against measured per resident and time point, what nobody owns, speed,
+    kernels, and quality before and after where the unpacked model is still there. Leaves `verified.json` in the folder.
+
+    Raises PlanError for a folder that is not packed or was edited, VerifyError if the run fails.
+    """
+    from haversack.engine.load import open_packed
+
+    folder = Path(folder)
+    packed = open_packed(folder)
+    plan = Plan.from_json(packed.folder.plan_text, str(folder / PLAN_NAME))
+    tell = progress or (lambda what, done, total: None)
+    tell("running the workload", 0, 1)
+    measured = _run_fresh(folder)
+    tell("running the workload", 1, 1)
+    rows = _byte_rows(plan, measured)
+    figures = _figures(plan, measured)
+    notes = list(plan.notes)
+    if quality:
+        from haversack.jobs.quality import compare_quality
+
+        try:
+            figures += compare_quality(packed, plan, tell)
+        except (ModelNotFoundError, PlanError) as error:
+            notes.append(f"quality was not measured: {error}".rstrip("."))
+    budget = plan.budget.num_bytes
+    peak = measured["peak_private_bytes"] if plan.budget.kind == "process" else max(measured["tensor_peaks"].values())
+    report = {
+        "folder": str(folder),
+        "prediction_hash": plan.prediction_hash,
+        "within_budget": budget is None or peak <= budget,
+        "budget_bytes": budget,
+        "peak_bytes": peak,
+        "bytes": rows,
+        "figures": figures,
+        "kernels": measured["kernels"],
+        "notes": notes,
+        "measured": measured,
+    }
+    partial = folder / (VERIFIED_NAME + ".partial")
+    try:
+        partial.write_text(json.dumps(report, indent=1))
+        partial.rename(folder / VERIFIED_NAME)
+    except OSError as error:
+        report["notes"].append(f"the figures could not be kept in {folder}: {error.strerror}")
+    return report
+
+
+def _run_fresh(folder: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "haversack.jobs.measured_run", str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        check=False,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        killed = f" (signal {-done.returncode})" if done.returncode < 0 else ""
+        raise VerifyError(f"the measured run of {folder} failed{killed}: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _byte_rows(plan: Plan, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Residents, then tensor peaks by time point, then the process."""
+    timeline = plan.prediction.timeline
+    runtime = timeline["decode"].get("runtime", {}).get("device", 0)
+    rows: list[dict[str, Any]] = []
+    owners = timeline["decode"]
+    for owner, found in measured["residents"].items():
+        tier = "disk" if owner == "weights (mapped)" else "device"
+        rows.append({"what": owner, "predicted": owners.get(owner, {}).get(tier, 0), "measured": found})
+    for point, found in measured["tensor_peaks"].items():
+        predicted = plan.ledger.total_bytes(point) - runtime
+        rows.append({"what": f"tensors at {point}", "predicted": predicted, "measured": found})
+    peak = measured["peak_private_bytes"]
+    if runtime:
+        rows.append({"what": "runtime", "predicted": runtime, "measured": measured["imported_private_bytes"]})
+        rows.append({"what": "process peak (private)", "predicted": plan.prediction.peak_bytes, "measured": peak})
+    else:
+        rows.append({"what": "process peak (private)", "predicted": None, "measured": peak})
+    owned = measured["imported_private_bytes"] + max(measured["tensor_peaks"].values())
+    rows.append({"what": "unaccounted", "predicted": None, "measured": peak - owned})
+    rows.append({"what": "file pages (evictable)", "predicted": None, "measured": measured["file_bytes"]})
+    return rows
+
+
+def _figures(plan: Plan, measured: dict[str, Any]) -> list[dict[str, str]]:
+    prediction = plan.prediction
+    seconds = measured["seconds_per_step"]
+    rows = [
+        ("load", format_seconds(prediction.load_seconds), format_seconds(measured["load_seconds"])),
+        ("prefill", format_seconds(prediction.prefill_seconds), format_seconds(measured["prefill_seconds"])),
+        ("decode step", format_seconds(prediction.seconds_per_token), format_seconds(seconds) if seconds else "-"),
+        ("tokens/s", "", f"{measured['decode_tokens_per_second']:.3g}"),
+        ("fraction of the bound", "1", f"{prediction.seconds_per_token / seconds:.2f}" if seconds else "-"),
+    ]
+    rows += [(f"kernel of {option}", "", name) for option, name in measured["kernels"].items()]
+    return [{"what": what, "predicted": predicted, "measured": found} for what, predicted, found in rows]

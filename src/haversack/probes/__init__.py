@@ -1,0 +1,17 @@
+"""Tasks that need the far past: recall and copying probes, and exact-match scores of a model, or of a cache method, on them."""
+
+from haversack.probes.score import (
+    EncodedProbe,
+    encode_probe,
+    exact_match,
+    score_answers,
+    score_forward,
+    token_counter,
+    window_mask,
+)
+from haversack.probes.tasks import HELD_OUT, SEEN, AnswerInPrompt, Probe, check_probe, make_copy, make_recall
+
+__all__ = [
+    "HELD_OUT", "SEEN", "AnswerInPrompt", "EncodedProbe", "Probe", "check_probe", "encode_probe", "exact_match", "make_copy", "make_recall",
+    "score_answers", "score_forward", "token_counter", "window_mask",
+]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Recall and copying tasks: text in which something must be found again, and how much of it there is.
+
+One generator makes the reference models' curriculum and the evaluation of cache methods. It knows no model: lengths are steered by a
+tokenizer's own count. Templates are split in two: `SEEN` ones may be trained on, `HELD_OUT` never are.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+ValueKind = Literal["word", "digits"]
+Form = Literal["records", "needle"]
+
+# Short common nouns and adjectives; every one is an ordinary lower-case word of the prose that models train on.
+_WORDS = """
+    able acid alarm album angle apple arch area army arrow atlas aunt autumn axis badge baker band bank basin beach beam bean bear bell belt
+    bench bird blade block blue board boat body bold bone book boot border bottle bowl box brain branch brass brave bread brick bridge bright
+    broad brown brush bucket butter button cabin cable cake calm camel camera camp candle canvas cargo carpet castle cat cause cave chain chair
+    chalk cheese cherry chest chief child circle city clay clean clear clock cloth cloud coach coal coast coin cold copper corn cotton couch
+    country cream crew crop cross crowd crown cup curve dance dark deep deer desert desk dinner dish doctor door dozen dream dress drum duck
+    dust eagle early earth east edge egg elbow empty engine even exact fabric face fair faith farm fast father feast fence fever field final
+    finger fire fish flag flame flat floor flour flower fog food forest fork fox frame fresh friend frost fruit garden gate gentle giant gift
+    glass glove goat gold grain grand grape grass gray green ground guest guitar hammer hand happy harbor hat hawk heart heavy hill hollow
+    honey horn horse hotel house human hunter ice island ivory jacket jewel judge juice jungle kettle king kitchen knee knife ladder lake lamp
+    large lawn leaf lemon letter level light lily lime linen lion lock long loose lunch magic maple marble market meadow meal metal milk mill
+    mirror moon mother motor mountain mouse mouth music narrow nation needle nest night noble noise north novel number oak ocean office olive
+    onion orange orchard oven owl oyster page paint palace panel paper parade park path peach pearl pencil pepper piano picture pilot pine
+    pink planet plate pocket poem pond potato powder prince proud purple quick quiet rabbit radio rain rapid raven ribbon rice rich ring river
+    road robin rock roof room root rope rose rough round royal rug sail salt sand scale school sea season seed shade shadow sharp sheep shell
+    ship shirt shoe shore short silent silk silver simple sister sky sleep slow small smoke smooth snow soap soft soil solid song soup south
+    space spider spoon spring square stable star steam steel stone storm story strong sugar summer sun sweet swift table tailor tall tea tent
+    thick thin tiger timber toast tower town track train tree trumpet tulip tunnel turtle uncle valley velvet village violin voice wagon wall
+    warm water wave wax west wheat wheel white wide wild window wine winter wolf wood wool yard yellow young zebra
+"""
+WORDS = tuple(_WORDS.split())
+
+SEEN = {
+    "code": ("The {key} code is {value}.\n", "What is the {key} code? The {key} code is"),
+    "table": ("| {key} | {value} |\n", "Row {key} says:"),
+    "assign": ("{key} = {value}\n", ">>> print({key})\n>>>"),
+    "room": ("Note that {key} stays in room {value} today.\n", "Question: where does {key} stay? Answer: room"),
+    "pair": ("{key}: {value}\n", "{key}:"),
+    "gave": ("Someone gave {value} to {key} and left.\n", "What did {key} get? It was"),
+}
+HELD_OUT = {
+    "box": ("Inside the {key} box lies {value};\n", "Look again. Inside the {key} box lies"),
+}
+TEMPLATES = SEEN | HELD_OUT
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One task: `context` is read (and may then be evicted), `question` ends right before `answer`, which starts with a space."""
+
+    context: str
+    question: str
+    answer: str
+
+
+class AnswerInPrompt(ValueError):
+    """The question gives its answer away, or the context does not state it: a score would mean nothing."""
+
+
+def check_probe(probe: Probe) -> None:
+    """Raise AnswerInPrompt where the question holds (the start of) the answer, or the context does not hold it."""
+    answer = probe.answer.strip()
+    if not answer:
+        raise AnswerInPrompt("empty answer")
+    if answer not in probe.context:
+        raise AnswerInPrompt(f"answer {answer!r} is not in the context")
+    first = answer.split()[0]
+    if first in probe.question.split() or probe.question.endswith((first, probe.answer[:2], " ")):
+        raise AnswerInPrompt(f"question {probe.question!r} already holds (the start of) its answer {answer!r}")
+
+
+def make_value(rng: random.Random, kind: ValueKind, not_among: Sequence[str] = ()) -> str:
+    """A word, or three digits, that is not among the given ones."""
+    while True:
+        value = rng.choice(WORDS) if kind == "word" else f"{rng.randrange(1000):03d}"
+        if value not in not_among:
+            return value
+
+
+def make_records(rng: random.Random, num_records: int, kind: ValueKind) -> list[tuple[str, str]]:
+    """(key, value) pairs: keys are different words, no value is a key, digit values are drawn freely."""
+    num_keys = min(num_records, 3 * len(WORDS) // 4)
+    keys = rng.sample(WORDS, num_keys)
+    return [(key, make_value(rng, kind, keys)) for key in keys]
+
+
+def make_recall(
+    rng: random.Random,
+    count_tokens: Callable[[str], int],
+    *,
+    distance_tokens: int,
+    template: str,
+    kind: ValueKind,
+    form: Form = "records",
+    filler: str = "",
+    preamble_tokens: int = 16,
+) -> Probe:
+    """A probe whose statement stands `distance_tokens` before the question, within a record's length.
+
+    `form="records"`: other records fill the distance. `form="needle"`: `filler`, a long text, of which a random stretch is cut.
+    About `preamble_tokens` of the same material come before the statement, so that sink tokens don't hold it.
+    """
+    statement, question = TEMPLATES[template]
+    records = make_records(rng, 3 * len(WORDS) // 4, kind)
+    key, value = records.pop()
+    needle = statement.format(key=key, value=value)
+    records = [record for record in records if record[1] != value]
+    fill = _record_filler(records, statement) if form == "records" else _text_filler(rng, filler, value)
+    before = _take(fill, count_tokens, preamble_tokens)
+    after = _take(fill, count_tokens, distance_tokens - count_tokens(needle))
+    return Probe(before + needle + after, question.format(key=key), f" {value}")
+
+
+def make_copy(rng: random.Random, count_tokens: Callable[[str], int], *, num_tokens: int) -> Probe:
+    """A list of different words, to be written again: the answer, `num_tokens` or a little less, is all of it but the first word, which the
+    question gives.
+    """
+    words = rng.sample(WORDS, min(num_tokens, len(WORDS)))
+    while count_tokens(" " + " ".join(words[1:])) > num_tokens:
+        words.pop()
+    text = " ".join(words)
+    return Probe(f"Copy this list: {text}.\n", f"Copy: {words[0]}", text[len(words[0]) :])
+
+
+def _record_filler(records: list[tuple[str, str]], statement: str) -> list[str]:
+    return [statement.format(key=key, value=value) for key, value in records]
+
+
+def _text_filler(rng: random.Random, filler: str, value: str) -> list[str]:
+    lines = [line for line in filler.splitlines(keepends=True) if line.strip() and f" {value}" not in line]
+    start = rng.randrange(max(1, len(lines) // 2))
+    return lines[start:]
+
+
+def _take(fill: list[str], count_tokens: Callable[[str], int], num_tokens: int) -> str:
+    """Leading pieces of `fill`, removed from it, up to the token count (the last one that would pass it stays out)."""
+    taken, counted = [], 0
+    while fill:
+        length = count_tokens(fill[0])
+        if counted + length > num_tokens:
+            break
+        counted += length
+        taken.append(fill.pop(0))
+    return "".join(taken)

@@ -1,0 +1,169 @@
+"""The page: a plan, and what was measured where `verify` left it, as one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from haversack.errors import OutputError, PlanError
+from haversack.formats.packed_folder import PLAN_NAME
+from haversack.parts.kv.base import KVOption
+from haversack.parts.weights.base import WeightOption
+from haversack.plan.schema import Plan
+from haversack.report.charts import Bar, FrontPoint, SiteCell, pareto, site_map, stacked_bars
+from haversack.units import format_bytes, format_seconds
+
+VERIFIED_NAME = "verified.json"
+"""What `verify` leaves in a packed folder; the page shows it where it is there."""
+
+
+def write_report(source: str | Path, output: str | Path) -> Path:
+    """Write the page for a packed folder or a plan file. Raises PlanError (no plan there), OutputError (can't write)."""
+    source, output = Path(source), Path(output)
+    folder = source if source.is_dir() else None
+    plan = Plan.read(source / PLAN_NAME if folder else source)
+    measured = None
+    if folder and (folder / VERIFIED_NAME).exists():
+        try:
+            measured = json.loads((folder / VERIFIED_NAME).read_text())
+        except ValueError:
+            raise PlanError(f"{folder / VERIFIED_NAME} is not JSON; run `haversack verify {folder}` again.") from None
+    page = render(plan, measured, str(source))
+    partial = output.with_name(output.name + ".partial")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        partial.rename(output)
+    except OSError as error:
+        raise OutputError(f"can't write the report to {output}: {error.strerror}.") from None
+    return output
+
+
+def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
+    """The page as text."""
+    import jinja2
+
+    template = resources.files("haversack.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    bars, owners = _bars(plan)
+    budget = plan.budget.num_bytes
+    return environment.from_string(template).render(
+        title=f"{Path(plan.model.name).name or plan.model.name}, packed",
+        lead=_lead(plan),
+        owners=owners,
+        memory_svg=stacked_bars(bars, owners, budget),
+        summary=_summary(plan),
+        sites_svg=site_map(_cells(plan)),
+        front_svg=pareto(_front(plan), budget) if plan.front else "",
+        measured=_measured_rows(measured),
+        choices=_choices(plan),
+        commands=_commands(plan, source),
+        plan_json=plan.to_json(),
+    )
+
+
+def _lead(plan: Plan) -> str:
+    workload, budget = plan.workload, plan.budget
+    size = f"a {budget.kind} budget of {format_bytes(budget.num_bytes)}" if budget.num_bytes else "the fewest bytes"
+    return (
+        f"{plan.model.architecture}, {plan.model.num_parameters / 1e6:,.1f} million parameters, in {size}, for "
+        f"{workload['users']} x {workload['prompt_tokens'] + workload['generate_tokens']:,} tokens. "
+        f"Prediction {plan.prediction_hash[:16]}."
+    )
+
+
+def _bars(plan: Plan) -> tuple[list[Bar], list[str]]:
+    """For each time point: everything at 16 bits and resident, and this plan."""
+    neutral_weights = sum(row.neutral_bytes for row in plan.weights)
+    neutral_kv = sum(row.neutral_bytes for row in plan.kv)
+    bars, owners = [], []
+    for point in plan.prediction.timeline:
+        after = plan.ledger.owners_at(point)
+        before = {k: v for k, v in after.items() if not k.startswith(("weights", "kv"))}
+        before = {"weights": neutral_weights, **({"kv": neutral_kv} if point != "load" else {}), **before}
+        bars += [Bar(point, "16 bits", before), Bar(point, "plan", after)]
+        owners += [*after, *before]
+    return bars, list(dict.fromkeys(owners))
+
+
+def _summary(plan: Plan) -> list[tuple[str, str]]:
+    prediction = plan.prediction
+    stored = sum(row.stored_bytes for row in plan.weights)
+    neutral = sum(row.neutral_bytes for row in plan.weights)
+    kv_stored, kv_neutral = sum(r.stored_bytes for r in plan.kv), sum(r.neutral_bytes for r in plan.kv)
+    damage = prediction.damage
+    lost = "unknown" if damage.nats is None else f"{damage.nats:.4g} nats per token, {damage.label}"
+    return [
+        ("peak", f"{format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point}"),
+        ("weights", f"{format_bytes(stored)} of {format_bytes(neutral)} ({stored / max(1, neutral):.1%})"),
+        (
+            "keys and values",
+            f"{format_bytes(kv_stored)} of {format_bytes(kv_neutral)} ({kv_stored / max(1, kv_neutral):.1%})",
+        ),
+        ("damage", lost + (f" ({damage.source})" if damage.source else "")),
+        ("decode", f"{format_seconds(prediction.seconds_per_token)} per step at the memory's bound"),
+        ("solver", f"{plan.solve.method}; {plan.solve.num_choices:,} choices at {plan.solve.num_groups:,} places"),
+    ]
+
+
+def _cells(plan: Plan) -> list[SiteCell]:
+    cells: dict[tuple[int | None, str], list[Any]] = {}
+    for row in plan.weights:
+        cells.setdefault((row.layer, row.role), []).append(row)
+    out = []
+    for (layer, role), rows in cells.items():
+        bits = sum(r.stored_bytes for r in rows) * 8 / sum(r.num_parameters for r in rows)
+        names = ", ".join(dict.fromkeys(WeightOption.from_dict(r.option).label for r in rows))
+        out.append(SiteCell(layer, role, bits, f"{rows[0].site}: {bits:.2f} bits per weight, {names}; {rows[0].why}"))
+    return out
+
+
+def _front(plan: Plan) -> list[FrontPoint]:
+    points = [FrontPoint(p["peak_bytes"], p["damage"], p["kind"], p["label"]) for p in plan.front]
+    if plan.prediction.damage.nats:
+        points.append(FrontPoint(plan.prediction.peak_bytes, plan.prediction.damage.nats, "chosen", "this plan"))
+    return points
+
+
+def _measured_rows(measured: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for row in (measured or {}).get("bytes", ()):
+        predicted, found = row["predicted"], row["measured"]
+        gap = "" if predicted is None or found is None else f"{found - predicted:+,}"
+        rows.append(
+            (
+                row["what"],
+                "" if predicted is None else format_bytes(predicted),
+                "" if found is None else format_bytes(found),
+                "equal" if gap in ("+0", "-0") else gap,
+            )
+        )
+    rows += [(row["what"], row["predicted"], row["measured"], "") for row in (measured or {}).get("figures", ())]
+    return rows
+
+
+def _choices(plan: Plan) -> list[tuple[str, str, str, str, str, str, str]]:
+    rows = []
+    for weight in plan.weights:
+        label, where = WeightOption.from_dict(weight.option).label, weight.placement["part"]
+        rows.append((weight.site, label, where, *_cost(weight)))
+    for kv in plan.kv:
+        rows.append((kv.site, KVOption.from_dict(kv.option).label, "keys and values", *_cost(kv)))
+    return rows
+
+
+def _cost(row: Any) -> tuple[str, str, str, str]:
+    damage = "unknown" if row.damage is None else f"{row.damage:.2g}"
+    return format_bytes(row.stored_bytes), f"{row.stored_bytes / max(1, row.neutral_bytes):.0%}", damage, row.why
+
+
+def _commands(plan: Plan, source: str) -> str:
+    workload = plan.workload
+    flag = "--budget" if plan.budget.kind == "process" else "--tensor-budget"
+    limit = f"{flag} {plan.budget.num_bytes}" if plan.budget.num_bytes else f"--max-damage {plan.budget.max_damage}"
+    lengths = f"--prompt-tokens {workload['prompt_tokens']} --generate-tokens {workload['generate_tokens']}"
+    return (
+        f"haversack pack {plan.model.name} {limit} {lengths} --users {workload['users']} -o DIR\n"
+        f"haversack verify {source}\nhaversack report {source} -o report.html"
+    )
