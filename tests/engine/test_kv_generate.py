@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -291,6 +293,38 @@ def test_plans_survive_json(llama):
     assert KVPlan.from_dict(plan.to_dict()) == plan
     with pytest.raises(PlanError, match="malformed"):
         KVPlan.from_dict({"sites": []})
+
+
+def test_caches_copy_and_outlive_inference_mode(llama):
+    """A prompt's cache, filled in inference mode, is copied for two continuations that don't disturb each other."""
+    tokens = prompt(1, 30)
+    llama.set_attn_implementation(NAME)
+    cache = HaversackCache(plan_for(llama, KVOption(SinksAndWindow(2, 35), QuantizedKV(8, 8, 32, 0))))
+    with torch.inference_mode():
+        llama(tokens, past_key_values=cache, use_cache=True)
+    other = copy.deepcopy(cache)
+    expected = logits_in_chunks(llama, tokens[:, :8], cache, (4, 4))
+    assert torch.equal(logits_in_chunks(llama, tokens[:, :8], other, (4, 4)), expected)
+    assert cache.num_bytes() == other.num_bytes()
+    llama(tokens[:, :1], past_key_values=cache, use_cache=True).logits.sum().backward()
+    assert not any(tensor.requires_grad for layer in cache.planned for tensor in layer.store.tensors.values())
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_padding_and_windows_hold_without_a_planned_cache(model, cached):
+    """The attention function under transformers' own cache, and under none, against eager."""
+    tokens = prompt(2, 30)
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    model.set_attn_implementation(NAME)
+    if cached:
+        found = logits_in_chunks(model, tokens, DynamicCache(config=model.config), (13, 10, 1, 6), mask)
+    else:
+        with torch.no_grad():
+            found = model(tokens, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-4, rtol=1e-4)
 
 
 def test_attention_that_never_arrives_is_noticed(llama):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -299,3 +302,12 @@ def test_sites_that_cannot_be_reached_are_refused():
     shared = AttentionSite("layer", 3, "module", 4, 2, 32, 32, shares_with=1)
     with pytest.raises(UnsupportedModelError, match="reuses another layer"):
         KVOption().stored(shared, batch_size=1, capacity_tokens=8, dtype="BF16")
+
+
+def test_listing_the_parts_does_not_import_torch():
+    code = (
+        "import sys, pkgutil, importlib, haversack.parts.kv as kv\n"
+        "for module in pkgutil.iter_modules(kv.__path__, 'haversack.parts.kv.'): importlib.import_module(module.name)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -88,6 +88,7 @@ class RingLayer(KVLayer):
     # Growing
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        keys, values = keys.detach(), values.detach()  # or a slab would hold the graph of every step
         num_new = keys.shape[2]
         num_real = [num_new] * self.batch_size if real is None else [int(n) for n in real.sum(-1)]
         if not self.regions.drops:
@@ -355,12 +356,21 @@ class RingLayer(KVLayer):
             raise UsageError(f"{self.site.id}: {len(order)} rows were asked of a cache of {self.batch_size}.")
         if order == list(range(self.batch_size)):
             return
-        for tensor in self.tensors.values():
-            for first in range(0, tensor.shape[2], KEY_BLOCK_TOKENS_PREFILL):
-                block = tensor[:, :, first : first + KEY_BLOCK_TOKENS_PREFILL]
+        for name, tensor in self.tensors.items():
+            used = self._used_slots(name)
+            for first in range(0, used, KEY_BLOCK_TOKENS_PREFILL):
+                block = tensor[:, :, first : min(first + KEY_BLOCK_TOKENS_PREFILL, used)]
                 block.copy_(block.index_select(0, index.to(tensor.device)))
         self.counts = [self.counts[i] for i in order]
         self.packed_until = [self.packed_until[i] for i in order]
+
+    def _used_slots(self, name: str) -> int:
+        """Slots of a slab, along its third axis, that some row has written to."""
+        slots = self.tensors[name].shape[2]
+        if self.packed is None or name in ("keys", "values"):
+            return min(slots, max(self.counts))
+        groups = min(self.packed.num_groups, max(self.packed_until) // self.packed.group_tokens)
+        return slots // self.packed.num_groups * groups
 
     def resized(self, index: torch.Tensor) -> RingLayer:
         order = [int(i) for i in index]

@@ -29,7 +29,11 @@ def plain_slabs(site: AttentionSite, batch_size: int, num_tokens: int, dtype: st
 
 
 def allocate(declared: tuple[StoredTensor, ...], device: str | torch.device) -> dict[str, torch.Tensor]:
-    """The declared tensors, zero: a slot that is not written yet is multiplied by a probability of zero."""
+    """The declared tensors, zero: a slot that is not written yet is multiplied by a probability of zero.
+
+    Never tensors of inference mode, which could not be written to after a prefill that ran in it.
+    """
     import torch
 
-    return {t.name: torch.zeros(t.shape, dtype=torch_dtype(t.dtype), device=device) for t in declared}
+    with torch.inference_mode(False):
+        return {t.name: torch.zeros(t.shape, dtype=torch_dtype(t.dtype), device=device) for t in declared}
