@@ -29,8 +29,10 @@ class PackedSite:
 def take_off(model: nn.Module, sites: Sequence[WeightSite]) -> None:
     """Remove the parameters of `sites` (and of the modules tied to them) from a model on `meta`, and clear its ties."""
     for site in sites:
-        for module in (site.module, *site.tied_modules):
-            model.get_submodule(module)._parameters[site.parameter] = None
+        for name in (site.module, *site.tied_modules):
+            module = model.get_submodule(name)
+            module._parameters[site.parameter] = None
+            module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would fill what is not there
     if any(site.tied_modules for site in sites):
         clear_ties(model)
 

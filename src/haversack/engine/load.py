@@ -73,7 +73,7 @@ def open_packed(path: str | Path) -> PackedModel:
     folder.require_layouts(LAYOUTS)
     config = json.loads((folder.path / "config.json").read_text())
     config.pop("quantization_config", None)
-    described = describe_model({**config, "_name_or_path": str(folder.path)})
+    described = describe_model(config)
     plan = json.loads(folder.plan_text)
     if {site.id for site in described.weights} != set(folder.manifest.sites):
         raise PlanError(

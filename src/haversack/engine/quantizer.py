@@ -30,8 +30,11 @@ class HaversackQuantizer(HfQuantizer):
     requires_calibration = False
 
     def update_attn_implementation(self, config: Any) -> Any:
+        """Opens the folder too: here transformers has not yet begun to build the model, so that ours can be described."""
         from haversack.engine import attention
+        from haversack.engine.load import open_packed
 
+        self.packed = open_packed(config._name_or_path)
         attention.register()
         config._attn_implementation = attention.NAME
         return config
@@ -40,9 +43,8 @@ class HaversackQuantizer(HfQuantizer):
         """Nothing beyond this package is needed."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from haversack.engine.load import open_packed, prepare
+        from haversack.engine.load import prepare
 
-        self.packed = open_packed(model.config._name_or_path)
         prepare(model, self.packed)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
