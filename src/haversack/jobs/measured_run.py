@@ -1,7 +1,8 @@
 """The planned workload in a process of its own, measured by instruments that predict nothing.
 
-Run as `python -m haversack.jobs.measured_run DIR`; prints one JSON object. Tensor bytes come from the allocator's own reports
-(torch's profiler), process bytes from the operating system, and each resident from the storages that are really there.
+`python -m haversack.jobs.measured_run process DIR` asks the operating system for the process's pages and times the run;
+`... tensors DIR` reads the allocator's own reports (torch's profiler, whose own memory would spoil the first) and counts
+each resident on the storages that are really there. Either prints one JSON object.
 """
 
 from __future__ import annotations
@@ -17,50 +18,31 @@ from haversack.jobs import memory
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 PROFILED_TOKENS = 8
-"""Decode steps under the profiler; every step allocates alike, and the full workload runs again without it."""
+"""Decode steps under the profiler: every step allocates alike."""
 
 
-def measure_run(folder: Path) -> dict[str, Any]:
-    """Load and run a packed folder's workload; what was allocated, held and how fast it went."""
+def measure_process(folder: Path) -> dict[str, Any]:
+    """Load and run a packed folder's workload: private pages, their peak, and times."""
     memory.return_freed_memory()
     import torch
-    import transformers  # noqa: F401
 
-    from haversack.jobs.run import load, open_tokenizer
-
-    # What `load` imports is part of the runtime's baseline, so import it before looking.
-    import haversack.engine.load  # noqa: F401  isort: skip
-    from transformers import AutoModelForCausalLM  # noqa: F401
-
+    _import_runtime()
     imported_private, imported_file = memory.private_bytes(), memory.file_bytes()
     marks: dict[str, int] = {}
     with memory.PeakSampler() as sampler:
-        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            marks["load"] = time.time_ns()
-            started = time.perf_counter()
-            model = load(folder)
-            load_seconds = time.perf_counter() - started
-            load_private = memory.private_bytes()
-            plan = model.haversack
-            workload = plan.plan["workload"]
-            prompt = _prompt(
-                folder, workload["users"], workload["prompt_tokens"], plan.described.vocab_size, open_tokenizer
-            )
-            marks["prefill"] = time.time_ns()
-            cache = _generate(model, prompt, max(1, min(PROFILED_TOKENS, workload["generate_tokens"])), marks)[1]
-            residents = _residents(model, cache)
-            del cache
-        tensor_peaks = _phase_peaks(profile, marks)
-        del profile
-        marks = {}
+        started = time.perf_counter()
+        model = _load(folder)
+        load_seconds = time.perf_counter() - started
+        load_private = memory.private_bytes()
+        workload = model.haversack.plan["workload"]
+        prompt = _prompt(folder, model, workload)
         started_ns = time.time_ns()
         number, _ = _generate(model, prompt, max(1, workload["generate_tokens"]), marks)
         ended_ns = time.time_ns()
-    first_ns = marks["decode"]
-    decode_seconds = (ended_ns - first_ns) / 1e9
+    decode_seconds = (ended_ns - marks["decode"]) / 1e9
+    steps = max(0, number - 1)
     window = getattr(model, "haversack_window", None)
     return {
         "imported_private_bytes": imported_private,
@@ -68,40 +50,76 @@ def measure_run(folder: Path) -> dict[str, Any]:
         "loaded_private_bytes": load_private,
         "peak_private_bytes": sampler.peak_bytes,
         "file_bytes": memory.file_bytes(),
-        "tensor_peaks": tensor_peaks,
-        "residents": residents,
         "load_seconds": load_seconds,
-        "prefill_seconds": (first_ns - started_ns) / 1e9,
-        "decode_tokens_per_second": workload["users"] * (number - 1) / decode_seconds if number > 1 else 0.0,
-        "seconds_per_step": decode_seconds / (number - 1) if number > 1 else 0.0,
+        "prefill_seconds": (marks["decode"] - started_ns) / 1e9,
+        "decode_tokens_per_second": workload["users"] * steps / decode_seconds,
+        "seconds_per_step": decode_seconds / steps if steps else 0.0,
         "threads": torch.get_num_threads(),
-        "kernels": _kernels(plan),
+        "kernels": _kernels(model.haversack),
         "stall_seconds": window.statistics.stall_seconds if window is not None else None,
     }
 
 
-def _prompt(folder: Path, users: int, num_tokens: int, vocab_size: int, open_tokenizer: Any) -> torch.Tensor:
-    """`(users, num_tokens)` of the shipped calibration text, or seeded random ids where there is no tokenizer."""
+def measure_tensors(folder: Path) -> dict[str, Any]:
+    """Load and run a packed folder's workload under torch's profiler: allocated bytes by phase, residents by owner."""
+    import torch
+
+    _import_runtime()
+    marks = {"load": time.time_ns()}
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model = _load(folder)
+        workload = model.haversack.plan["workload"]
+        prompt = _prompt(folder, model, workload)
+        marks["prefill"] = time.time_ns()
+        _, cache = _generate(model, prompt, max(1, workload["generate_tokens"]), marks, stop_after=PROFILED_TOKENS)
+    return {"residents": _residents(model, cache), "tensor_peaks": _phase_peaks(profile, marks)}
+
+
+def _import_runtime() -> None:
+    """What loading imports is the runtime's, so it comes before the first look."""
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    import haversack.engine.load  # noqa: F401
+
+
+def _load(folder: Path) -> Any:
+    from haversack.jobs.run import load
+
+    return load(folder)
+
+
+def _prompt(folder: Path, model: Any, workload: dict[str, Any]) -> torch.Tensor:
+    """`(users, prompt_tokens)` of the shipped calibration text, or seeded random ids where there is no tokenizer."""
     import torch
 
     from haversack import data
     from haversack.errors import PlanError
+    from haversack.jobs.run import open_tokenizer
 
+    users, num_tokens = workload["users"], workload["prompt_tokens"]
     try:
         ids = open_tokenizer(folder)(data.text("calibration")[: 16 * users * num_tokens])["input_ids"]
     except (PlanError, FileNotFoundError):
         ids = []
     if len(ids) < users * num_tokens:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (users, num_tokens), generator=generator)
+        return torch.randint(model.haversack.described.vocab_size, (users, num_tokens), generator=generator)
     return torch.tensor(ids[: users * num_tokens]).reshape(users, num_tokens)
 
 
-def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, marks: dict[str, int]) -> tuple[int, Any]:
-    """Greedy generation of exactly `new_tokens` per user; the number generated and the cache."""
+def _generate(
+    model: Any, prompt: torch.Tensor, new_tokens: int, marks: dict[str, int], stop_after: int | None = None
+) -> tuple[int, Any]:
+    """Greedy generation of `new_tokens` per user, stopped `stop_after` tokens but in a cache for all of them; the number
+    generated and the cache."""
     import torch
-    from transformers import LogitsProcessorList
+    from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
     from transformers.generation.logits_process import LogitsProcessor
+
+    class Enough(StoppingCriteria):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+            done = stop_after is not None and input_ids.shape[1] - prompt.shape[1] >= stop_after
+            return torch.full((input_ids.shape[0],), done, dtype=torch.bool)  # type: ignore[return-value]
 
     class Mark(LogitsProcessor):
         """Notes when the first token's logits are there: prefill is over."""
@@ -119,6 +137,7 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, mar
             do_sample=False,
             return_dict_in_generate=True,
             logits_processor=LogitsProcessorList([Mark()]),
+            stopping_criteria=StoppingCriteriaList([Enough()]),
             pad_token_id=0,
         )
     return out.sequences.shape[1] - prompt.shape[1], out.past_key_values
@@ -142,7 +161,7 @@ def _memory_events(profile: Any) -> Iterator[tuple[int, int]]:
             yield event.start_ns(), event.nbytes()
 
 
-def _residents(model: PreTrainedModel, cache: Any) -> dict[str, int]:
+def _residents(model: Any, cache: Any) -> dict[str, int]:
     """Bytes on distinct storages by owner, as they lie in memory now."""
     from haversack.engine.packed_tensor import PackedStack, PackedTensor
 
@@ -191,4 +210,5 @@ def _kernels(packed: Any) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_run(Path(sys.argv[1]))))
+    instrument = {"process": measure_process, "tensors": measure_tensors}[sys.argv[1]]
+    print(json.dumps(instrument(Path(sys.argv[2]))))

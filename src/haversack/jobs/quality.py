@@ -28,9 +28,9 @@ def compare_quality(packed: PackedModel, plan: Plan, tell: Progress) -> list[dic
     """
     from haversack.cost.calibrated import tokenize
 
-    model = describe_model(plan.model.name)
+    model = describe_model(plan.model.source)
     if model.fingerprint != plan.model.fingerprint:
-        raise PlanError(f"{plan.model.name} is no longer the model that was packed.")
+        raise PlanError(f"{plan.model.source} is no longer the model that was packed.")
     weights = packed_weights(packed)
     kv = {row.site: KVOption.from_dict(row.option) for row in plan.kv}
     rows = []

@@ -35,9 +35,11 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
     packed = open_packed(folder)
     plan = Plan.from_json(packed.folder.plan_text, str(folder / PLAN_NAME))
     tell = progress or (lambda what, done, total: None)
-    tell("running the workload", 0, 1)
-    measured = _run_fresh(folder)
-    tell("running the workload", 1, 1)
+    tell("running the workload", 0, 2)
+    measured = _run_fresh(folder, "process")
+    tell("running the workload", 1, 2)
+    measured |= _run_fresh(folder, "tensors")
+    tell("running the workload", 2, 2)
     rows = _byte_rows(plan, measured)
     figures = _figures(plan, measured)
     notes = list(plan.notes)
@@ -71,9 +73,9 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
     return report
 
 
-def _run_fresh(folder: Path) -> dict[str, Any]:
+def _run_fresh(folder: Path, instrument: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "haversack.jobs.measured_run", str(folder)],
+        [sys.executable, "-m", "haversack.jobs.measured_run", instrument, str(folder)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -44,7 +44,7 @@ from haversack.recipes.base import candidate_options
 from haversack.solve.exact import Solution, solve
 from haversack.units import format_bytes
 
-DEFAULT_RUNTIME_BYTES = 420 * 2**20
+DEFAULT_RUNTIME_BYTES = 280 * 2**20
 """Private bytes of a process that has imported torch 2.13 (CPU) and transformers 5.23, where this machine's own figure
 was never measured. Plans that use it say so."""
 
@@ -236,6 +236,7 @@ def _answer(question: Question, built: ServingProblem, solution: Solution, chunk
         haversack=__version__,
         model=ModelRecord(
             name=str(question.model.name),
+            source=_source(question.model),
             architecture=question.model.architecture,
             fingerprint=question.model.fingerprint,
             dtype=question.model.dtype,
@@ -261,6 +262,12 @@ def _answer(question: Question, built: ServingProblem, solution: Solution, chunk
     shortfall = 0 if question.budget_bytes is None else max(0, peak_bytes - question.budget_bytes)
     fits = solution.fits and shortfall == 0
     return Answer(plan, fits, shortfall, None if fits else _cheapest_change(question, plan))
+
+
+def _source(model: Model) -> str:
+    if model.folder is not None and model.hub_id is None:
+        return str(model.folder.absolute())
+    return "@".join(part for part in (model.hub_id or model.name, model.revision) if part)
 
 
 def _prefill_seconds(serving: Serving, weights: Sequence[WeightCandidate]) -> float:

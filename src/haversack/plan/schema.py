@@ -75,7 +75,10 @@ class Prediction(_Strict):
 
 
 class ModelRecord(_Strict):
+    """`source` is where the unpacked model was: a folder's absolute path, or a hub id with its revision."""
+
     name: str
+    source: str
     architecture: str
     fingerprint: str
     dtype: str

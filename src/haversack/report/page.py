@@ -164,6 +164,6 @@ def _commands(plan: Plan, source: str) -> str:
     limit = f"{flag} {plan.budget.num_bytes}" if plan.budget.num_bytes else f"--max-damage {plan.budget.max_damage}"
     lengths = f"--prompt-tokens {workload['prompt_tokens']} --generate-tokens {workload['generate_tokens']}"
     return (
-        f"haversack pack {plan.model.name} {limit} {lengths} --users {workload['users']} -o DIR\n"
+        f"haversack pack {plan.model.source} {limit} {lengths} --users {workload['users']} -o DIR\n"
         f"haversack verify {source}\nhaversack report {source} -o report.html"
     )
