@@ -112,7 +112,7 @@ def test_products_and_rows_come_from_the_stored_form(grid, shape):
     assert product.shape == (2, 3, shape[0]) and product.dtype == x.dtype
     # Kernels may round the input to bfloat16 (2^-8) on long inputs; these sums have at most 200 terms.
     assert torch.allclose(product, x @ expected.T, atol=0.02 * expected.abs().max().item() * shape[1] ** 0.5)
-    assert grid.workspace_bytes(6, *shape, torch.float32) >= 0
+    assert grid.workspace_bytes(6, *shape, "F32") >= 0
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
