@@ -8,12 +8,15 @@ import torch
 from tests.describe.families import FAMILIES
 
 
-def save_tiny(family: str, folder: Path, dtype: str = "float32", num_layers: int = 2) -> Path:
+def save_tiny(family: str, folder: Path, dtype: str = "float32", num_layers: int | None = 2) -> Path:
+    """`num_layers` None leaves the family's config as it is."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = {**FAMILIES[family], "dtype": dtype}
-    if family == "gpt2":
+    if num_layers is None:
+        pass
+    elif family == "gpt2":
         config |= {"n_embd": 64, "n_layer": num_layers}
     else:
         config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": num_layers, "head_dim": 16}

@@ -96,6 +96,25 @@ def test_stored_codes_mean_what_the_grid_says(grid, shape):
     assert not values[:, shape[1] :].any()
 
 
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.search], ids=str)
+@pytest.mark.parametrize("shape", [(5, 128), (3, 200)])
+def test_products_and_rows_come_from_the_stored_form(grid, shape):
+    option = WeightOption(grid, NearestRounding())
+    task = task_of(shape)
+    scales = grid.fit(task.weight, task.hessian.diagonal())
+    expected = grid.dequantize(grid.quantize(task.weight, scales), scales)
+    tensors = option.encode(task)
+    assert torch.equal(option.dense(tensors, *shape), expected)
+    index = torch.tensor([2, 0, 2])
+    assert torch.equal(option.rows(index, tensors, shape[1]), expected[index])
+    x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(1))
+    product = option.linear(x, tensors, shape[0])
+    assert product.shape == (2, 3, shape[0]) and product.dtype == x.dtype
+    # Kernels may round the input to bfloat16 (2^-8) on long inputs; these sums have at most 200 terms.
+    assert torch.allclose(product, x @ expected.T, atol=0.02 * expected.abs().max().item() * shape[1] ** 0.5)
+    assert grid.workspace_bytes(6, *shape, "F32") >= 0
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_more_bits_never_hurt_and_search_never_hurts(group_size, symmetric):

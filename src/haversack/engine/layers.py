@@ -12,7 +12,7 @@ embeddings of one batch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +53,15 @@ class StreamedModel:
         if plain and getattr(self.module, "_supports_sdpa", False):  # fused, without a (heads, tokens, tokens) matrix
             self.module.set_attn_implementation("sdpa")
         self.module.config._experts_implementation = "eager"  # experts one by one, each with its own input
+        if any(site.shares_with is not None for site in described.attention):
+            raise self._unsupported("reuse the keys and values of others")
         self._meta = dict(self.module.named_parameters(remove_duplicate=False))
         self._persistent = set(self.module.state_dict().keys())
         own = next(iter(self._meta.values())).dtype
         self.compute_dtype = compute_dtype or (torch.float32 if own == torch.float16 else own)
         _fill_buffers(self.module)
         self._layers_path = _layers_path(described)
-        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
 
     @classmethod
     def open(cls, source: str | Path | Model, compute_dtype: torch.dtype | None = None) -> StreamedModel:
@@ -103,10 +105,7 @@ class StreamedModel:
         call = self._layer_calls(hidden.shape[0], hidden.shape[1])[index]
         output = self.layer_module(index)(hidden, *call.args, **call.kwargs)
         if not isinstance(output, torch.Tensor):
-            raise UnsupportedModelError(
-                f"A layer of {self.described.name!r} returns {type(output).__name__}, not hidden states alone; "
-                "layers of this architecture can't be run one at a time."
-            )
+            raise self._unsupported(f"return {type(output).__name__}, not hidden states alone")
         return output
 
     @contextmanager
@@ -117,16 +116,12 @@ class StreamedModel:
         materialize(self, names)
 
         def embed(token_ids: torch.Tensor) -> torch.Tensor:
-            first: list[torch.Tensor] = []
-
-            def record(index: int, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-                if index == 0:
-                    first.append(hidden)
-                return hidden
-
-            with self._layers_aside(record):
-                self.module.base_model(input_ids=token_ids, use_cache=False)
-            return first[0]
+            hidden, calls = self._record(input_ids=token_ids)
+            if hidden.shape != (*token_ids.shape, self.described.hidden_size) or not _same(
+                calls, self._calls_with(tuple(token_ids.shape))
+            ):
+                raise self._unsupported("get more than hidden states from the tokens")
+            return hidden
 
         try:
             yield embed
@@ -154,21 +149,53 @@ class StreamedModel:
     def _layer_calls(self, num_sequences: int, num_tokens: int) -> list[LayerCall]:
         shape = (num_sequences, num_tokens)
         if shape not in self._calls:
-            calls: list[LayerCall | None] = [None] * self.num_layers
-
-            def record(index: int, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-                calls[index] = LayerCall(args, kwargs)
-                return hidden
-
             names = [n for n in self._outside_names() if n not in (self.input_name, self.head_name)]
             materialize(self, names)
-            dummy = torch.zeros(*shape, self.described.hidden_size, dtype=self.compute_dtype)
-            with torch.no_grad(), self._layers_aside(record):
-                self.module.base_model(inputs_embeds=dummy, use_cache=False)
+            self._calls_with(shape)
             self._release(names)
-            self._calls[shape] = [call for call in calls if call is not None]
-            assert len(self._calls[shape]) == self.num_layers, "the model skipped a layer"
         return self._calls[shape]
+
+    def _calls_with(self, shape: tuple[int, ...]) -> list[LayerCall]:
+        """What layers get besides hidden states; positional parameters outside the layers must be materialised."""
+        if shape not in self._calls:
+            with torch.no_grad():
+                dummy = torch.zeros(*shape, self.described.hidden_size, dtype=self.compute_dtype)
+                self._calls[shape] = self._record(inputs_embeds=dummy)[1]
+        return self._calls[shape]
+
+    def _record(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Run everything but the layers; the first layer's hidden states, and what each layer gets besides."""
+        first: list[torch.Tensor] = []
+        calls: dict[int, LayerCall] = {}
+
+        def record(index: int, hidden: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            if not first:
+                first.append(hidden)
+            calls[index] = LayerCall(args, kwargs)
+            return hidden
+
+        try:
+            with self._layers_aside(record):
+                self.module.base_model(**inputs, use_cache=False)
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ) as error:
+            raise self._unsupported(f"can't stand aside ({' '.join(str(error).split())[:120]})") from error
+        if list(calls) != list(range(self.num_layers)):
+            raise self._unsupported("do not run each once, in order")
+        return first[0], list(calls.values())
+
+    def _unsupported(self, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"The layers of {self.described.name!r} ({self.described.architecture}) {what}, so they can't be run one at a "
+            "time; plan it with cited damage instead of calibrating."
+        )
 
     @contextmanager
     def _layers_aside(self, stand_in: Callable[[int, torch.Tensor, tuple, dict], torch.Tensor]) -> Iterator[None]:
@@ -260,6 +287,19 @@ def site_rows(site: WeightSite) -> slice:
         start, stop = cut.index[axis]
         return slice(start, stop, cut.row_step)
     return slice(None, None, cut.row_step)
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two nests of arguments are equal, tensors by value."""
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        return isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, LayerCall) and isinstance(second, LayerCall):
+        return _same(first.args, second.args) and _same(first.kwargs, second.kwargs)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(_same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second)
 
 
 def _assign(root: nn.Module, name: str, value: torch.Tensor) -> None:
