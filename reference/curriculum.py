@@ -24,13 +24,13 @@ class Phase:
     synthetic_share: float
     echo_share: float  # of the synthetic episodes: the data that teaches looking one token back
     max_tokens: int | None
-    gate_tokens: int | None  # distance at which word recall, and copying, must reach 0.9
+    gate_tokens: int | None  # distance at which recall of words must reach train.GATE_ACCURACY
 
 
 PHASES = (
     Phase(64, 0.85, 0.25, 3_000_000, 32),
-    Phase(256, 0.60, 0.05, 2_500_000, 192),
-    Phase(1024, 0.35, 0.0, 4_000_000, 900),
+    Phase(256, 0.60, 0.05, 1_000_000, 192),
+    Phase(1024, 0.35, 0.0, 1_500_000, 900),
     Phase(1024, 0.15, 0.0, None, None),
 )
 

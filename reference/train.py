@@ -35,7 +35,7 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # small: a CPU's few million tokens
 LEARNING_RATE = {"matrix": 4e-3, "embedding": 1e-2, "other": 3e-3}  # embeddings start large, so they step far
 WARMUP_STEPS = 60
 WEIGHT_DECAY = 0.02
-GATE_ACCURACY = 0.9
+GATE_ACCURACY = 0.6  # the phase change has come; what is left to learn is learned at the next length too
 SAVE_SECONDS = 120
 LOG_STEPS = 20
 EVAL_STEPS = 100
@@ -227,7 +227,7 @@ def _evaluate(run: Run, finish: bool) -> None:
     with (run.folder / "curve.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
     print(f"{run.name} recall at {phase.gate_tokens or 900}: {scores} bits per byte: {curve}", flush=True)
-    passed = phase.gate_tokens is not None and min(scores["word"], scores["copy"]) >= GATE_ACCURACY
+    passed = phase.gate_tokens is not None and scores["word"] >= GATE_ACCURACY
     if passed or (phase.max_tokens is not None and progress.phase_tokens >= phase.max_tokens):
         progress.phase += 1
         progress.phase_tokens = 0
