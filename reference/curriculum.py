@@ -22,15 +22,16 @@ class Phase:
 
     seq_len: int
     synthetic_share: float
+    echo_share: float  # of the synthetic episodes: the data that teaches looking one token back
     max_tokens: int | None
-    gate_tokens: int | None  # distance at which word recall, and copying, must reach 0.9
+    gate_tokens: int | None  # distance at which recall of words must reach train.GATE_ACCURACY
 
 
 PHASES = (
-    Phase(64, 0.85, 3_000_000, 32),
-    Phase(256, 0.60, 2_500_000, 192),
-    Phase(1024, 0.35, 4_000_000, 900),
-    Phase(1024, 0.15, None, None),
+    Phase(64, 0.85, 0.25, 3_000_000, 32),
+    Phase(256, 0.60, 0.05, 1_000_000, 192),
+    Phase(1024, 0.35, 0.0, 1_500_000, 900),
+    Phase(1024, 0.15, 0.0, None, None),
 )
 
 
@@ -38,11 +39,13 @@ class Rows:
     """Draws batches: `tokens` (rows, seq_len + 1) and `weights` (rows, seq_len) of the predicted ones."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, text: dict[str, np.ndarray], seed: int) -> None:
+        self.tokenizer = tokenizer
         self.text = text
         self.seed = seed
         self.boundary = tokenizer.bos_token_id
         self.vocab_size = len(tokenizer)
         self._encode = tokenizer.backend_tokenizer.encode
+        self._word_ids = [token for word in WORDS for token in self._encode(f" {word}").ids]
 
     def batch(self, step: int, phase: Phase, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         rng = random.Random(f"{self.seed}/{step}")
@@ -51,8 +54,10 @@ class Rows:
         # Stratified, not drawn row by row: at four rows a batch, chance would make every other batch all text.
         synthetic = int(num_rows * phase.synthetic_share + rng.random())
         for row in range(num_rows):
-            draw = self._synthetic_row if row < synthetic else self._text_row
-            tokens[row], weights[row] = draw(rng, phase.seq_len + 1)
+            if row < synthetic:
+                tokens[row], weights[row] = self._synthetic_row(rng, phase.seq_len + 1, phase.echo_share)
+            else:
+                tokens[row], weights[row] = self._text_row(rng, phase.seq_len + 1)
             if rng.random() < 0.5:
                 tokens[row, 0] = self.boundary
         return tokens, weights[:, 1:]
@@ -65,14 +70,14 @@ class Rows:
     def _text_row(self, rng: random.Random, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         return self._crop(rng, num_tokens), np.ones(num_tokens, dtype=np.float32)
 
-    def _synthetic_row(self, rng: random.Random, num_tokens: int) -> tuple[list[int], list[float]]:
+    def _synthetic_row(self, rng: random.Random, num_tokens: int, echo_share: float) -> tuple[list[int], list[float]]:
         """Episodes end to end until the row is full; the last is cut. Half the long rows are one episode, for distance."""
         tokens: list[int] = []
         weights: list[float] = []
         while len(tokens) < num_tokens:
             left = num_tokens - len(tokens)
             length = left if left < 64 or rng.random() < 0.5 else rng.randint(48, left)
-            episode = rng.choices(EPISODES, EPISODE_SHARES)[0]
+            episode = Rows._echo if rng.random() < echo_share else rng.choices(EPISODES, EPISODE_SHARES)[0]
             pieces = episode(self, rng, length)
             for ids, weight in pieces:
                 tokens += ids
@@ -82,11 +87,27 @@ class Rows:
     def _ids(self, text: str) -> list[int]:
         return self._encode(text).ids
 
+    def _random_tokens(self, rng: random.Random, num_tokens: int) -> list[int]:
+        if rng.random() < 0.5:
+            return [rng.randrange(1, self.vocab_size) for _ in range(num_tokens)]
+        return rng.choices(self._word_ids, k=num_tokens)
+
+    def _echo(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
+        """Triples a b a, of fresh tokens each: the third is what stood one back. Matching comes later, and needs that first."""
+        num_triples = rng.randint(2, max(2, min(length, 64) // 3))
+        fresh = self._random_tokens(rng, 2 * num_triples)
+        pieces = []
+        for a, b in zip(fresh[::2], fresh[1::2], strict=True):
+            pieces += [([a, b], UNPREDICTABLE_WEIGHT / 2), ([a], 1.0)]
+        return pieces
+
     def _random_copy(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
-        """A stretch of random tokens, twice: what induction is, bare."""
+        """A stretch of random tokens over and over: what induction is, bare. Short stretches are the easy end, where it begins."""
         half = max(2, length // 2)
-        stretch = [rng.randrange(1, self.vocab_size) for _ in range(rng.randint(max(2, half // 2), half))]
-        return [(stretch, UNPREDICTABLE_WEIGHT / 2), (stretch[:1], 0.0), (stretch[1:], 1.0)]
+        num_tokens = min(half, int(2 * (half / 2) ** rng.random()) + 1)
+        stretch = self._random_tokens(rng, num_tokens)
+        again = (stretch * (length // num_tokens + 1))[: length - num_tokens]
+        return [(stretch, UNPREDICTABLE_WEIGHT / 2), (again[:1], 0.0), (again[1:], 1.0)]
 
     def _word_copy(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
         """A list of words, and the list again."""

@@ -66,6 +66,19 @@ class Source:
             return importlib.metadata.version(self.package)
         return self.documents.split("/")[0] if self.documents else platform.python_version()
 
+    def licence_text(self, root: Path) -> str:
+        """The licence as the source itself carries it; every one of them asks to be kept with copies."""
+        if self.package:
+            files = importlib.metadata.files(self.package) or []
+            paths = [
+                Path(file.locate()) for file in files if re.search(r"dist-info/(licenses/)?LICENSE[^/]*$", str(file))
+            ]
+        elif self.documents and self.foreign:
+            paths = [self.folder(root).parent / "copyright"]
+        else:
+            paths = [Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"]
+        return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
 
 SOURCES = (
     Source("postgresql-docs", "prose", "PostgreSQL", "*.html", documents="postgresql-doc-15/html", foreign=True),
@@ -247,6 +260,12 @@ def build(root: Path) -> dict:
             "bytes": len(text),
             "blake2b": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         }
+    licences = {source.name: source.licence_text(root) for source in SOURCES}
+    rule = "=" * 100
+    (SHIPPED / "text" / "LICENCES.txt").write_text(
+        "".join(f"{rule}\n{name}\n{rule}\n{licence.strip()}\n\n" for name, licence in licences.items()),
+        encoding="utf-8",
+    )
     (SHIPPED / "text" / "sources.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 

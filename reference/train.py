@@ -23,19 +23,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from haversack.probes import SEEN, encode_probe, make_copy, make_recall, score_forward, token_counter
 from reference.curriculum import PHASES, Rows
 from reference.export import export
-from reference.model import MODELS, ReferenceModel
+from reference.model import MODELS, ModelConfig, ReferenceModel
 from reference.paths import SHIPPED, scratch
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # small: a CPU's few million tokens are better spent on more steps
-LEARNING_RATE = {"muon": 4e-3, "adamw": 3e-3}
+LEARNING_RATE = {"matrix": 4e-3, "embedding": 1e-2, "other": 3e-3}  # embeddings start large, so they step far
 WARMUP_STEPS = 60
 WEIGHT_DECAY = 0.02
-GATE_ACCURACY = 0.9
+GATE_ACCURACY = 0.6  # the phase change has come; what is left to learn is learned at the next length too
 SAVE_SECONDS = 120
 LOG_STEPS = 20
 EVAL_STEPS = 100
@@ -56,32 +56,31 @@ class Progress:
 class Run:
     """A model, its optimizers and its place in the curriculum."""
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, config: ModelConfig, rows: Rows, folder: Path, device: str, compiled: bool) -> None:
         self.name = name
         self.device = device
+        self.folder = folder
+        self.rows = rows
+        self.tokenizer = rows.tokenizer
         self.progress = Progress()
-        self.model = ReferenceModel(MODELS[name]).to(device)
+        self.model = ReferenceModel(config).to(device)
         parameters = dict(self.model.named_parameters())  # a tied head is named once
-        matrices = {k: p for k, p in parameters.items() if p.ndim == 2 and "embed" not in k and "lm_head" not in k}
-        others = [p for k, p in parameters.items() if k not in matrices]
+        matrices = [p for k, p in parameters.items() if p.ndim == 2 and "embed" not in k and "lm_head" not in k]
+        embedding = parameters["model.embed_tokens.weight"]
+        others = [p for k, p in parameters.items() if p.ndim == 1 or "lm_head" in k]
+        groups = [
+            {"params": [embedding], "base_lr": LEARNING_RATE["embedding"]},
+            {"params": others, "base_lr": LEARNING_RATE["other"]},
+        ]
         self.optimizers = {
             "muon": torch.optim.Muon(
-                matrices.values(), lr=LEARNING_RATE["muon"], weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+                [{"params": matrices, "base_lr": LEARNING_RATE["matrix"]}],
+                weight_decay=WEIGHT_DECAY,
+                adjust_lr_fn="match_rms_adamw",
             ),
-            "adamw": torch.optim.AdamW(
-                others, lr=LEARNING_RATE["adamw"], weight_decay=0.0, betas=(0.9, 0.95), fused=True
-            ),
+            "adamw": torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
         }
-        self.tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(SHIPPED / "reference-a")
-        text = {kind: np.load(scratch() / f"train-{kind}.npy", mmap_mode="r") for kind in ("prose", "code")}
-        self.rows = Rows(self.tokenizer, text, MODELS[name].seed)
-        self.loss = self._loss
-        if device == "cuda" or shutil.which("g++"):
-            self.loss = torch.compile(self._loss, dynamic=False)
-
-    @property
-    def folder(self) -> Path:
-        return scratch() / self.name
+        self.loss = torch.compile(self._loss, dynamic=False) if compiled else self._loss
 
     def _loss(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = self.model(tokens[:, :-1]).flatten(0, 1).float()
@@ -98,9 +97,9 @@ class Run:
             loss = self.loss(tokens, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for name, optimizer in self.optimizers.items():
+        for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = rate * LEARNING_RATE[name]
+                group["lr"] = rate * group["base_lr"]
             optimizer.step()
             optimizer.zero_grad()
         self.progress.step += 1
@@ -228,7 +227,7 @@ def _evaluate(run: Run, finish: bool) -> None:
     with (run.folder / "curve.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
     print(f"{run.name} recall at {phase.gate_tokens or 900}: {scores} bits per byte: {curve}", flush=True)
-    passed = phase.gate_tokens is not None and min(scores["word"], scores["copy"]) >= GATE_ACCURACY
+    passed = phase.gate_tokens is not None and scores["word"] >= GATE_ACCURACY
     if passed or (phase.max_tokens is not None and progress.phase_tokens >= phase.max_tokens):
         progress.phase += 1
         progress.phase_tokens = 0
@@ -244,7 +243,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run = Run(arguments.name, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = MODELS[arguments.name]
+    text = {kind: np.load(scratch() / f"train-{kind}.npy", mmap_mode="r") for kind in ("prose", "code")}
+    rows = Rows(AutoTokenizer.from_pretrained(SHIPPED / "reference-a"), text, config.seed)
+    compiled = device == "cuda" or shutil.which("g++") is not None  # a third faster on a CPU, where a compiler is
+    run = Run(arguments.name, config, rows, scratch() / arguments.name, device, compiled)
     run.folder.mkdir(exist_ok=True)
     stable = run.folder / "stable.safetensors"
     if stable.exists():
