@@ -98,7 +98,7 @@ def prepare(model: PreTrainedModel, packed: PackedModel) -> None:
         model.set_experts_implementation("eager")  # experts one by one, each from its own packed matrix
 
 
-def finish(model: PreTrainedModel, packed: PackedModel) -> PreTrainedModel:
+def finish(model: Any, packed: PackedModel) -> Any:
     """Bring packed tensors into their tiers, put them on, and install the planned cache."""
     tensors = {site.id: packed.folder.site_tensors(site.id) for site in packed.described.weights}
     by_mode: dict[str, list[WeightSite]] = {"resident": [], "mapped": [], "streamed": []}
@@ -134,7 +134,7 @@ def _fixed(site: WeightSite, packed: PackedModel, tensors: Mapping[str, torch.Te
 
 
 def _stream(
-    model: PreTrainedModel,
+    model: Any,
     packed: PackedModel,
     sites: list[WeightSite],
     tensors: Mapping[str, Mapping[str, CheckpointTensor]],

@@ -48,7 +48,8 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     Takes about half a second for a layer of any width; allocates nothing.
     """
     compute = torch_dtype(dtype or model.dtype)
-    skeleton = build_skeleton(model.config, model.name).to(compute).eval()
+    skeleton: Any = build_skeleton(model.config, model.name)
+    skeleton.to(compute).eval()
     kinds = _layer_kinds(model)
     _keep_one_layer_of_each_kind(skeleton, model, kinds)
     shown = set(kinds.values())
@@ -62,7 +63,7 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     )
     for module in skeleton.modules():
         if any(getattr(tensor, "experts", None) for tensor in module.parameters(recurse=False)):
-            module.forward = _dense_experts(module)  # type: ignore[method-assign]
+            module.forward = _dense_experts(module)
     _register_probe_attention()
     skeleton.set_attn_implementation(PROBE_ATTENTION)
     tokens = torch.zeros(batch_size, new_tokens, dtype=torch.int64, device="meta")

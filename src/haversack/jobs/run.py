@@ -12,10 +12,10 @@ from haversack.jobs import memory
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
-def load(folder: str | Path) -> PreTrainedModel:
+def load(folder: str | Path) -> Any:
     """The packed model, through transformers' own `from_pretrained`. Raises PlanError for a folder that isn't packed."""
     from haversack.formats.packed_folder import is_packed
 

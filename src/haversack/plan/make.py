@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,7 +43,10 @@ from haversack.plan.schema import (
     WeightChoice,
 )
 from haversack.recipes.base import candidate_options
+from haversack.solve.bound import bound
 from haversack.solve.exact import Solution, solve
+from haversack.solve.front import pareto_front, uniform_baselines
+from haversack.solve.problem import Problem, as_tuple
 from haversack.units import format_bytes
 
 DEFAULT_RUNTIME_BYTES = 280 * 2**20
@@ -50,6 +55,11 @@ was never measured. Plans that use it say so."""
 
 PREFILL_CHUNKS = (512, 128, 32)
 """Chunks tried in this order; a smaller one is taken only where it saves damage or makes a plan fit."""
+
+EXACT_SECONDS = 60.0
+"""Limit of the integer program; the gap it reached by then is in the plan."""
+
+FRONT_POINTS = 10
 
 PlacementPolicy = Literal["auto", "resident", "mapped", "streamed"]
 
@@ -159,15 +169,15 @@ def _solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]
 def _solve_streamed(
     question: Question, serving: Serving, placements: Sequence[Placement]
 ) -> tuple[ServingProblem, Solution]:
-    """With streaming every option fits, and the slowest would be the least damaged: so seconds decide.
-
-    Without a bound of the user's on damage or seconds, neutral options are streamed only if nothing was allowed to lose.
-    """
+    """With streaming the slowest options would be the least damaged, so seconds decide where the user set no bound: first
+    with everything as it is, then, if that is too much for the window or the cache, with all options."""
     if question.max_damage is not None:
         return _solve_with(question, serving, placements, minimise="seconds")
-    if question.workload.min_tokens_per_second is not None:
-        return _solve_with(question, serving, placements)
-    return _solve_with(question, serving, placements, lossless=True, minimise="seconds")
+    if question.workload.min_tokens_per_second is None:
+        problem, solution = _solve_with(question, serving, placements, lossless=True, minimise="seconds")
+        if solution.fits:
+            return problem, solution
+    return _solve_with(question, serving, placements)
 
 
 def _solve_with(
@@ -203,8 +213,52 @@ def _solve_with(
         max_damage=question.max_damage,
         max_seconds=max_seconds,
     )
-    inverted = question.budget_bytes is None
-    return built, solve(built.problem, "bytes" if inverted else minimise)
+    return built, _minimise(built.problem, "bytes" if question.budget_bytes is None else minimise, question)
+
+
+def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], question: Question) -> Solution:
+    """Exact where damages were weighed on this model. Published ones are the same for every layer: there the relaxation
+    answers in milliseconds with its gap stated, and a proof of optimality would prove nothing about the model."""
+    if question.weight_damages is not None:
+        return solve(problem, what, time_limit_seconds=EXACT_SECONDS)
+    started = time.perf_counter()
+    found = bound(problem, what)
+    fits = found.chosen is not None
+    if not fits:  # the smallest there is, whatever it loses
+        what = "bytes"
+        found = bound(dataclasses.replace(problem, capacity_bytes={}, max_seconds=None, max_damage=None), what)
+    if found.chosen is None or found.objective is None:
+        return solve(problem, what, time_limit_seconds=EXACT_SECONDS)
+    return Solution(
+        found.chosen,
+        what,
+        found.objective,
+        found.lower_bound,
+        fits,
+        problem.evaluate(found.chosen),
+        time.perf_counter() - started,
+    )
+
+
+def _front(built: ServingProblem, solution: Solution, question: Question) -> tuple[dict[str, Any], ...]:
+    """Damage against peak bytes: the relaxation's front between the smallest plan and everything at 16 bits, and every
+    option taken everywhere."""
+    tier = "device"
+    free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
+    neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
+    largest = free.evaluate(neutral).peak_bytes[tier]
+    smallest = bound(free, "bytes").evaluation
+    low = smallest.peak_bytes[tier] if smallest is not None else solution.evaluation.peak_bytes[tier]
+    budgets = [low + (largest - low) * step // FRONT_POINTS for step in range(1, FRONT_POINTS)]
+    rows = [
+        {"kind": "front", "label": "least damage", "peak_bytes": point.peak_bytes, "damage": point.damage}
+        for point in pareto_front(free, budgets, tier=tier, exact=False)
+    ]
+    options = dict.fromkeys(c.id for row in built.weights.values() for c in row.values() if not c.option.is_neutral)
+    for label, (_, taken) in uniform_baselines(free, neutral, list(options)).items():
+        row = {"kind": "uniform", "label": f"{label} everywhere", "peak_bytes": taken.peak_bytes[tier]}
+        rows.append({**row, "damage": taken.damage})
+    return tuple(row for row in rows if float(str(row["damage"])) > 0)
 
 
 def _placements(layer: int | None, placements: Sequence[Placement]) -> Sequence[Placement]:
@@ -251,12 +305,13 @@ def _answer(question: Question, built: ServingProblem, solution: Solution, chunk
         kv=tuple(_kv_record(c, built.kv[c.site.id]) for c in kv),
         prediction=prediction,
         solve=Solve(
-            method=f"integer program (HiGHS), minimise {solution.minimised}",
+            method=f"{'relaxation' if question.weight_damages is None else 'integer program'}, least {solution.minimised}",
             gap=solution.gap,
             seconds=solution.seconds_to_solve,
             num_groups=len(built.problem.groups),
             num_choices=sum(len(group.choices) for group in built.problem.groups),
         ),
+        front=_front(built, solution, question),
         notes=_notes(question),
     ).sealed()
     shortfall = 0 if question.budget_bytes is None else max(0, peak_bytes - question.budget_bytes)
