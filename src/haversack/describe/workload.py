@@ -48,6 +48,11 @@ class ServeWorkload:
         """Positions one user needs: the prompt and everything generated after it."""
         return self.prompt_tokens + self.generate_tokens
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values one user needs: the last generated token is never fed back."""
+        return self.prompt_tokens + max(0, self.generate_tokens - 1)
+
     def prefill_chunks(self, chunk_tokens: int | None = None) -> tuple[int, ...]:
         """Tokens per prefill step: at most `chunk_tokens`, else the workload's own, else the whole prompt at once."""
         step = min(chunk_tokens or self.prefill_chunk_tokens or self.prompt_tokens, self.prompt_tokens)

@@ -18,6 +18,7 @@ from torch import nn
 from haversack.describe.checkpoint import CheckpointTensor, torch_dtype
 from haversack.describe.model import Model, describe_model
 from haversack.describe.site import WeightSite
+from haversack.describe.workload import ServeWorkload
 from haversack.engine.attach import PackedSite, attach, take_off
 from haversack.engine.generation import install_kv_plan
 from haversack.engine.kv_cache import KVPlan
@@ -48,12 +49,12 @@ class PackedModel:
     def kv_plan(self) -> KVPlan:
         """The cache for the planned users and context."""
         by_site = {row["site"]: KVOption.from_dict(row["option"]) for row in self.plan["kv"]}
-        workload = self.plan["workload"]
+        workload = ServeWorkload.from_dict(self.plan["workload"])
         return KVPlan(
             sites=self.described.attention,
             options=tuple(by_site[site.id] for site in self.described.attention),
-            batch_size=workload["users"],
-            capacity_tokens=workload["prompt_tokens"] + workload["generate_tokens"],
+            batch_size=workload.users,
+            capacity_tokens=workload.cache_tokens,
             dtype=self.described.dtype,
             prefill_chunk_tokens=self.plan["prefill_chunk_tokens"],
         )

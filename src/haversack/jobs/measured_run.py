@@ -197,16 +197,17 @@ def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def _kernels(packed: Any) -> dict[str, str]:
-    """For each kind of option, the kernel that one token and a prefill chunk run through."""
+def _kernels(packed: Any) -> dict[str, list[str]]:
+    """Kernel (of one token, and of a prefill chunk where that is another) -> grids that run through it."""
     from haversack.parts.weights.base import WeightOption
 
-    found: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
     for site in packed.described.weights:
         option = WeightOption.from_dict(packed.folder.manifest.sites[site.id].option)
         names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
-        found.setdefault(option.label, " / ".join(dict.fromkeys(names)))
-    return found
+        label = "as is" if option.grid is None else option.grid.label
+        found.setdefault(", ".join(dict.fromkeys(names)), set()).add(label)
+    return {kernel: sorted(labels) for kernel, labels in found.items()}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def generate(
             model, tokenizer = load(folder), open_tokenizer(folder)
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             plan = model.haversack.kv_plan
-            room = plan.capacity_tokens - ids.shape[1]
+            room = plan.capacity_tokens + 1 - ids.shape[1]  # the last token is never stored
             if room < 1:
                 raise DoesNotFitError(
                     f"the prompt has {ids.shape[1]} tokens, but the plan holds {plan.capacity_tokens} per user; "
