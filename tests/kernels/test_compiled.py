@@ -17,13 +17,14 @@ SSE = SHORT_OF_AVX512.without(
     *[f[1:] for f in HOST.features.split(",") if f.startswith("+avx") or f[1:] in ("fma", "f16c", "xop", "fma4")]
 )
 KERNELS = [
-    *compiled.matvecs(HOST, 16),
-    *compiled.matvecs(SHORT_OF_AVX512, 16),
-    *compiled.matvecs(SSE, 16),
+    *compiled.matvecs(HOST),
+    *compiled.matvecs(SHORT_OF_AVX512),
+    *compiled.matvecs(SSE),
     compiled.CompiledTiles(HOST),
 ]
 # As compiled.py states them; the result's own rounding comes on top in bfloat16.
 TOLERANCE = {torch.float32: 2**-16, torch.bfloat16: 2**-8}
+LOW_BITS_TOLERANCE = 2**-14
 
 formats = st.tuples(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0, 64, 128, 256]), st.booleans())
 
@@ -63,7 +64,8 @@ def test_kernel_against_float64(kernel, fmt, num_tokens, out_features, in_featur
         reference = generic.matmul(x.float(), case.codes, case.scales, case.zeros, case.fmt, 8)
         torch.testing.assert_close(y.float(), reference, rtol=2**-7, atol=2e-3 * float(reference.abs().max()) + 1e-6)
     else:
-        assert error_of(y, x, case) < TOLERANCE[dtype]
+        tolerance = TOLERANCE[dtype] if case.fmt.bits > 3 else max(TOLERANCE[dtype], LOW_BITS_TOLERANCE)
+        assert error_of(y, x, case) < tolerance
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
@@ -82,7 +84,7 @@ def test_int8_activations_are_rounded_as_stated(group_size):
     x = make_input(1, 512)
     step = x.view(1, -1, group_size or 512).abs().amax(-1, keepdim=True) / 127
     bound = (step / 2).expand(1, -1, group_size or 512).reshape(1, 512).double() @ case.weight.abs().t()
-    kernel = next((k for k in compiled.matvecs(HOST, 16) if k.supports(case.fmt, 1, x.dtype, 8)), None)
+    kernel = next((k for k in compiled.matvecs(HOST) if k.supports(case.fmt, 1, x.dtype, 8)), None)
     y = kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 8)
     error = (y.double() - x.double() @ case.weight.t()).abs()
     assert (error <= bound * 1.001 + 1e-5).all() and error.max() > 1e-4
@@ -109,7 +111,7 @@ def test_special_values_stay_special():
     for dtype in TOLERANCE:
         x = make_input(2, 128, dtype)
         x[0, 5], x[1, 5] = float("nan"), float("inf")
-        for kernel in compiled.matvecs(HOST, 16):
+        for kernel in compiled.matvecs(HOST):
             if kernel.scheme.activation_bits == 16:
                 y = kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16)
                 assert y[0].isnan().all(), kernel.NAME
@@ -131,7 +133,7 @@ def test_tiles_workspace_is_as_declared(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_matvec_workspace_is_as_declared(dtype):
     case = make_case(300, 700, 3, 64, False)
-    for kernel in compiled.matvecs(HOST, 16):
+    for kernel in compiled.matvecs(HOST):
         x = make_input(3, 700, dtype)
         bits = kernel.scheme.activation_bits
         kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, bits)

@@ -4,7 +4,8 @@
     CompiledTiles    many tokens: rows are dequantized into a tile that stays in cache, for torch's matmul to take
 
 Error of a matvec against float64, in parts of sum |x| (|code - centre| + |zero - centre|) scale: 2^-16 with float32
-activations on avx512-bf16 (they become two bfloat16 terms), 2^-20 otherwise; then one rounding to the result's dtype.
+activations on avx512-bf16 (they become two bfloat16 terms), 2^-14 at 2 and 3 bits there (offsets, `Avx512Bf16`), 2^-20
+otherwise; then one rounding to the result's dtype.
 int8 activations: half of 1/127 of the group's largest, per activation. Tiles: in float32 as a matvec; where activations
 are bfloat16 the tile is bfloat16 too, 2^-9 of each weight.
 """
@@ -26,17 +27,22 @@ from haversack.kernels.ir_matmul import MatmulCase
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
 from haversack.kernels.threads import parallel_address
 
-ROUND_TOKENS = (1, 2, 4, 8)
-"""Tokens per round that kernels are compiled for; other numbers are padded to the next."""
+ROUND_TOKENS = (1, 2, 4)
+"""Tokens multiplied with a row while it is read once; other numbers are padded to the next, more run in rounds over
+rows that stay in cache. Eight at once ran out of registers: 62 us where two rounds of four took 47."""
 
 TURN_BYTES = 64 << 10
 """Packed bytes of one thread's turn: some microseconds of work, and small enough to stay in L2 between rounds."""
+
+MATVEC_MAX_TOKENS = {16: 16, 8: 64}
+"""Tokens, by activation bits, up to which codes go straight into dot products; beyond, tiles are dequantized for a
+matmul. 2,048 x 4,096 at 4 bits, one thread, 16 tokens: 1.6 ms as floats, 1.3 ms as int8, 2.7 ms by tiles."""
 
 TILE_BYTES = 2 << 20
 """Bytes of one dequantized tile."""
 
 ONEDNN_SCRATCH_BYTES, ONEDNN_SCRATCH_TOKEN_BYTES = 512 << 10, 1 << 10
-"""Allowance for what oneDNN's bfloat16 matmul allocates for itself: at most 258 KiB and 512 bytes per token were seen."""
+"""What oneDNN's bfloat16 matmul may allocate for itself: at most 258 KiB and 512 bytes per token were seen."""
 
 _FUNCTION = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int32)
 _DEQUANTIZE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int32)
@@ -204,9 +210,11 @@ def dequantize_rows(
     )
 
 
-def matvecs(target: Target, max_tokens: int) -> tuple[CompiledMatvec, ...]:
+def matvecs(target: Target) -> tuple[CompiledMatvec, ...]:
     """The matvecs that run on `target`, fast to general."""
-    return tuple(CompiledMatvec(s, target, max_tokens) for s in SCHEMES if target.has(*s.features))
+    return tuple(
+        CompiledMatvec(s, target, MATVEC_MAX_TOKENS[s.activation_bits]) for s in SCHEMES if target.has(*s.features)
+    )
 
 
 @cache

@@ -11,6 +11,7 @@ are laid out in that order once per call (`ir_prepare`), so that the inner loop 
 
 from __future__ import annotations
 
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,13 @@ class DotScheme(ABC):
     def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
         """Weights of a chunk of `num_units` units at `low` (and, at 3 bits, the high bits at `high`)."""
 
+    def offsets(self) -> Sequence[Value] | None:
+        """Where weights come with a constant added, that constant (as a vector of weights) per activation vector.
+
+        It is taken off once per segment: accumulators start at minus the constants' product with the activations.
+        """
+        return None
+
     @abstractmethod
     def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
         """Accumulators plus lane-wise products."""
@@ -100,10 +108,12 @@ def _spread(byte: int, num_units: int) -> int:
 
 
 class Avx512Bf16(DotScheme):
-    """Two columns per lane and instruction; codes are looked up straight from their 16-bit words, garbage and all.
+    """Two columns per lane and instruction; weights are exact in bfloat16, and products in float32.
 
-    The table has 32 entries and only the low bits of the index matter, because it repeats. 8-bit codes are two lookups,
-    of 16 * high - 128 and of low: all exact in bfloat16, as the products are in float32.
+    4-bit codes are looked up straight from their 16-bit words, garbage and all: only the low bits of the index matter,
+    because the table of 32 repeats. 8-bit codes are two lookups, of 16 * high - 128 and of low. Codes of 2 and 3 bits
+    are put into the mantissa of 2^(7-p) where they lie, at bit p of a word, which makes 2^(7-p) + code in one
+    instruction (`(word & mask) | exponent`); those offsets cost up to 6 of the 24 bits that sums are kept in.
     """
 
     name = "avx512-bf16"
@@ -125,21 +135,47 @@ class Avx512Bf16(DotScheme):
         if self.bits == 8:
             tables = [_bf16_table([float(q) for q in range(16)]), _bf16_table([16.0 * q - 128 for q in range(16)])]
             return [Operand(self._look_up(f, tables[s % 2], _shift(f, words, 4 * s)), s // 2) for s in range(4)]
-        table = _bf16_table([float(q - (1 << (self.bits - 1))) for q in range(1 << self.bits)])
-        if high is None:
-            shifts = [(plane, half) for plane in range(8 // self.base) for half in range(2)]
+        if self.bits == 4:
+            table = _bf16_table([float(q - 8) for q in range(16)])
+            places = [(plane, half) for plane in range(2) for half in range(2)]
             return [
-                Operand(self._look_up(f, table, _shift(f, words, 8 * half + self.base * plane)), 2 * plane + half)
-                for plane, half in shifts
+                Operand(self._look_up(f, table, _shift(f, words, 8 * half + 4 * plane)), 2 * plane + half)
+                for plane, half in places
             ]
+        if high is None:
+            sources = {0: words}
+        else:  # bits 0-2 and 4-6 of each byte: planes 0 and 2, then planes 1 and 3
+            bits = f.cast("bitcast", self._high_bits(f, high, num_units), "<32 x i16>")
+            even = _merge(f, words, _shift(f, bits, -2), 0x3333)
+            odd = _merge(f, _shift(f, words, 2), bits, 0x3333)
+            sources = {0: even, 1: odd}
+        shifted: dict[tuple[int, int], Value] = {}
         found = []
-        bits = f.cast("bitcast", self._high_bits(f, high, num_units), "<32 x i16>")
-        for plane in range(4):
-            codes = _merge(f, _shift(f, words, 2 * plane), _shift(f, bits, 2 * plane - 2), 0x0303)
-            found += [
-                Operand(self._look_up(f, table, _shift(f, codes, 8 * half)), 2 * plane + half) for half in range(2)
-            ]
+        for number, (source, shift, position) in enumerate(self._mantissas()):
+            if (source, shift) not in shifted:
+                shifted[source, shift] = _shift(f, sources[source], shift)
+            mask = ((1 << self.bits) - 1) << position
+            code = f.binary("and", shifted[source, shift], splat_constant("<32 x i16>", mask))
+            value = f.binary("or", code, splat_constant("<32 x i16>", _bf16_bits(2.0 ** (7 - position))))
+            found.append(Operand(f.cast("bitcast", value, "<32 x bfloat>"), number))
         return found
+
+    def offsets(self) -> list[Value] | None:
+        if self.bits > 3:
+            return None
+        centre = 1 << (self.bits - 1)
+        bits = [_bf16_bits(2.0 ** (7 - position) + centre) for _, _, position in self._mantissas()]
+        return [
+            Value("<32 x bfloat>", f"bitcast (<32 x i16> {splat_constant('<32 x i16>', b).name} to <32 x bfloat>)")
+            for b in bits
+        ]
+
+    def _mantissas(self) -> list[tuple[int, int, int]]:
+        """Per activation vector (2 * plane + half): source, right shift, and bit position in the shifted word."""
+        if self.bits == 2:
+            at = [8 * half + 2 * plane for plane in range(4) for half in range(2)]
+            return [(0, bit // 6 * 6, bit % 6) for bit in at]
+        return [(plane % 2, 8 * half, 4 * (plane // 2)) for plane in range(4) for half in range(2)]
 
     def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
         return f.call("<16 x float>", "llvm.x86.avx512bf16.dpbf16ps.512", accumulator, weights, activations)
@@ -191,7 +227,7 @@ class Avx512F32(DotScheme):
 class Avx512Vnni(DotScheme):
     """Four columns per lane and instruction: unsigned codes times int8 activations, summed in int32, exactly.
 
-    The code that stands for zero is taken off once per segment, through the accumulator's start value.
+    The code that stands for zero is taken off once per segment, through the accumulator's start (`offsets`).
     """
 
     name = "avx512-vnni"
@@ -217,6 +253,10 @@ class Avx512Vnni(DotScheme):
                 codes = f.binary("and", codes, splat_constant(codes.type, mask))
             found.append(Operand(codes, plane))
         return found
+
+    def offsets(self) -> list[Value]:
+        word = (1 << (self.bits - 1)) * 0x01010101
+        return [splat_constant("<16 x i32>", word - (word >> 31 << 32))] * len(self.activation_columns)
 
     def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
         activations = f.cast("bitcast", activations, "<16 x i32>")
@@ -298,7 +338,10 @@ def _merge(f: Function, a: Value, b: Value, mask: int) -> Value:
 
 def _bf16_table(values: Sequence[float]) -> Value:
     """Thirty-two words: the values in bfloat16, repeated."""
-    import struct
-
-    words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in values]
+    words = [_bf16_bits(v) for v in values]
     return constant("i16", words * (32 // len(words)))
+
+
+def _bf16_bits(value: float) -> int:
+    """bfloat16 bits of a number that is exact there."""
+    return int.from_bytes(struct.pack("<f", value), "little") >> 16

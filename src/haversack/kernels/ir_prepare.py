@@ -7,7 +7,7 @@ Sums of groups, for zero points, and start values, for unsigned codes, fall out 
 
 from __future__ import annotations
 
-from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
+from haversack.kernels.ir import Function, Module, Value, vector, zeros
 from haversack.kernels.ir_float import bf16_of, bf16_to_float
 from haversack.kernels.ir_matmul import MatmulCase
 
@@ -19,7 +19,7 @@ def add_prepare(module: Module, case: MatmulCase) -> None:
     f = Function(module, "prepare", [("ptr", "x"), ("ptr", "scratch"), ("ptr", "round"), ("i64", "token")])
     scratch, token = f.arguments["scratch"], f.arguments["token"]
     round_ = f.arguments["round"]
-    starts = f.offset(f.offset(round_, case.activation_bytes), f.times(token, 128))
+    starts = f.offset(f.offset(round_, case.activation_bytes), f.times(token, case.start_stride))
     sums = f.offset(f.offset(round_, case.activation_bytes + case.start_bytes), f.times(token, 4 * case.padded_groups))
     _clear(f, scratch, case.scratch_bytes)
     if case.sum_bytes:
@@ -117,7 +117,7 @@ def _quantize_groups(f: Function, case: MatmulCase, starts: Value, sums: Value) 
         total = f.loop(4 * columns, [zeros(_F16)], round_, step=64)[0]
         segment = f.binary("udiv", g, shared)
         within = f.binary("urem", g, shared)
-        place = f.offset(starts, f.times(segment, 128 * case.tokens))
+        place = f.offset(starts, f.times(segment, case.start_stride * case.tokens))
         place = f.offset(f.offset(place, 64), f.times(within, lane_bytes))
         f.store(f.splat(scale, lane_bytes // 4), place, 4)
         if case.sum_bytes:
@@ -128,8 +128,9 @@ def _quantize_groups(f: Function, case: MatmulCase, starts: Value, sums: Value) 
 
 
 def _permute(f: Function, case: MatmulCase, starts: Value) -> None:
-    """Chunk by chunk into the order of the scheme's lanes; with int8 also the start values of each segment."""
+    """Chunk by chunk into the order of the scheme's lanes; also the start values of each segment, if it has offsets."""
     scheme = case.scheme
+    offsets = scheme.offsets()
     columns = scheme.chunk_columns
     element = {"bfloat": "i16", "float": "float", "i8": "i8"}[scheme.activation_element]
     in_order = [
@@ -159,12 +160,12 @@ def _permute(f: Function, case: MatmulCase, starts: Value) -> None:
             for k, wanted in enumerate(scheme.activation_columns):
                 lanes = f.shuffle(ordered, None, wanted)
                 f.store(lanes, f.offset(target, (k * case.tokens * case.terms + term) * case.vector_bytes), 64)
-                if element == "i8":
-                    centre = splat_constant("<16 x i32>", _centre_bytes(case.fmt.bits))
-                    carried = [scheme.dot(f, carried[0], centre, lanes)]
+                if offsets is not None:
+                    typed = f.cast("bitcast", lanes, vector(len(wanted), scheme.activation_element))
+                    carried = [scheme.dot(f, carried[0], offsets[k], typed)]
         return carried
 
-    if not case.start_bytes:
+    if offsets is None:
         f.loop(case.num_chunks, [], chunk)
         return
 
@@ -173,17 +174,12 @@ def _permute(f: Function, case: MatmulCase, starts: Value) -> None:
         first = f.times(s, case.segment_chunks)
         total = f.loop(
             count,
-            [zeros("<16 x i32>")],
+            [zeros(scheme.accumulator)],
             lambda c, carried: chunk(f.binary("add", first, c), carried),
         )[0]
-        negative = f.value("<16 x i32>", f"sub <16 x i32> zeroinitializer, {total.name}")
-        f.store(negative, f.offset(starts, f.times(s, 128 * case.tokens)), 64)
+        subtract = "fsub" if scheme.accumulator == _F16 else "sub"
+        negative = f.value(total.type, f"{subtract} {total.type} zeroinitializer, {total.name}")
+        f.store(negative, f.offset(starts, f.times(s, case.start_stride * case.tokens)), 64)
         return []
 
     f.loop(1 if case.whole_row else case.num_segments, [], segment)
-
-
-def _centre_bytes(bits: int) -> int:
-    """The code that stands for zero, four times, as a signed 32-bit constant."""
-    word = (1 << (bits - 1)) * 0x01010101
-    return word - (1 << 32) if word >= 1 << 31 else word

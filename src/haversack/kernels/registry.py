@@ -19,9 +19,6 @@ from haversack.kernels.format import PackedFormat
 if TYPE_CHECKING:
     import torch
 
-MATVEC_MAX_TOKENS = 16
-"""Tokens up to which codes go straight into dot products; beyond, tiles are dequantized for a matmul."""
-
 
 class PackedKernel(Protocol):
     """An object, or a module, with these names is a kernel; `x` is `(tokens, in)` and contiguous."""
@@ -144,4 +141,4 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     if device_type != "cpu":
         return (generic,)
     target = host_target()
-    return (*compiled.matvecs(target, MATVEC_MAX_TOKENS), compiled.CompiledTiles(target), generic)
+    return (*compiled.matvecs(target), compiled.CompiledTiles(target), generic)
