@@ -15,6 +15,7 @@ from haversack.cli.question import (
     CalibrationFile,
     CalibrationTokens,
     Context,
+    Evaluations,
     GenerateTokens,
     MachineName,
     MaxDamage,
@@ -26,6 +27,7 @@ from haversack.cli.question import (
     Trust,
     Users,
     calibration_for,
+    meter_for,
 )
 from haversack.units import format_bytes
 
@@ -45,6 +47,7 @@ def pack(
     machine: MachineName = None,
     calibration: CalibrationFile = None,
     calibration_tokens: CalibrationTokens = 32_768,
+    evaluations: Evaluations = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Execute this plan instead of making one.")] = None,
     trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -75,7 +78,7 @@ def pack(
             tokens = asked.workload(described).context_tokens
         found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
         if plan_file is None:
-            answer = make_plan(asked.question(described, found), progress)
+            answer = make_plan(asked.question(described, found), progress, meter_for(found, evaluations, progress))
             made = answer.require_fit()
         folder, notes = pack_job(described, made, output, statistics=found.statistics, progress=progress)
     if json:

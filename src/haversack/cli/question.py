@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from haversack.describe.model import Model
     from haversack.describe.workload import ServeWorkload
     from haversack.plan.make import Question
+    from haversack.plan.refine import PlanMeter
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
 BudgetOption = Annotated[
@@ -46,7 +47,13 @@ CalibrationFile = Annotated[
 ]
 CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="How much of it.")]
 
+Evaluations = Annotated[
+    int | None,
+    typer.Option("--evaluations", min=0, help="Whole plans to measure; 6 for models up to 100M parameters, else 0."),
+]
+
 DEFAULT_CONTEXT_TOKENS = 1024
+DEFAULT_EVALUATIONS = 6
 PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 
 
@@ -147,3 +154,13 @@ def calibration_for(
     return calibrate_model(
         model, text, num_tokens=num_tokens, kv_capacity_tokens=min(context_tokens, 1024), progress=progress
     )
+
+
+def meter_for(calibration: Calibration, evaluations: int | None, progress: Progress) -> PlanMeter | None:
+    """What measures whole plans, or None where none shall be."""
+    from haversack.cost.calibrated import SMALL_MODEL_PARAMETERS
+    from haversack.plan.refine import PlanMeter
+
+    if evaluations is None:
+        evaluations = DEFAULT_EVALUATIONS if calibration.model.num_parameters <= SMALL_MODEL_PARAMETERS else 0
+    return PlanMeter(calibration, evaluations, progress) if evaluations else None

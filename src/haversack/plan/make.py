@@ -32,6 +32,7 @@ from haversack.parts.placement.mapped import Mapped
 from haversack.parts.placement.resident import Resident
 from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
+from haversack.plan.refine import PlanMeter, Refined
 from haversack.plan.schema import (
     Budget,
     DamageRecord,
@@ -115,8 +116,13 @@ class Answer:
         )
 
 
-def make_plan(question: Question, progress: Callable[[str, int, int], None] | None = None) -> Answer:
-    """Answer a question. Raises UsageError if the context is beyond the model's positions."""
+def make_plan(
+    question: Question, progress: Callable[[str, int, int], None] | None = None, meter: PlanMeter | None = None
+) -> Answer:
+    """Answer a question; with `meter`, whole plans are measured and the search corrected.
+
+    Raises UsageError if the context is beyond the model's positions.
+    """
     check_positions(question.workload, question.model.max_positions, question.model.name)
     tell = progress or (lambda what, done, total: None)
     if question.workload.prefill_chunk_tokens is not None:
@@ -134,7 +140,12 @@ def make_plan(question: Question, progress: Callable[[str, int, int], None] | No
             break
     assert best is not None
     tell("solving", len(chunks), len(chunks))
-    return _answer(question, *best)
+    built, solution, chunk = best
+    refined = None
+    if meter is not None and solution.fits and solution.minimised == "damage" and solution.evaluation.damage > 0:
+        refined = meter.refine(built, solution)
+        solution = refined.solution
+    return _answer(question, built, solution, chunk, refined)
 
 
 def _better(new: Solution, old: Solution) -> bool:
@@ -267,14 +278,19 @@ def _placements(layer: int | None, placements: Sequence[Placement]) -> Sequence[
     return (Resident(),)
 
 
-def _answer(question: Question, built: ServingProblem, solution: Solution, chunk: int) -> Answer:
+def _answer(
+    question: Question, built: ServingProblem, solution: Solution, chunk: int, refined: Refined | None
+) -> Answer:
     chosen = built.problem.describe(solution.chosen)
     weights, kv = built.candidates(chosen)
     ledger = built.ledger(chosen)
     peak_point, peak_bytes = ledger.peak()
     assert peak_bytes == solution.evaluation.peak_bytes["device"], "the ledger and the solver must agree to the byte"
     serving = built.serving
-    damage = total_damage([c.damage for c in weights] + [c.damage for c in kv])
+    if refined is None:
+        damage = total_damage([c.damage for c in weights] + [c.damage for c in kv])
+    else:
+        damage = Damage(refined.damage, "measured", source="KL of the whole plan on calibration text")
     prediction = Prediction(
         timeline=ledger.to_dict(),
         peak_bytes=peak_bytes,
@@ -310,6 +326,7 @@ def _answer(question: Question, built: ServingProblem, solution: Solution, chunk
             seconds=solution.seconds_to_solve,
             num_groups=len(built.problem.groups),
             num_choices=sum(len(group.choices) for group in built.problem.groups),
+            evaluations=0 if refined is None else len(refined.trials),
         ),
         front=_front(built, solution, question),
         notes=_notes(question),
