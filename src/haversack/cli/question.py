@@ -72,8 +72,11 @@ class Asked:
     placement: str
     machine: str | None
 
-    def question(self, model: Model, calibration: Calibration | None) -> Question:
-        """Raises UsageError where options contradict each other."""
+    def question(self, model: Model, calibration: Calibration | None, *, lossless: bool = False) -> Question:
+        """The question in the planner's words; with `lossless`, only what changes no value.
+
+        Raises UsageError where options contradict each other.
+        """
         from haversack.plan.make import Question
 
         if self.placement not in PLACEMENTS:
@@ -96,7 +99,8 @@ class Asked:
             budget_bytes=None if text is None else parse_budget(text, available),
             budget_kind="tensor" if self.tensor_budget else "process",
             max_damage=self.max_damage,
-            placement=self.placement,  # type: ignore[arg-type]
+            placement="resident" if lossless and self.placement == "auto" else self.placement,  # type: ignore[arg-type]
+            lossless=lossless,
             weight_damages=None if calibration is None else calibration.weight_damages,
             kv_damages=None if calibration is None else calibration.kv_damages,
         )

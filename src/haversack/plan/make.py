@@ -70,7 +70,7 @@ class Question:
     """What is asked: a model, a workload and a machine, within `budget_bytes` or at most `max_damage` nats.
 
     `budget_kind` "process" counts the whole process's peak, "tensor" our tensors only. `placement` "auto" keeps weights
-    resident and streams from disk only where nothing resident fits.
+    resident and streams from disk only where nothing resident fits. `lossless` offers only what changes no value.
     """
 
     model: Model
@@ -82,6 +82,7 @@ class Question:
     placement: PlacementPolicy = "auto"
     weight_damages: Mapping[str, Mapping[WeightOption, Damage]] | None = None
     kv_damages: Mapping[str, Mapping[KVOption, Damage]] | None = None
+    lossless: bool = False
 
     @property
     def runtime_bytes(self) -> int:
@@ -133,7 +134,7 @@ def make_plan(
     best: tuple[ServingProblem, Solution, int] | None = None
     for done, chunk in enumerate(chunks):
         tell("solving", done, len(chunks))
-        problem, solution = _solve_at(question, chunk)
+        problem, solution = solve_at(question, chunk)
         if best is None or _better(solution, best[1]):
             best = (problem, solution, chunk)
         if best[1].fits and best[1].evaluation.damage <= 0:
@@ -156,7 +157,7 @@ def _better(new: Solution, old: Solution) -> bool:
     return new.evaluation.damage < old.evaluation.damage * (1 - 1e-6)
 
 
-def _solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
+def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
     """The best solution with one prefill chunk, streaming only where nothing resident fits or where it was asked for."""
     users = question.workload.users
     serving = Serving(
@@ -199,7 +200,7 @@ def _solve_with(
     lossless: bool = False,
     minimise: Literal["damage", "seconds"] = "damage",
 ) -> tuple[ServingProblem, Solution]:
-    model = question.model
+    model, lossless = question.model, lossless or question.lossless
     options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights")
     damages = damage_table(model, options, None if lossless else question.weight_damages)
     weights = [

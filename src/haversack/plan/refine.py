@@ -86,11 +86,11 @@ class PlanMeter:
     def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float:
         """KL in nats per token of one solution."""
         weights, kv = built.candidates(built.problem.describe(chosen))
-        changed = {c.site.id: (c.option, self._tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
+        changed = {c.site.id: (c.option, self.tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
         caches = {c.site.id: c.option for c in kv if not c.option.is_neutral}
         return float(self._meter.kl_per_token(changed, caches).mean())
 
-    def _tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
+    def tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
         key = (site.id, option)
         if key not in self._encoded:
             task = WeightTask(read_site(self._checkpoint, site).float())
