@@ -3,11 +3,11 @@
     CompiledMatvec   a few tokens: every packed byte is read once, codes go straight into dot products
     CompiledTiles    many tokens: rows are dequantized into a tile that stays in cache, for torch's matmul to take
 
-Error of a matvec against float64, in parts of sum |x| (2^(bits-1) + |zero - 2^(bits-1)|) scale, half the grid's range for
-every column: 2^-16, of which avx512-bf16 with float32 activations uses most (they become two bfloat16 terms), or with 2
-and 3 bits (offsets, `Avx512Bf16`); then one rounding to the result's dtype. int8 activations: half of 1/127 of the group's
-largest, per activation. Tiles: in float32 as a matvec; where activations are bfloat16 the tile is bfloat16 too, 2^-9 of
-each weight.
+Error of a matvec against float64, in parts of sum |x| (2^(bits-1) + |zero - 2^(bits-1)|) scale, half the grid's range
+for every column: 2^-16, of which avx512-bf16 uses most with float32 activations (they become two bfloat16 terms) or with
+2 and 3 bits (offsets, `Avx512Bf16`); then one rounding to the result's dtype. int8 activations: half of 1/127 of the
+group's largest, per activation. Tiles: in float32 as a matvec; where activations are bfloat16 the tile is bfloat16 too,
+2^-9 of each weight.
 """
 
 from __future__ import annotations
