@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py --out kernels.json [--threads 1] [--rotate 2GiB] [--read 4GiB] [--repeats 7]
 
-Contenders take turns inside every repeat, so that a busy neighbour hits them all; weights rotate over `--rotate` bytes of
-copies, so that no cache holds them. Each repeat times one matmul per copy, and a contender's time is the median over
+Contenders take turns inside every repeat, so that a busy neighbour hits them all; weights rotate over `--rotate` bytes
+of copies, so that no cache holds them. Each repeat times one matmul per copy, and a contender's time is the median over
 copies, then over repeats. The read is timed in pieces as large as the matrix: on a shared machine a long read is mostly
 other people's turns. Bytes are those of codes, scales and zeros. Sources of the goals: the project's issue on kernels.
 """
@@ -17,13 +17,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from haversack.kernels import compiled, llvm, read_bandwidth, torch_packed
+from haversack.kernels import compiled, llvm, read_bandwidth
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.registry import kernel_name, packed_matmul
+from haversack.kernels.torch_packed import pack_torch_int4, pack_torch_int8
 from haversack.units import parse_bytes
 
 SHAPES = [(4096, 4096), (11008, 4096)]  # (out, in)
@@ -101,7 +104,7 @@ def one_token(
                 )
 
             contenders[f"{bits} bits, {name}"] = (matrix_bytes, ours, copies)
-    contenders |= torch_packed.contenders(out_features, in_features, GROUP_SIZE, memory, rotate_bytes)
+    contenders |= torch_contenders(out_features, in_features, memory, rotate_bytes)
     piece = out_features * in_features // 2
     pieces = memory.numel() // piece
     contenders["read"] = (
@@ -128,6 +131,30 @@ def one_token(
         }
         for name, (num_bytes, _, _) in contenders.items()
     ]
+
+
+def torch_contenders(
+    out_features: int, in_features: int, memory: torch.Tensor, rotate_bytes: int
+) -> dict[str, tuple[int, Callable[[int], None], int]]:
+    """torch's int4, int8 and dense bfloat16, over as many copies as rotate the same bytes."""
+    codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
+    scales = torch.full((out_features, in_features // GROUP_SIZE), 0.01)
+    x = torch.randn(1, in_features, dtype=torch.bfloat16)
+    found: dict[str, tuple[int, Callable[[int], None], int]] = {}
+    for packed in (pack_torch_int4(codes, scales, GROUP_SIZE), pack_torch_int8(codes, scales[:, :1])):
+        copies = max(1, rotate_bytes // packed.num_bytes)
+        size = packed.weight.nbytes
+        weights = memory[: copies * size].view(packed.weight.dtype).view(copies, *packed.weight.shape)
+
+        def work(i: int, packed=packed, weights=weights) -> None:
+            replace(packed, weight=weights[i]).matmul(x)
+
+        found[packed.layout] = (packed.num_bytes, work, copies)
+    size = 2 * out_features * in_features
+    copies = max(1, rotate_bytes // size)
+    dense = memory[: copies * size].view(torch.bfloat16).view(copies, out_features, in_features)
+    found["dense bfloat16"] = (size, lambda i: F.linear(x, dense[i]) is None, copies)
+    return found
 
 
 def long_input(num_tokens: int, out_features: int, in_features: int, repeats: int) -> dict[str, object]:

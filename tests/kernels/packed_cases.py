@@ -12,7 +12,7 @@ from haversack.kernels.format import PackedFormat
 class PackedCase:
     fmt: PackedFormat
     weight: torch.Tensor  # float64 (out, in): the values the codes stand for
-    magnitude: torch.Tensor  # float64 (out, in): (|code - centre| + |zero - centre|) * scale, what kernels add up
+    magnitude: torch.Tensor  # float64 (out, in): (2^(bits-1) + |zero - centre|) * scale, half the grid's range
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
@@ -35,9 +35,9 @@ def make_case(
     zero = torch.full(groups, 1 << (bits - 1)) if zeros is None else zeros
     values = codes.double().view(*groups, -1) - zero.double()[..., None]
     centre = 1 << (bits - 1)
-    sizes = (codes.double().view(*groups, -1) - centre).abs() + (zero.double()[..., None] - centre).abs()
+    sizes = (centre + (zero.double()[..., None] - centre).abs()).expand_as(values)
     weight = (values * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
-    magnitude = (sizes * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
+    magnitude = (sizes * scales.double()[..., None]).reshape(out_features, -1)[:, :in_features]
     return PackedCase(fmt, weight, magnitude, pack_codes(codes, bits), scales, zeros)
 
 
@@ -47,8 +47,8 @@ def make_input(num_tokens: int, in_features: int, dtype: torch.dtype = torch.flo
 
 
 def error_of(y: torch.Tensor, x: torch.Tensor, case: PackedCase) -> float:
-    """Largest |y - x W^T|, in parts of what a kernel adds up: sum |x| (|code - centre| + |zero - centre|) scale."""
+    """Largest |y - x W^T|, in parts of sum |x| times half the grid's range."""
     if not y.numel():
         return 0.0
-    added = x.double().abs() @ case.magnitude.t() + 1e-30
-    return ((y.double() - x.double() @ case.weight.t()).abs() / added).max().item()
+    bound = x.double().abs() @ case.magnitude.t() + 1e-30
+    return ((y.double() - x.double() @ case.weight.t()).abs() / bound).max().item()

@@ -34,7 +34,7 @@ def world(seed: int = 0, num_groups: int = 18) -> tuple[Problem, Problem]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_closes_much_of_the_gap_within_its_evaluations(seed: int) -> None:
+def test_closes_most_of_the_gap_within_its_evaluations(seed: int) -> None:
     predicted, real = world(seed)
     asked: list[tuple[int, ...]] = []
 
@@ -42,12 +42,13 @@ def test_closes_much_of_the_gap_within_its_evaluations(seed: int) -> None:
         asked.append(chosen)
         return real.evaluate(chosen).damage
 
-    found = correct(predicted, measure, max_evaluations=20)
+    found = correct(predicted, measure, max_evaluations=16)
     best_possible = solve(real).objective
     first = found.trials[0].measured
-    assert len(asked) == len(set(asked)) <= 20
+    assert len(asked) == len(set(asked)) <= 16
     assert found.best.measured == min(real.evaluate(chosen).damage for chosen in asked)
-    assert first - found.best.measured >= 0.4 * (first - best_possible)
+    assert first - found.best.measured >= 0.6 * (first - best_possible)
+    assert found.best.measured >= best_possible * (1 - 1e-6)
     assert all(predicted.evaluate(chosen).feasible for chosen in asked)
 
 

@@ -172,4 +172,4 @@ def test_equals_brute_force(seed: int, minimise: str) -> None:
             assert (damage, seconds) == pytest.approx(expected[1][1:], rel=1e-7, abs=1e-6)
     assert solution.lower_bound <= solution.objective
     num_tolerated = 1e-11 * max(peaks.values()) if minimise == "bytes" or not solution.fits else 0.0
-    assert solution.objective - solution.lower_bound <= max(1e-6 * abs(solution.objective), num_tolerated)
+    assert solution.objective - solution.lower_bound <= max(1e-6 * abs(solution.objective), num_tolerated, 1e-9)

@@ -15,6 +15,7 @@ from haversack.cli.question import (
     CalibrationFile,
     CalibrationTokens,
     Context,
+    Evaluations,
     GenerateTokens,
     MachineName,
     MaxDamage,
@@ -26,6 +27,7 @@ from haversack.cli.question import (
     Trust,
     Users,
     calibration_for,
+    meter_for,
 )
 from haversack.units import format_bytes
 
@@ -45,6 +47,7 @@ def pack(
     machine: MachineName = None,
     calibration: CalibrationFile = None,
     calibration_tokens: CalibrationTokens = 32_768,
+    evaluations: Evaluations = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Execute this plan instead of making one.")] = None,
     trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -68,25 +71,37 @@ def pack(
         placement, machine,
     )  # fmt: skip
     with console.progress_bar(quiet=json) as progress:
+        answer, found = None, None
         if plan_file is not None:
-            made, answer = Plan.read(plan_file), None
+            made = Plan.read(plan_file)
             tokens = made.workload["prompt_tokens"] + made.workload["generate_tokens"]
+            if not all(is_neutral(row.option) for row in made.weights):
+                found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
         else:
-            tokens = asked.workload(described).context_tokens
-        found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
-        if plan_file is None:
-            answer = make_plan(asked.question(described, found), progress)
+            answer = make_plan(asked.question(described, None, lossless=True), progress)
+            if not answer.fits:  # something must be lost: find out where it hurts least
+                tokens = asked.workload(described).context_tokens
+                found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
+                meter = meter_for(found, evaluations, progress)
+                answer = make_plan(asked.question(described, found), progress, meter)
             made = answer.require_fit()
-        folder, notes = pack_job(described, made, output, statistics=found.statistics, progress=progress)
+        statistics = None if found is None else found.statistics
+        folder, notes = pack_job(described, made, output, statistics=statistics, progress=progress)
+    notes = (*(() if found is None else found.notes), *notes)
     if json:
-        report = {"folder": str(folder.path), "notes": [*found.notes, *notes]}
+        report = {"folder": str(folder.path), "notes": list(notes)}
         console.print_json(report | ({} if answer is None else plan_json(answer)))
         return 0
     if answer is not None:
         print_answer(answer)
-    for note in (*found.notes, *notes):
+    for note in notes:
         typer.echo(f"note: {note}.")
     size = sum(entry.num_bytes for entry in folder.manifest.files.values())
     typer.echo(f"\nPacked into {folder.path}: {format_bytes(size)} on disk.")
     typer.echo(f"Next: haversack run {folder.path} --prompt '...'   or   haversack verify {folder.path}")
     return 0
+
+
+def is_neutral(option: dict) -> bool:
+    """Whether an option of a plan changes nothing."""
+    return not option

@@ -14,6 +14,7 @@ from haversack.cli.question import (
     CalibrationFile,
     CalibrationTokens,
     Context,
+    Evaluations,
     GenerateTokens,
     MachineName,
     MaxDamage,
@@ -26,6 +27,7 @@ from haversack.cli.question import (
     Users,
     calibration_for,
     calibration_text,
+    meter_for,
 )
 from haversack.units import format_bytes, format_seconds
 
@@ -51,6 +53,7 @@ def plan(
     ] = False,
     calibration: CalibrationFile = None,
     calibration_tokens: CalibrationTokens = 32_768,
+    evaluations: Evaluations = None,
     trust_remote_code: Trust = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -70,11 +73,12 @@ def plan(
         check_output(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     with console.progress_bar(quiet=json) as progress:
-        found = None
+        found = meter = None
         if calibrate or calibration is not None:
             tokens = asked.workload(described).context_tokens
             found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
-        answer = make_plan(asked.question(described, found), progress)
+            meter = meter_for(found, evaluations, progress)
+        answer = make_plan(asked.question(described, found), progress, meter)
     if json:
         console.print_json(plan_json(answer))
     else:

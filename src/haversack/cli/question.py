@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from haversack.describe.model import Model
     from haversack.describe.workload import ServeWorkload
     from haversack.plan.make import Question
+    from haversack.plan.refine import PlanMeter
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
 BudgetOption = Annotated[
@@ -47,6 +48,11 @@ CalibrationFile = Annotated[
 ]
 CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="How much of it.")]
 
+Evaluations = Annotated[
+    int | None,
+    typer.Option("--evaluations", min=0, help="Whole plans to measure; 6 for models up to 100M parameters, else 0."),
+]
+
 DEFAULT_CONTEXT_TOKENS = 1024
 MIN_CALIBRATION_TOKENS = 2
 """A token to read and one to predict."""
@@ -54,6 +60,7 @@ MIN_CALIBRATION_TOKENS = 2
 MAX_TOKENS, MAX_USERS, MAX_CACHED_TOKENS = 10**8, 10**6, 10**11
 """Bounds of sense, so that a slipped digit is told before it overflows. The last is of all users together."""
 
+DEFAULT_EVALUATIONS = 6
 PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 
 
@@ -120,8 +127,8 @@ class Asked:
             make = f"make {total} tokens" if " and " in given else "alone is more"
             raise UsageError(f"{given} {make}, but --context says {context}; leave one of them out.")
 
-    def question(self, model: Model, calibration: Calibration | None) -> Question:
-        """What `make_plan` answers, about this model."""
+    def question(self, model: Model, calibration: Calibration | None, *, lossless: bool = False) -> Question:
+        """The question in the planner's words; with `lossless`, only what changes no value."""
         from haversack.plan.make import Question
 
         machine = self.find_machine()
@@ -134,7 +141,8 @@ class Asked:
             budget_bytes=None if text is None else parse_budget(text, available),
             budget_kind="tensor" if self.tensor_budget is not None else "process",
             max_damage=self.max_damage,
-            placement=self.placement,  # type: ignore[arg-type]
+            placement="resident" if lossless and self.placement == "auto" else self.placement,  # type: ignore[arg-type]
+            lossless=lossless,
             weight_damages=None if calibration is None else calibration.weight_damages,
             kv_damages=None if calibration is None else calibration.kv_damages,
         )
@@ -211,3 +219,13 @@ def calibration_text(file: Path | None, num_tokens: int) -> str:
     if not text.strip():
         raise UsageError(f"the calibration text {file} is empty; name a text file of some hundred kilobytes.")
     return text
+
+
+def meter_for(calibration: Calibration, evaluations: int | None, progress: Progress) -> PlanMeter | None:
+    """What measures whole plans, or None where none shall be."""
+    from haversack.cost.calibrated import SMALL_MODEL_PARAMETERS
+    from haversack.plan.refine import PlanMeter
+
+    if evaluations is None:
+        evaluations = DEFAULT_EVALUATIONS if calibration.model.num_parameters <= SMALL_MODEL_PARAMETERS else 0
+    return PlanMeter(calibration, evaluations, progress) if evaluations else None

@@ -33,6 +33,7 @@ from haversack.engine.calibrate import (
     calibration_token_ids,
 )
 from haversack.engine.measure import DamageMeter, token_windows
+from haversack.engine.quiet import quiet_transformers
 from haversack.errors import CheckpointError, UsageError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
@@ -97,17 +98,13 @@ def calibrate_model(
 def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> tuple[torch.Tensor, list[str]]:
     """`(sequences, seq_len)` spread over a text, with notes where the text is too short."""
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a long text is cut here, not fed whole
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.folder)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with quiet_transformers():  # it warns of long texts, which are cut here
+            tokenizer = AutoTokenizer.from_pretrained(model.folder)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model.folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
-    finally:
-        logging.set_verbosity(verbosity)
     seq_len = min(seq_len, model.max_positions or seq_len)
     return calibration_token_ids(ids, num_tokens, seq_len)
 

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from haversack.cost.candidates import KVCandidate, Serving, WeightCandidate
-from haversack.ledger import Ledger, total_bytes
+from haversack.describe.checkpoint import CheckpointTensor
+from haversack.describe.model import Model
+from haversack.engine.streaming import MERGE_GAP_BYTES, PAGE_BYTES, window_tensors
+from haversack.formats.packed_folder import PackedSite, packed_files
+from haversack.formats.safetensors_file import layout
+from haversack.ledger import Ledger, StoredTensor, total_bytes
 from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
 WEIGHTS, KV, MAPPED = "weights", "kv", "weights (mapped)"
 STREAM_BUFFERS = 2
+
+WINDOW_MARGIN_BYTES = 3 * PAGE_BYTES + MERGE_GAP_BYTES
+"""The most that one tensor adds to a window beside its own bytes: its first and last page, the gap to its neighbour, and
+its share of the buffer's alignment."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +46,14 @@ class ServingProblem:
         return weights, kv
 
     def ledger(self, chosen: Mapping[str, str]) -> Ledger:
-        """Bytes by time point, resident and tier under a solution; sums equal the solver's to the byte."""
+        """Bytes by time point, resident and tier under a solution: the solver's to the byte, but for the stream window, whose
+        exact bytes (pages, alignment) are at most what the solver booked."""
         weights, kv = self.candidates(chosen)
         ledger = Ledger()
         resident = sum(c.stored_bytes for c in weights if c.placement.mode == "resident")
         mapped = sum(c.stored_bytes for c in weights if c.placement.mode == "mapped")
-        streamed: dict[int, int] = {}
-        for c in weights:
-            if c.placement.mode == "streamed":
-                assert c.site.layer is not None
-                streamed[c.site.layer] = streamed.get(c.site.layer, 0) + c.stored_bytes
-        window = STREAM_BUFFERS * max(streamed.values(), default=0)
+        streamed = sum(c.stored_bytes for c in weights if c.placement.mode == "streamed")
+        window = total_bytes(stream_window(self.serving.model, weights)) if streamed else 0
         for point in ("load", "prefill", "decode"):
             for owner, num_bytes in self.fixed.items():
                 ledger.add(point, owner, "device", num_bytes)
@@ -55,7 +62,7 @@ class ServingProblem:
                 ledger.add(point, MAPPED, "disk", mapped)
             if window:
                 ledger.add(point, "weights (stream window)", "device", window)
-                ledger.add(point, "weights (streamed)", "disk", sum(streamed.values()))
+                ledger.add(point, "weights (streamed)", "disk", streamed)
             if point != "load":
                 ledger.add(point, KV, "device", sum(c.stored_bytes for c in kv))
                 base = getattr(self.serving, point).peak_bytes
@@ -118,12 +125,31 @@ def serving_problem(
     return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v})
 
 
+def stream_window(model: Model, weights: Sequence[WeightCandidate]) -> tuple[StoredTensor, ...]:
+    """The buffers of the stream window, from the layout of the files that packing will write."""
+    sites = {
+        c.site.id: PackedSite({}, c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype))
+        for c in weights
+    }
+    spans: dict[str, CheckpointTensor] = {}
+    for name, tensors in packed_files(sites, model.rest).items():
+        spans |= layout(Path(name), tensors)[0]
+    groups: dict[int, list[CheckpointTensor]] = {}
+    for c in weights:
+        if c.placement.mode == "streamed":
+            assert c.site.layer is not None
+            names = [f"{c.site.id}.{tensor.name}" for tensor in sites[c.site.id].stored]
+            groups.setdefault(c.site.layer, []).extend(spans[name] for name in names)
+    return window_tensors([groups[layer] for layer in sorted(groups)], STREAM_BUFFERS)
+
+
 def _weight_choice(c: WeightCandidate) -> Choice:
     accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes}
     if c.placement.mode == "resident":
         accounts[WEIGHTS] = c.stored_bytes
     elif c.placement.mode == "streamed":
-        accounts[f"window {c.site.layer}"] = c.stored_bytes
+        tensors = len(c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype))
+        accounts[f"window {c.site.layer}"] = c.stored_bytes + tensors * WINDOW_MARGIN_BYTES
     return Choice(c.id, c.damage.nats or 0.0, (c.seconds, c.disk_seconds), accounts)
 
 

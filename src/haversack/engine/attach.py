@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,14 +28,35 @@ class PackedSite:
 
 
 def take_off(model: nn.Module, sites: Sequence[WeightSite]) -> None:
-    """Remove the parameters of `sites` (and of the modules tied to them) from a model on `meta`, and clear its ties."""
+    """Remove the parameters of `sites` (and of the modules tied to them) from a model on `meta`, and clear its ties.
+
+    The modules, and those around them, are marked as initialised: transformers would fill parameters that are not there.
+    """
     for site in sites:
         for name in (site.module, *site.tied_modules):
-            module = model.get_submodule(name)
-            module._parameters[site.parameter] = None
-            module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers would fill what is not there
+            model.get_submodule(name)._parameters[site.parameter] = None
+            for path in _path_to(name):
+                model.get_submodule(path)._is_hf_initialized = True  # type: ignore[assignment]
     if any(site.tied_modules for site in sites):
         clear_ties(model)
+
+
+def fill_buffers(model: Any, sites: Sequence[WeightSite]) -> None:
+    """Let transformers fill the non-persistent buffers of the modules that `take_off` marked; packed weights stay."""
+    names = dict.fromkeys(
+        path for site in sites for name in (site.module, *site.tied_modules) for path in _path_to(name)
+    )
+    for name in names:
+        module = model.get_submodule(name)
+        if any(buffer is not None for buffer in module._buffers.values()):
+            with torch.no_grad():
+                model._init_weights(module)
+
+
+def _path_to(name: str) -> list[str]:
+    """The module's path and those of all modules around it, the model itself too."""
+    pieces = name.split(".")
+    return [".".join(pieces[:end]) for end in range(len(pieces) + 1)]
 
 
 def clear_ties(model: nn.Module) -> None:
@@ -54,8 +76,9 @@ def attach(model: nn.Module, packed: Sequence[PackedSite], dtype: torch.dtype) -
     for (module, parameter), items in by_parameter.items():
         tensor = _assemble(items, dtype)
         for name in (module, *items[0].site.tied_modules):
-            # nn.Parameter() would wrap; the packed tensor marks itself instead, and never asks for a gradient.
-            model.get_submodule(name)._parameters[parameter] = nn.Parameter(tensor, requires_grad=False)
+            packed_parameter = nn.Parameter(tensor, requires_grad=False)
+            packed_parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # never filled by transformers
+            model.get_submodule(name)._parameters[parameter] = packed_parameter
 
 
 def _assemble(items: list[PackedSite], dtype: torch.dtype) -> torch.Tensor:

@@ -19,7 +19,7 @@ from haversack.describe.checkpoint import CheckpointTensor, torch_dtype
 from haversack.describe.model import Model, describe_model
 from haversack.describe.site import WeightSite
 from haversack.describe.workload import ServeWorkload
-from haversack.engine.attach import PackedSite, attach, take_off
+from haversack.engine.attach import PackedSite, attach, fill_buffers, take_off
 from haversack.engine.generation import install_kv_plan
 from haversack.engine.kv_cache import KVPlan
 from haversack.engine.packed_tensor import PackedMatrix
@@ -111,6 +111,7 @@ def finish(model: Any, packed: PackedModel) -> Any:
     if by_mode["streamed"]:
         matrices += _stream(model, packed, by_mode["streamed"], tensors)
     attach(model, matrices, torch_dtype(packed.described.dtype))
+    fill_buffers(model, packed.described.weights)
     install_kv_plan(model, packed.kv_plan)
     model.haversack = packed
     return model.eval()

@@ -20,6 +20,7 @@ from haversack.describe.site import WeightSite
 from haversack.engine.attach import PackedSite, attach
 from haversack.engine.kv_cache import HaversackCache, KVPlan
 from haversack.engine.packed_tensor import PackedMatrix
+from haversack.engine.quiet import quiet_transformers
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
 
@@ -49,9 +50,10 @@ class DamageMeter:
         self.described = model
         self.checkpoint = Checkpoint.open(model.folder)
         self.chunk_tokens = chunk_tokens
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model.folder, dtype="auto", attn_implementation=attention.NAME
-        ).eval()
+        with quiet_transformers():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                model.folder, dtype="auto", attn_implementation=attention.NAME
+            ).eval()
         if model.weights and any(site.expert is not None for site in model.weights):
             self.model.set_experts_implementation("eager")
         self._reference = [self._log_probabilities(row, {}) for row in self.token_ids]

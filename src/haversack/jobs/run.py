@@ -25,11 +25,11 @@ def load(folder: str | Path) -> Any:
     if not is_packed(path):
         raise PlanError(f"{folder} is not packed; run `haversack pack {folder} --budget ... -o OUT` first.")
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    from haversack.engine.quiet import quiet_transformers
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 
 
 def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -3,11 +3,11 @@
     CompiledMatvec   a few tokens: every packed byte is read once, codes go straight into dot products
     CompiledTiles    many tokens: rows are dequantized into a tile that stays in cache, for torch's matmul to take
 
-Error of a matvec against float64, in parts of sum |x| (|code - centre| + |zero - centre|) scale: 2^-16 with float32
-activations on avx512-bf16 (they become two bfloat16 terms), 2^-14 at 2 and 3 bits there (offsets, `Avx512Bf16`), 2^-20
-otherwise; then one rounding to the result's dtype.
-int8 activations: half of 1/127 of the group's largest, per activation. Tiles: in float32 as a matvec; where activations
-are bfloat16 the tile is bfloat16 too, 2^-9 of each weight.
+Error of a matvec against float64, in parts of sum |x| (2^(bits-1) + |zero - 2^(bits-1)|) scale, half the grid's range
+for every column: 2^-16, of which avx512-bf16 uses most with float32 activations (they become two bfloat16 terms) or with
+2 and 3 bits (offsets, `Avx512Bf16`); then one rounding to the result's dtype. int8 activations: half of 1/127 of the
+group's largest, per activation. Tiles: in float32 as a matvec; where activations are bfloat16 the tile is bfloat16 too,
+2^-9 of each weight.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -61,12 +62,15 @@ class CompiledMatvec:
         name = f"llvm-{self.scheme.name}"
         return name if self.scheme.features else f"{name}-{_widest_vectors(self.target)}"
 
+    @property
+    def activation_bits(self) -> int:
+        return self.scheme.activation_bits
+
     def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool:
         scheme = self.scheme(fmt.bits)
         return (
             num_tokens <= self.max_tokens
             and scheme.activation_bits in (activation_bits, 16)
-            and scheme.runs_on(self.target)
             and ir_matmul.supports(fmt, scheme)
         )
 
@@ -101,6 +105,9 @@ class Matvec:
     def __init__(self, case: MatmulCase, module: CompiledModule):
         self.case = case
         self.module = module
+        # The case's bytes are worked out once: as properties they cost more than a small matrix.
+        self._round_bytes, self._fixed_bytes = case.round_bytes, case.workspace_bytes(0)
+        self._row_bytes = case.fmt.row_bytes
         self._run = _FUNCTION(module.address("run"))
 
     def __call__(
@@ -108,18 +115,19 @@ class Matvec:
     ) -> torch.Tensor:
         num_tokens, num_rows = x.shape[0], codes.shape[0]
         out = x.new_empty(num_tokens, num_rows)
-        workspace = torch.empty(self.case.workspace_bytes(num_tokens), dtype=torch.uint8)
+        rounds = -(-num_tokens // self.case.tokens)
+        workspace = torch.empty(rounds * self._round_bytes + self._fixed_bytes, dtype=torch.uint8)
         matrix = (ctypes.c_int64 * ir_run.MATRIX_WORDS)(
             codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), out.data_ptr(), num_rows
         )
-        threads = _num_threads(num_rows * self.case.fmt.row_bytes)
+        threads = _num_threads(num_rows * self._row_bytes)
         self._run(
             x.data_ptr(),
             workspace.data_ptr(),
             ctypes.addressof(matrix),
             1,
             num_tokens,
-            _rows_per_turn(num_rows, self.case.fmt.row_bytes, threads),
+            _rows_per_turn(num_rows, self._row_bytes, threads),
             parallel_address(),
             threads,
         )
@@ -131,6 +139,7 @@ class CompiledTiles:
     """Tiles of dequantized rows, multiplied by torch: in bfloat16 where that is the input and the CPU multiplies it."""
 
     target: Target
+    activation_bits: ClassVar[int] = 16
 
     @property
     def NAME(self) -> str:

@@ -14,6 +14,8 @@ from haversack.kernels.format import PackedFormat
 
 NAME = "generic-f32-tiles"
 
+activation_bits = 16
+
 TILE_BYTES = 4 << 20
 """Bytes of one tile while it is dequantized: a common L2 plus some L3; larger tiles measured no faster."""
 

@@ -10,7 +10,7 @@ themselves (`torch.ops.haversack.*`) are registered when first used, so that ask
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from haversack.errors import UsageError
@@ -25,6 +25,10 @@ class PackedKernel(Protocol):
 
     @property
     def NAME(self) -> str: ...
+
+    @property
+    def activation_bits(self) -> int:
+        """What its dot products take: 16 (floats) or 8 (int8)."""
 
     def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool: ...
 
@@ -120,15 +124,22 @@ def workspace_bytes(
     return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
 
 
+@lru_cache(maxsize=4096)
 def choose_kernel(
     fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
 ) -> PackedKernel:
-    """The first kernel, fast to general, that supports the case. Compiled kernels are for the CPU."""
+    """The first kernel, fast to general, that supports the case. Compiled kernels are for the CPU.
+
+    For 8-bit activations a kernel with int8 dot products comes before those that round and multiply floats.
+    """
     if activation_bits not in (8, 16):
         raise UsageError(f"activation_bits is 16 (as they are) or 8 (quantized per group), got {activation_bits}")
-    for kernel in kernels(device_type):
-        if kernel.supports(fmt, num_tokens, dtype, activation_bits):
+    able = [k for k in kernels(device_type) if k.supports(fmt, num_tokens, dtype, activation_bits)]
+    for kernel in able:
+        if kernel.activation_bits == activation_bits:
             return kernel
+    for kernel in able:
+        return kernel
     raise AssertionError("the generic kernel supports everything")
 
 

@@ -32,6 +32,7 @@ from haversack.parts.placement.mapped import Mapped
 from haversack.parts.placement.resident import Resident
 from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
+from haversack.plan.refine import PlanMeter, Refined
 from haversack.plan.schema import (
     Budget,
     DamageRecord,
@@ -69,7 +70,7 @@ class Question:
     """What is asked: a model, a workload and a machine, within `budget_bytes` or at most `max_damage` nats.
 
     `budget_kind` "process" counts the whole process's peak, "tensor" our tensors only. `placement` "auto" keeps weights
-    resident and streams from disk only where nothing resident fits.
+    resident and streams from disk only where nothing resident fits. `lossless` offers only what changes no value.
     """
 
     model: Model
@@ -81,6 +82,7 @@ class Question:
     placement: PlacementPolicy = "auto"
     weight_damages: Mapping[str, Mapping[WeightOption, Damage]] | None = None
     kv_damages: Mapping[str, Mapping[KVOption, Damage]] | None = None
+    lossless: bool = False
 
     @property
     def runtime_bytes(self) -> int:
@@ -133,8 +135,13 @@ class Answer:
         )
 
 
-def make_plan(question: Question, progress: Callable[[str, int, int], None] | None = None) -> Answer:
-    """Answer a question. Raises UsageError if the context is beyond the model's positions."""
+def make_plan(
+    question: Question, progress: Callable[[str, int, int], None] | None = None, meter: PlanMeter | None = None
+) -> Answer:
+    """Answer a question; with `meter`, whole plans are measured and the search corrected.
+
+    Raises UsageError if the context is beyond the model's positions.
+    """
     check_positions(question.workload, question.model.max_positions, question.model.name)
     tell = progress or (lambda what, done, total: None)
     if question.workload.prefill_chunk_tokens is not None:
@@ -145,14 +152,19 @@ def make_plan(question: Question, progress: Callable[[str, int, int], None] | No
     best: tuple[ServingProblem, Solution, int] | None = None
     for done, chunk in enumerate(chunks):
         tell("solving", done, len(chunks))
-        problem, solution = _solve_at(question, chunk)
+        problem, solution = solve_at(question, chunk)
         if best is None or _better(solution, best[1]):
             best = (problem, solution, chunk)
         if best[1].fits and best[1].evaluation.damage <= 0:
             break
     assert best is not None
     tell("solving", len(chunks), len(chunks))
-    return _answer(question, *best)
+    built, solution, chunk = best
+    refined = None
+    if meter is not None and solution.fits and solution.minimised == "damage" and solution.evaluation.damage > 0:
+        refined = meter.refine(built, solution)
+        solution = refined.solution
+    return _answer(question, built, solution, chunk, refined)
 
 
 def _better(new: Solution, old: Solution) -> bool:
@@ -163,7 +175,7 @@ def _better(new: Solution, old: Solution) -> bool:
     return new.evaluation.damage < old.evaluation.damage * (1 - 1e-6)
 
 
-def _solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
+def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
     """The best solution with one prefill chunk, streaming only where nothing resident fits or where it was asked for."""
     users = question.workload.users
     serving = Serving(
@@ -177,7 +189,7 @@ def _solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]
     if question.placement == "mapped":
         return _solve_with(question, serving, (Mapped(),))
     if question.placement == "streamed":
-        return _solve_streamed(question, serving, (streamed, resident))
+        return _solve_streamed(question, serving, (streamed,))
     problem, solution = _solve_with(question, serving, (resident,))
     if solution.fits or question.placement == "resident":
         return problem, solution
@@ -206,7 +218,7 @@ def _solve_with(
     lossless: bool = False,
     minimise: Literal["damage", "seconds"] = "damage",
 ) -> tuple[ServingProblem, Solution]:
-    model = question.model
+    model, lossless = question.model, lossless or question.lossless
     options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights")
     damages = damage_table(model, options, None if lossless else question.weight_damages)
     weights = [
@@ -285,14 +297,19 @@ def _placements(layer: int | None, placements: Sequence[Placement]) -> Sequence[
     return (Resident(),)
 
 
-def _answer(question: Question, built: ServingProblem, solution: Solution, chunk: int) -> Answer:
+def _answer(
+    question: Question, built: ServingProblem, solution: Solution, chunk: int, refined: Refined | None
+) -> Answer:
     chosen = built.problem.describe(solution.chosen)
     weights, kv = built.candidates(chosen)
     ledger = built.ledger(chosen)
     peak_point, peak_bytes = ledger.peak()
-    assert peak_bytes == solution.evaluation.peak_bytes["device"], "the ledger and the solver must agree to the byte"
+    assert peak_bytes <= solution.evaluation.peak_bytes["device"], "the ledger never passes what the solver booked"
     serving = built.serving
-    damage = total_damage([c.damage for c in weights] + [c.damage for c in kv])
+    if refined is None:
+        damage = total_damage([c.damage for c in weights] + [c.damage for c in kv])
+    else:
+        damage = Damage(refined.damage, "measured", source="KL of the whole plan on calibration text")
     prediction = Prediction(
         timeline=ledger.to_dict(),
         peak_bytes=peak_bytes,
@@ -328,6 +345,7 @@ def _answer(question: Question, built: ServingProblem, solution: Solution, chunk
             seconds=solution.seconds_to_solve,
             num_groups=len(built.problem.groups),
             num_choices=sum(len(group.choices) for group in built.problem.groups),
+            evaluations=0 if refined is None else len(refined.trials),
         ),
         front=_front(built, solution, question),
         notes=_notes(question),

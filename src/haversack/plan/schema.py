@@ -103,7 +103,6 @@ class Solve(_Strict):
     num_groups: int
     num_choices: int
     evaluations: int = 0
-    candidates: int = 0
 
 
 class Plan(_Strict):

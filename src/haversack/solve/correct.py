@@ -10,8 +10,10 @@ group g is taken as
 of that at x[g], plus noise, so the fit needs one solve with as many unknowns as there are measurements.
 
 Then the problem is solved again with the fitted damages, within a trust region around the best measured solution (at
-most `radius` groups change; doubled after a success, halved after a failure), without solutions already measured.
-Everything that decides the next step follows from the list of trials, which is therefore all that is saved.
+most `radius` groups change; doubled after a success, halved after a failure), without solutions already measured. Every
+other step takes damages drawn from the posterior instead, and the first radius (Thompson sampling), so that what was
+given up too early is measured again. Everything that decides the next step follows from the list of trials, which is
+therefore all that is saved.
 """
 
 from __future__ import annotations
@@ -29,9 +31,15 @@ from haversack.errors import PlanError, UsageError
 from haversack.solve.exact import NoSolutionError, SolverTimeoutError, solve
 from haversack.solve.problem import Problem
 
-SHARED_VARIANCE, KIND_VARIANCE, GROUP_VARIANCE, CHOICE_VARIANCE = 1.0, 0.5, 0.1, 0.05
+SHARED_VARIANCE, KIND_VARIANCE, GROUP_VARIANCE, CHOICE_VARIANCE = 1.0, 1.0, 0.1, 0.05
 """Prior variances of the relative errors a, b, e and f: proxies are often off by a common factor and by role, less so
 one site against its like. A choice of ours; measured solutions soon outweigh it."""
+
+EXPLORE_EVERY = 2
+"""Every second step follows a draw, the others the mean."""
+
+SMALLEST_FACTOR = 0.05
+"""A fitted damage is at least this share of the given one: a proxy may be wrong, but not in sign."""
 
 NOISE = 0.01
 """Relative standard deviation taken for a measured damage."""
@@ -73,7 +81,7 @@ def correct(
     `measure` takes one index per group and returns nats per token; infinity or NaN says that the solution failed.
     `start` is measured first (the solver's answer if None); what is returned is never worse. `state` resumes what
     `record` was handed after every measurement (a dict for JSON); evaluations in it count. `first_radius` groups may
-    change at first, a quarter of them if None. `time_limit_seconds` is for each solve. Stops early when nothing new is
+    change at first, half of them if None. `time_limit_seconds` is for each solve. Stops early when nothing new is
     left within reach. Raises UsageError for damages that are tuples, PlanError for a state of another problem,
     NoSolutionError if nothing fits.
     """
@@ -82,13 +90,14 @@ def correct(
     model = _DamageModel(problem)
     fingerprint = _fingerprint(problem)
     trials = _loaded(problem, fingerprint, state) if state else []
-    radius = first_radius or max(1, len(problem.groups) // 4)
+    radius = first_radius or max(1, len(problem.groups) // 2)
     while len(trials) < max_evaluations:
         fitted = model.fitted(trials)
         if trials:
-            chosen = _next(
-                model.replaced(fitted), trials, _radius(trials, radius, len(problem.groups)), time_limit_seconds
-            )
+            explore = len(trials) % EXPLORE_EVERY == 0
+            guess = model.drawn(trials) if explore else fitted
+            reach = radius if explore else _radius(trials, radius, len(problem.groups))
+            chosen = _next(model.replaced(guess), trials, reach, time_limit_seconds)
         else:
             chosen = tuple(start) if start is not None else _first(problem, time_limit_seconds)
         if chosen is None:
@@ -134,30 +143,45 @@ class _DamageModel:
 
     def fitted(self, trials: Sequence[Trial]) -> np.ndarray:
         """(num_choices,) damages; as given before any trial. A damage never changes its sign."""
+        return self.damage * np.maximum(1.0 + self._errors(trials, None), SMALLEST_FACTOR)
+
+    def drawn(self, trials: Sequence[Trial]) -> np.ndarray:
+        """(num_choices,) damages drawn from the posterior; the same for the same number of trials."""
+        errors = self._errors(trials, np.random.default_rng(len(trials)))
+        return self.damage * np.maximum(1.0 + errors, SMALLEST_FACTOR)
+
+    def _errors(self, trials: Sequence[Trial], draw: np.random.Generator | None) -> np.ndarray:
+        """(num_choices,) posterior mean of the relative errors, or with `draw` a draw from the posterior.
+
+        By Matheron's rule: a draw from the prior, moved by what it says wrongly about the measured totals.
+        """
+        prior = np.zeros(len(self.damage))
+        if draw is not None:
+            of_kind = draw.normal(0, KIND_VARIANCE**0.5, self.num_kinds)
+            of_group = draw.normal(0, GROUP_VARIANCE**0.5, len(self.kind_of)) + of_kind[self.kind_of]
+            prior = draw.normal(0, CHOICE_VARIANCE**0.5, len(self.damage)) + of_group[self.group_of]
+            prior = prior + draw.normal(0, SHARED_VARIANCE**0.5)
         trials = [trial for trial in trials if math.isfinite(trial.measured)]
         if not trials:
-            return self.damage
+            return prior
         taken = self.starts[:-1] + np.array([trial.chosen for trial in trials])  # (trials, groups)
         by_group = self.damage[taken]
         by_kind = np.zeros((len(trials), self.num_kinds))
+        by_choice = np.zeros((len(trials), len(self.damage)))
         for i, row in enumerate(by_group):
             np.add.at(by_kind[i], self.kind_of, row)
+            by_choice[i, taken[i]] = row
         totals = by_group.sum(axis=1)
-        same = taken[:, None, :] == taken[None, :, :]
-        covariance = (
-            SHARED_VARIANCE * np.outer(totals, totals)
-            + KIND_VARIANCE * by_kind @ by_kind.T
-            + GROUP_VARIANCE * by_group @ by_group.T
-            + CHOICE_VARIANCE * np.einsum("ig,jg,ijg->ij", by_group, by_group, same)
-        )
+        # covariance of every choice's relative error with every measured total: (trials, choices)
+        covariance = SHARED_VARIANCE * totals[:, None] + KIND_VARIANCE * by_kind[:, self.kind_of[self.group_of]]
+        covariance = covariance + GROUP_VARIANCE * by_group[:, self.group_of] + CHOICE_VARIANCE * by_choice
         measured = np.array([trial.measured for trial in trials])
         noise = NOISE**2 * np.maximum(measured**2, totals**2) + 1e-18
-        weights = np.linalg.solve(covariance + np.diag(noise), measured - totals)
-        error = SHARED_VARIANCE * (weights @ totals) + np.zeros(len(self.problem.groups))
-        error += (KIND_VARIANCE * (weights @ by_kind))[self.kind_of] + GROUP_VARIANCE * (weights @ by_group)
-        relative = error[self.group_of]
-        np.add.at(relative, taken.ravel(), (CHOICE_VARIANCE * weights[:, None] * by_group).ravel())
-        return self.damage * np.maximum(1.0 + relative, 0.01)
+        of_totals = covariance @ by_choice.T + np.diag(noise)
+        wrong = measured - totals - by_choice @ prior
+        if draw is not None:
+            wrong = wrong - draw.normal(0, noise**0.5)
+        return prior + covariance.T @ np.linalg.solve(of_totals, wrong)
 
     def replaced(self, damage: np.ndarray) -> Problem:
         """The problem with these damages and, since they are no longer the ones it was set for, no bound on them."""

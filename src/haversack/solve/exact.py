@@ -170,6 +170,8 @@ class Solver:
         for goal in goals:
             if not goal.weights:
                 continue
+            if best is not None and deadline is not None and time.monotonic() >= deadline:
+                return best
             answer = self._exactly(goal, limits, deadline)
             if answer is None or answer.flat is None:
                 if best is None and answer is not None:
@@ -194,16 +196,24 @@ class Solver:
         left = None if deadline is None else deadline - time.monotonic()
         greedy = self._reduce(goal, upper, left) if plain else None
         program = self._program
+        presolve = self.arrays.num_choices > SMALL_ENOUGH
         forbidden = list(self._far)
         for _ in range(MAX_REPAIRS):
             left = None if deadline is None else deadline - time.monotonic()
-            answer = program.solve(goal, upper=upper, far=forbidden, near=self._near, time_limit_seconds=left)
+            answer = program.solve(
+                goal, upper=upper, far=forbidden, near=self._near, time_limit_seconds=left, presolve=presolve
+            )
+            if presolve and greedy is not None and self._contradicts(answer, greedy, goal):
+                presolve = False
+                continue
             if answer.infeasible:
                 return None
             if answer.flat is None:
                 if not answer.timed_out:
                     raise HaversackError("HiGHS ended without an answer and without saying that there is none.")
                 return answer if greedy is None else greedy
+            if answer.timed_out and greedy is not None and self._beats(greedy, answer, goal):
+                return Answer(greedy.flat, max(greedy.bound, answer.bound), infeasible=False, timed_out=True)
             chosen = self.arrays.chosen(answer.flat)
             if self._keeps(self.problem.evaluate(chosen), limits):
                 return answer
@@ -235,6 +245,19 @@ class Solver:
             self.arrays = self.arrays.restricted(keep)
             self._program = Program(self.arrays)
         return Answer(self.arrays.flat(chosen), lower, infeasible=False, timed_out=True)
+
+    def _contradicts(self, answer: Answer, greedy: Answer, goal: Goal) -> bool:
+        """HiGHS says it is done and has nothing, or nothing as good as a solution that is known."""
+        return not answer.timed_out and (answer.flat is None or self._beats(greedy, answer, goal))
+
+    def _beats(self, greedy: Answer, answer: Answer, goal: Goal) -> bool:
+        ours, theirs = self._worth(greedy, goal), self._worth(answer, goal)
+        return ours < theirs - REDUCTION_TOLERANCE * max(1e-12, abs(ours))
+
+    def _worth(self, answer: Answer, goal: Goal) -> float:
+        assert answer.flat is not None
+        evaluation = self.problem.evaluate(self.arrays.chosen(answer.flat))
+        return sum(weight * _value(name, evaluation) for name, weight in goal.weights.items())
 
     def _at_distance(self, chosen: Sequence[int]) -> bool:
         differ = [sum(a != b for a, b in zip(chosen, other, strict=True)) >= num for other, num in self._far]

@@ -235,7 +235,9 @@ class WeightOption:
         if self.grid is None:
             import torch.nn.functional as F
 
-            return F.linear(x, tensors["weight"])
+            # As a matrix: from a strided (1, 1, in) input, as a model's last hidden state is, torch would clone the weight.
+            rows = F.linear(x.reshape(-1, x.shape[-1]), tensors["weight"])
+            return rows.view(*x.shape[:-1], out_features)
         for i, transform in enumerate(self.transforms):
             x = transform.transform_input(x, _strip(tensors, f"transform{i}."))
         y = self.grid.matmul(x, tensors, out_features)

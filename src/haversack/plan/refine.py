@@ -1,0 +1,110 @@
+"""Whole plans measured, and the search corrected by what was measured.
+
+Damages of single sites add up only roughly. So the solver's answer is packed in memory and its KL measured on held-out
+calibration text; the errors are fitted, the problem solved again nearby, and the best *measured* plan wins. Evaluations
+are bounded, logged in a file beside the calibration, and resumed from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from haversack.cost.calibrated import Calibration
+from haversack.cost.serving import ServingProblem
+from haversack.describe.assemble import read_site
+from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.site import WeightSite
+from haversack.engine.measure import DamageMeter
+from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.solve.correct import Trial, correct, solution_hash
+from haversack.solve.exact import Solution
+
+MAX_ENCODED_BYTES = 2 * 2**30
+"""Packed sites kept for the next evaluation, which shares most of them."""
+
+SOLVE_SECONDS = 20.0
+NUM_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The best measured solution; `damage` is its KL in nats per token, `trials` all that were measured, in order."""
+
+    solution: Solution
+    damage: float
+    trials: tuple[Trial, ...]
+
+
+class PlanMeter:
+    """Measures whole solutions of one calibrated model."""
+
+    def __init__(self, calibration: Calibration, evaluations: int, progress: Callable[[str, int, int], None]):
+        self.calibration = calibration
+        self.evaluations = evaluations
+        self.progress = progress
+        self._encoded: dict[tuple[str, WeightOption], Mapping[str, torch.Tensor]] = {}
+        self._encoded_bytes = 0
+
+    @cached_property
+    def _meter(self) -> DamageMeter:
+        return DamageMeter(self.calibration.model, self.calibration.token_ids[:NUM_SEQUENCES])
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        assert self.calibration.model.folder is not None
+        return Checkpoint.open(self.calibration.model.folder)
+
+    def refine(self, built: ServingProblem, solution: Solution) -> Refined:
+        """Search around a solution, in at most `evaluations` measurements; never worse than it, as measured."""
+        state_file = self.calibration.statistics.folder / f"plans-{_digest(built, solution)}.json"
+        state = json.loads(state_file.read_text()) if state_file.exists() else None
+
+        def record(trials: dict) -> None:
+            partial = state_file.with_suffix(".partial")
+            partial.write_text(json.dumps(trials))
+            partial.rename(state_file)
+            self.progress("measuring plans", len(trials["trials"]), self.evaluations)
+
+        corrected = correct(
+            built.problem,
+            lambda chosen: self.measure(built, chosen),
+            max_evaluations=self.evaluations,
+            start=solution.chosen,
+            state=state,
+            record=record,
+            time_limit_seconds=SOLVE_SECONDS,
+        )
+        best = corrected.best
+        evaluation = built.problem.evaluate(best.chosen)
+        return Refined(replace(solution, chosen=best.chosen, evaluation=evaluation), best.measured, corrected.trials)
+
+    def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float:
+        """KL in nats per token of one solution."""
+        weights, kv = built.candidates(built.problem.describe(chosen))
+        changed = {c.site.id: (c.option, self.tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
+        caches = {c.site.id: c.option for c in kv if not c.option.is_neutral}
+        return float(self._meter.kl_per_token(changed, caches).mean())
+
+    def tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
+        key = (site.id, option)
+        if key not in self._encoded:
+            task = WeightTask(read_site(self._checkpoint, site).float())
+            if site.id in self.calibration.statistics:
+                task.hessian = self.calibration.statistics[site.id].hessian
+            tensors = option.encode(task)
+            self._encoded_bytes += sum(tensor.nbytes for tensor in tensors.values())
+            if self._encoded_bytes > MAX_ENCODED_BYTES:
+                self._encoded.clear()
+                self._encoded_bytes = 0
+            self._encoded[key] = tensors
+        return self._encoded[key]
+
+
+def _digest(built: ServingProblem, solution: Solution) -> str:
+    capacity = built.problem.capacity_bytes.get("device", 0)
+    return f"{solution_hash(built.problem, solution.chosen)}-{capacity}"

@@ -1,0 +1,186 @@
+"""Packed folders of every family load through plain transformers and compute what their stored tensors say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.engine.tiny import load_whole, random_ids, save_tiny
+
+import haversack  # noqa: F401  # transformers finds the quantizer
+from haversack.cost.damage import NONE, Damage
+from haversack.describe.machine import Machine
+from haversack.describe.model import Model, describe_model
+from haversack.describe.workload import ServeWorkload
+from haversack.errors import DoesNotFitError, PlanError
+from haversack.jobs.pack import pack
+from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.nearest import NearestRounding
+from haversack.plan.make import Answer, Question, make_plan
+
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "mixtral", "gpt_oss",
+)  # fmt: skip
+MACHINE = Machine("test", 2, 2**33, 2**33)
+EIGHT = WeightOption(grid=IntegerGrid(8, 64, symmetric=True), rounding=NearestRounding())
+FOUR = WeightOption(grid=IntegerGrid(4, 64, symmetric=False), rounding=NearestRounding())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def answer(
+    model: Model,
+    options: tuple[WeightOption, ...],
+    share: float | None = None,
+    kv: tuple[KVOption, ...] = (),
+    **changes,
+) -> Answer:
+    """A plan from given options; `share` of the bytes that everything at 16 bits would take, or no limit."""
+    damages = {WeightOption(): NONE} | {o: Damage(1.0 / o.grid.bits**2, "proxied") for o in options if o.grid}  # type: ignore[attr-defined]
+    caches = {KVOption(): NONE} | {o: Damage(0.001, "proxied") for o in kv}
+    question = Question(
+        model=model,
+        workload=ServeWorkload(24, 9),
+        machine=MACHINE,
+        budget_bytes=2**33 if share is None else int(model.num_bytes * share),
+        budget_kind="tensor",
+        weight_damages={site.id: damages for site in model.weights},
+        kv_damages={site.id: caches for site in model.attention},
+        **changes,
+    )
+    return make_plan(question)
+
+
+def load(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neutral_packing_changes_nothing(family: str, tmp_path: Path) -> None:
+    source = save_tiny(family, tmp_path / "model")
+    model = describe_model(source)
+    found = answer(model, ())
+    assert found.fits and found.plan.prediction.damage.nats == 0
+    pack(model, found.plan, tmp_path / "packed")
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        packed = load(tmp_path / "packed")(ids, use_cache=False).logits
+        whole = load_whole(source, torch.float32, "eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(packed, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_models_compute_with_the_stored_matrices(family: str, tmp_path: Path) -> None:
+    """Logits equal those of a dense model whose parameters are the stored tensors read back."""
+    source = save_tiny(family, tmp_path / "model")
+    model = describe_model(source)
+    found = answer(model, (EIGHT, FOUR), share=0.6, placement="resident")
+    assert found.fits, found.cheapest_change
+    pack(model, found.plan, tmp_path / "packed")
+    packed = load(tmp_path / "packed")
+    dense = load_whole(source, torch.float32, "eager")
+    overwrite_with_stored(dense, packed)
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        got, want = packed(ids, use_cache=False).logits, dense(ids, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3 * float(want.abs().max()))
+
+
+def overwrite_with_stored(dense: torch.nn.Module, packed: torch.nn.Module) -> None:
+    """Write every packed site's matrix into the dense model's parameter, through the site's own description."""
+    from haversack.engine.attach import parameter_rows
+    from haversack.engine.packed_tensor import PackedStack
+
+    described = packed.haversack.described
+    stored = {}
+    for parameter in packed.parameters():
+        tensors = parameter.experts if isinstance(parameter, PackedStack) else (parameter,)
+        for tensor in tensors:
+            for block in getattr(tensor, "blocks", ()):
+                stored[block.matrix.site_id] = block.matrix
+    assert set(stored) == {site.id for site in described.weights}
+    with torch.no_grad():
+        for site in described.weights:
+            matrix = stored[site.id]
+            values = matrix.option.dense(matrix.tensors(), site.out_features, site.in_features)
+            target = dense.get_submodule(site.module)._parameters[site.parameter]
+            if site.module_slice.squeeze:
+                target = target[site.module_slice.index[0][0]]
+            view = target.T if site.module_slice.transposed else target
+            view[parameter_rows(site)] = values.to(target.dtype)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mixtral"))
+@pytest.mark.parametrize("placement", ("mapped", "streamed"))
+def test_placements_change_no_value(family: str, placement: str, tmp_path: Path) -> None:
+    model = describe_model(save_tiny(family, tmp_path / "model"))
+    ids = random_ids(1, 12)
+    outputs = []
+    for where in ("resident", placement):
+        found = answer(model, (), placement=where)
+        assert found.fits
+        pack(model, found.plan, tmp_path / where)
+        loaded = load(tmp_path / where)
+        with torch.no_grad():
+            outputs.append(loaded(ids, use_cache=False).logits)
+        if where == "streamed":
+            loaded.haversack_window.close()
+    assert torch.equal(*outputs)
+
+
+def test_streaming_holds_only_its_window(tmp_path: Path) -> None:
+    model = describe_model(save_tiny("llama", tmp_path / "model", num_layers=4))
+    found = answer(model, (), placement="streamed")
+    rows = found.plan.prediction.timeline["decode"]
+    layer = sum(site.num_bytes for site in model.weights if site.layer == 0)
+    assert 2 * layer <= rows["weights (stream window)"]["device"] < 2 * layer + 2 * 64 * 4096
+    pack(model, found.plan, tmp_path / "packed")
+    loaded = load(tmp_path / "packed")
+    assert loaded.haversack_window.window_bytes <= rows["weights (stream window)"]["device"]
+    loaded.haversack_window.close()
+
+
+def test_generate_keeps_the_planned_cache(tmp_path: Path) -> None:
+    model = describe_model(save_tiny("llama", tmp_path / "model"))
+    option = KVOption(represent=QuantizedKV(8, 8, group_size=32, recent_tokens=8))
+    found = answer(model, (), kv=(option,), share=None)
+    plan = found.plan.model_copy(
+        update={"kv": tuple(k.model_copy(update={"option": option.to_dict()}) for k in found.plan.kv)}
+    )
+    pack(model, plan.sealed(), tmp_path / "packed")
+    loaded = load(tmp_path / "packed")
+    out = loaded.generate(
+        random_ids(1, 24), max_new_tokens=9, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+    )
+    assert out.past_key_values.num_bytes() == loaded.haversack.kv_plan.max_bytes()
+    with pytest.raises(DoesNotFitError, match="plan"):
+        loaded.generate(random_ids(3, 24), max_new_tokens=20, do_sample=False, pad_token_id=0)
+
+
+def test_declared_bytes_are_the_bytes_on_disk_and_in_memory(tmp_path: Path) -> None:
+    model = describe_model(save_tiny("qwen3", tmp_path / "model"))
+    found = answer(model, (EIGHT, FOUR), share=0.6, placement="resident")
+    folder, _ = pack(model, found.plan, tmp_path / "packed")
+    declared = sum(row.stored_bytes for row in found.plan.weights)
+    on_disk = sum(t.num_bytes for site in folder.manifest.sites for t in folder.site_tensors(site).values())
+    assert declared == on_disk == found.plan.prediction.timeline["decode"]["weights"]["device"]
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
+    first = describe_model(save_tiny("llama", tmp_path / "a"))
+    second = describe_model(save_tiny("qwen3", tmp_path / "b"))
+    with pytest.raises(PlanError, match="another model"):
+        pack(second, answer(first, ()).plan, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists() and not (tmp_path / "packed.partial").exists()
