@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 
-import click
 import typer
 
 from haversack._version import __version__
@@ -15,7 +16,10 @@ from haversack.cli.plan import plan
 from haversack.cli.report import report
 from haversack.cli.run import run as run_verb
 from haversack.cli.verify import verify
-from haversack.errors import HaversackError, InterruptedJobError
+from haversack.errors import HaversackError
+
+TRACEBACK_VARIABLE = "HAVERSACK_TRACEBACK"
+"""Set to 1, it lets errors that nobody foresaw through with their traceback."""
 
 app = typer.Typer(
     name="haversack",
@@ -47,24 +51,74 @@ def _root(
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run the command line; the exit code. Errors raised on purpose print as one sentence."""
+    """Run the command line; the exit code: 0, 1 (an answer or a failed job), 2 (wrong usage), 130 (interrupted).
+
+    Whatever goes wrong prints as one sentence, never as a traceback.
+    """
     try:
-        return app(args=argv, standalone_mode=False) or 0
-    except InterruptedJobError as error:
-        console.error(str(error))
-        return error.exit_code
-    except HaversackError as error:
+        code = app(args=argv, standalone_mode=False) or 0
+        sys.stdout.flush()  # a closed pipe shows here at the latest
+    except KeyboardInterrupt:
+        code = 130
+    except (BrokenPipeError, SystemExit):  # typer turns the first into the second
+        _leave_closed_pipe()
+        return 0
+    except Exception as error:
+        return _explain(error)
+    if code == 130:  # typer turns Ctrl-C into a bare exit code
+        console.error("interrupted.")
+    return code
+
+
+def _explain(error: Exception) -> int:
+    """Print an error as one sentence; its exit code."""
+    if isinstance(error, HaversackError):
         console.error(str(error), details=getattr(error, "cheapest_change", None))
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        console.error("interrupted")
-        return 130
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
+    if _is_wrong_usage(error):
+        return _explain_usage(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        console.error(f"{where}{error.strerror}; check the path, its permissions and the free space.")
+        return 1
+    if isinstance(error, MemoryError):
+        console.error("this process ran out of memory; close other programs, or ask for less.")
+        return 1
+    return _unforeseen(error)
+
+
+def _is_wrong_usage(error: Exception) -> bool:
+    """Whether the option parser raised it. typer carries a click of its own, or uses the installed one, by version, so
+    that only the bases of its public BadParameter (UsageError, then ClickException) are sure to be the classes."""
+    return isinstance(error, typer.BadParameter.__mro__[2])
+
+
+def _explain_usage(error: Exception) -> int:
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(message)
         return 0
-    except click.ClickException as error:
-        error.show(file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    context = getattr(error, "ctx", None)
+    verb = f"haversack {context.info_name}" if context is not None and context.parent is not None else "haversack"
+    console.error(f"{message.rstrip('.')}; `{verb} --help` lists what there is.")
+    return 2
+
+
+def _unforeseen(error: Exception) -> int:
+    if os.environ.get(TRACEBACK_VARIABLE):
+        raise error
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(str(error).split())[:200]
+    console.error(
+        f"this is a defect of haversack ({type(error).__name__}: {reason}; {os.path.basename(last.filename)} line "
+        f"{last.lineno}); please report it with what {TRACEBACK_VARIABLE}=1 shows."
+    )
+    return 1
+
+
+def _leave_closed_pipe() -> None:
+    """Whoever read our output has left. Python flushes once more on exit, which must then go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass  # no real file behind standard output

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,8 @@ import typer
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called by jobs as they go; `total` 0 means unknown."""
 
+PIPED_COLUMNS = 80
+
 
 def error(message: str, details: str | None = None) -> None:
     """One sentence on standard error."""
@@ -20,8 +24,26 @@ def error(message: str, details: str | None = None) -> None:
 
 
 def print_json(data: Any) -> None:
-    """JSON on standard output, for machines."""
-    typer.echo(json.dumps(data, indent=1, default=str))
+    """JSON on standard output, for machines. Only finite numbers are JSON; others would be a defect."""
+    typer.echo(json.dumps(data, indent=1, default=str, allow_nan=False))
+
+
+def width() -> int:
+    """Columns to write in: the terminal's, or 80 where there is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
+
+
+def paragraph(text: str, *, indent: str = "") -> None:
+    """Text wrapped between words; continued lines begin with `indent`."""
+    typer.echo(
+        textwrap.fill(text, width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    )
+
+
+def notes(sentences: Sequence[str]) -> None:
+    """What a user should know beside the figures."""
+    for sentence in sentences:
+        paragraph(f"note: {sentence.rstrip('.')}.", indent="  ")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
@@ -34,7 +56,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         view.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         view.add_row(*(str(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else 80, highlight=False, soft_wrap=False)
+    console = Console(width=width(), highlight=False, soft_wrap=False)
     console.print(view)
 
 

@@ -26,6 +26,7 @@ from haversack.cli.question import (
     Trust,
     Users,
     calibration_for,
+    calibration_text,
     meter_for,
 )
 from haversack.units import format_bytes, format_seconds
@@ -63,8 +64,13 @@ def plan(
         placement, machine,
     )  # fmt: skip
     from haversack.describe.model import describe_model
+    from haversack.formats.output import check_output
     from haversack.plan.make import make_plan
 
+    if calibration is not None:
+        calibration_text(calibration, calibration_tokens)
+    if output is not None:
+        check_output(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     with console.progress_bar(quiet=json) as progress:
         found = meter = None
@@ -73,26 +79,20 @@ def plan(
             found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
             meter = meter_for(found, evaluations, progress)
         answer = make_plan(asked.question(described, found), progress, meter)
-    if output is not None:
-        write_plan(answer, output)
     if json:
         console.print_json(plan_json(answer))
     else:
         print_answer(answer)
+    if output is not None:
+        write_plan(answer, output)
     return 0 if answer.fits else 1
 
 
 def write_plan(answer: Answer, output: Path) -> None:
     """Write a plan file whole or not at all. Raises DoesNotFitError for a plan that does not fit."""
-    from haversack.errors import OutputError
+    from haversack.formats.output import write_whole
 
-    text = answer.require_fit().to_json()
-    partial = output.with_name(output.name + ".partial")
-    try:
-        partial.write_text(text)
-        partial.rename(output)
-    except OSError as error:
-        raise OutputError(f"can't write the plan to {output}: {error.strerror}.") from None
+    write_whole(output, answer.require_fit().to_json())
 
 
 def plan_json(answer: Answer) -> dict[str, Any]:
@@ -127,26 +127,30 @@ def print_answer(answer: Answer) -> None:
     of = "the whole process" if plan.budget.kind == "process" else "tensors alone"
     verdict = "fits" if answer.fits else "does not fit"
     asked = f" in {format_bytes(budget)}" if budget else ""
-    typer.echo(
-        f"{plan.model.name}: {plan.model.num_parameters / 1e9:.3g}B parameters, {format_bytes(plan.model.num_bytes)} "
+    console.paragraph(
+        f"{plan.model.name}: {count_words(plan.model.num_parameters)} parameters, {format_bytes(plan.model.num_bytes)} "
         f"as they are ({plan.model.dtype})."
     )
-    typer.echo(
+    console.paragraph(
         f"{workload['users']} x ({workload['prompt_tokens']} prompt + {workload['generate_tokens']} generated) tokens: "
         f"{verdict}{asked} ({of})."
     )
     if not answer.fits:
-        typer.echo(
-            f"The smallest plan needs {format_bytes(prediction.peak_bytes)}: {format_bytes(answer.shortfall_bytes)} short. "
-            f"{answer.cheapest_change or ''}".rstrip()
-        )
+        console.paragraph(f"{answer.problem} {answer.cheapest_change or ''}".rstrip())
     typer.echo("")
     _print_timeline(answer)
     console.table("", ("what", "predicted"), _figures(answer))
     typer.echo("")
     console.table("", ("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
-    for note in plan.notes:
-        typer.echo(f"note: {note}.")
+    console.notes(plan.notes)
+
+
+def count_words(number: int) -> str:
+    """`70.6 billion`, `124 million`, `8,192`."""
+    for size, word in ((10**9, " billion"), (10**6, " million")):
+        if number >= size:
+            return f"{number / size:.3g}{word}"
+    return f"{number:,}"
 
 
 def _print_timeline(answer: Answer) -> None:

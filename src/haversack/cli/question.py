@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +54,12 @@ Evaluations = Annotated[
 ]
 
 DEFAULT_CONTEXT_TOKENS = 1024
+MIN_CALIBRATION_TOKENS = 2
+"""A token to read and one to predict."""
+
+MAX_TOKENS, MAX_USERS, MAX_CACHED_TOKENS = 10**8, 10**6, 10**11
+"""Bounds of sense, so that a slipped digit is told before it overflows. The last is of all users together."""
+
 DEFAULT_EVALUATIONS = 6
 PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 
@@ -72,32 +79,67 @@ class Asked:
     placement: str
     machine: str | None
 
-    def question(self, model: Model, calibration: Calibration | None, *, lossless: bool = False) -> Question:
-        """The question in the planner's words; with `lossless`, only what changes no value.
-
-        Raises UsageError where options contradict each other.
-        """
-        from haversack.plan.make import Question
-
+    def __post_init__(self) -> None:
+        """Raises UsageError where options contradict each other, before any model is looked at."""
         if self.placement not in PLACEMENTS:
             raise UsageError(f"--placement {self.placement!r} is not one of {', '.join(PLACEMENTS)}.")
-        if self.budget and self.tensor_budget:
+        if self.budget is not None and self.tensor_budget is not None:
             raise UsageError("--budget and --tensor-budget were both given; a plan has one budget.")
-        if not (self.budget or self.tensor_budget or self.max_damage is not None):
+        if self.budget_text is None and self.max_damage is None:
             raise UsageError(
                 "no budget was given; say --budget 8GiB (or 60%), or turn the question round with --max-damage."
             )
-        if self.max_damage is not None and self.max_damage < 0:
-            raise UsageError(f"--max-damage is {self.max_damage:g} nats, but damage is never below 0.")
+        if self.max_damage is not None and not 0 <= self.max_damage < math.inf:
+            raise UsageError(
+                f"--max-damage is {self.max_damage:g} nats per token, but must be a number of at least 0, like 0.05."
+            )
+        if self.budget_text is not None:
+            parse_budget(self.budget_text, available_bytes=2**60)  # any machine's memory will do to see nonsense
+        self._check_lengths()
+
+    @property
+    def budget_text(self) -> str | None:
+        """The one budget that was given."""
+        return self.budget if self.budget is not None else self.tensor_budget
+
+    def _check_lengths(self) -> None:
+        prompt, generate, context = self.prompt_tokens, self.generate_tokens, self.context
+        for name, value, least, most in (
+            ("--context", context, 1, MAX_TOKENS),
+            ("--prompt-tokens", prompt, 1, MAX_TOKENS),
+            ("--generate-tokens", generate, 0, MAX_TOKENS),
+            ("--users", self.users, 1, MAX_USERS),
+        ):
+            if value is not None and not least <= value <= most:
+                raise UsageError(f"{name} is {value}, but must be a whole number from {least} to {most:,}.")
+        speed = self.min_tokens_per_second
+        if speed is not None and not 0 < speed < math.inf:
+            raise UsageError(f"--min-tokens-per-second is {speed:g}, but must be a number above 0.")
+        if context is None:
+            return
+        given = " and ".join(
+            f"{name} {value}"
+            for name, value in (("--prompt-tokens", prompt), ("--generate-tokens", generate))
+            if value is not None
+        )
+        total = (prompt or 0) + (generate or 0)
+        if (prompt is not None and generate is not None and total != context) or total > context:
+            make = f"make {total} tokens" if " and " in given else "alone is more"
+            raise UsageError(f"{given} {make}, but --context says {context}; leave one of them out.")
+
+    def question(self, model: Model, calibration: Calibration | None, *, lossless: bool = False) -> Question:
+        """The question in the planner's words; with `lossless`, only what changes no value."""
+        from haversack.plan.make import Question
+
         machine = self.find_machine()
-        text = self.budget or self.tensor_budget
+        text = self.budget_text
         available = machine.tiers()["device"]
         return Question(
             model=model,
             workload=self.workload(model),
             machine=machine,
             budget_bytes=None if text is None else parse_budget(text, available),
-            budget_kind="tensor" if self.tensor_budget else "process",
+            budget_kind="tensor" if self.tensor_budget is not None else "process",
             max_damage=self.max_damage,
             placement="resident" if lossless and self.placement == "auto" else self.placement,  # type: ignore[arg-type]
             lossless=lossless,
@@ -111,7 +153,7 @@ class Asked:
 
         if self.machine is None:
             return machine.known()
-        if Path(self.machine).is_file():
+        if Path(self.machine).is_file() or Path(self.machine).suffix == ".json":
             return machine.from_file(self.machine)
         return machine.named(self.machine)
 
@@ -120,10 +162,6 @@ class Asked:
         from haversack.describe.workload import ServeWorkload
 
         prompt, generate, context = self.prompt_tokens, self.generate_tokens, self.context
-        if prompt is not None and generate is not None and context is not None and prompt + generate != context:
-            raise UsageError(
-                f"--prompt-tokens {prompt} and --generate-tokens {generate} make {prompt + generate}, but --context says {context}."
-            )
         if context is None and (prompt is None or generate is None):
             context = min(DEFAULT_CONTEXT_TOKENS, model.max_positions or DEFAULT_CONTEXT_TOKENS)
             context = max(context, (prompt or 0) + (generate or 0) + (prompt is None) + (generate is None))
@@ -136,28 +174,51 @@ class Asked:
         if prompt is None:
             assert context is not None
             prompt = context - generate
+        if (prompt + generate) * self.users > MAX_CACHED_TOKENS:
+            raise UsageError(
+                f"{self.users} users of {prompt + generate} tokens are more than {MAX_CACHED_TOKENS:,} tokens at once; "
+                "ask for fewer."
+            )
         return ServeWorkload(prompt, generate, self.users, min_tokens_per_second=self.min_tokens_per_second)
 
 
 def calibration_for(
     model: Model, file: Path | None, num_tokens: int, context_tokens: int, progress: Progress
 ) -> Calibration:
-    """Calibrate a model on a file's text, or on the built-in text."""
-    from haversack import data
+    """Calibrate a model on a file's text, or on the built-in text. Raises InterruptedJobError on Ctrl-C."""
     from haversack.cost.calibrated import calibrate_model
+    from haversack.errors import InterruptedJobError
 
+    text = calibration_text(file, num_tokens)
+    try:
+        return calibrate_model(
+            model, text, num_tokens=num_tokens, kv_capacity_tokens=min(context_tokens, 1024), progress=progress
+        )
+    except KeyboardInterrupt:
+        raise InterruptedJobError(
+            "calibration was interrupted; what it finished is kept, and the same command goes on from there."
+        ) from None
+
+
+def calibration_text(file: Path | None, num_tokens: int) -> str:
+    """A file's text, or the built-in one. Raises UsageError where there is none to calibrate on."""
+    from haversack import data
+
+    if num_tokens < MIN_CALIBRATION_TOKENS:
+        raise UsageError(
+            f"--calibration-tokens is {num_tokens}, but must be at least {MIN_CALIBRATION_TOKENS}; some 32,768 are right."
+        )
     if file is None:
-        text = data.text("calibration")
-    else:
-        try:
-            text = file.read_text(encoding="utf-8", errors="strict")
-        except OSError as error:
-            raise UsageError(f"can't read the calibration text {file}: {error.strerror}.") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{file} is not text (it is not UTF-8); name a plain text file.") from None
-    return calibrate_model(
-        model, text, num_tokens=num_tokens, kv_capacity_tokens=min(context_tokens, 1024), progress=progress
-    )
+        return data.text("calibration")
+    try:
+        text = file.read_text(encoding="utf-8", errors="strict")
+    except OSError as error:
+        raise UsageError(f"can't read the calibration text {file}: {error.strerror}; name a plain text file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is not text (it is not UTF-8); name a plain text file.") from None
+    if not text.strip():
+        raise UsageError(f"the calibration text {file} is empty; name a text file of some hundred kilobytes.")
+    return text
 
 
 def meter_for(calibration: Calibration, evaluations: int | None, progress: Progress) -> PlanMeter | None:

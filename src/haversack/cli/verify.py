@@ -34,11 +34,11 @@ def verify(
     )
     typer.echo("")
     console.table("", ("figure", "predicted", "measured"), [tuple(row.values()) for row in report["figures"]])
-    for note in report["notes"]:
-        typer.echo(f"note: {note}.")
+    console.notes(report["notes"])
     verdict = "kept" if report["within_budget"] else "BROKEN"
-    typer.echo(
-        f"\nThe budget was {verdict}. Prediction {report['prediction_hash'][:16]}, made before anything was loaded."
+    typer.echo("")
+    console.paragraph(
+        f"The budget was {verdict}. Prediction {report['prediction_hash'][:16]}, made before anything was loaded."
     )
     return 0 if report["within_budget"] else 1
 

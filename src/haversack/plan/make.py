@@ -100,19 +100,37 @@ class Answer:
     shortfall_bytes: int
     cheapest_change: str | None = None
 
+    @property
+    def problem(self) -> str:
+        """What is in the way, in one sentence: bytes where they are short, else the other bounds that nothing keeps."""
+        prediction, budget = self.plan.prediction, self.plan.budget
+        bounds = []
+        if budget.max_damage is not None:
+            bounds.append(f"at most {budget.max_damage:g} nats per token")
+        if (speed := self.plan.workload.get("min_tokens_per_second")) is not None:
+            bounds.append(f"at least {speed:g} tokens/s")
+        if not self.shortfall_bytes:
+            within = f" within {format_bytes(budget.num_bytes)}" if budget.num_bytes else ""
+            return f"No plan for {self.plan.model.name} keeps {' and '.join(bounds) or 'what was asked'}{within}."
+        owners = self.plan.ledger.owners_at(prediction.peak_time_point)
+        largest = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in list(owners.items())[:3])
+        under = f" at {' and '.join(bounds)}" if bounds else ""
+        return (
+            f"{self.plan.model.name} needs {format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point} "
+            f"({largest}) or more{under}, but the budget is {format_bytes(budget.num_bytes or 0)}: "
+            f"{format_bytes(self.shortfall_bytes)} short."
+        )
+
     def require_fit(self) -> Plan:
         """The plan. Raises DoesNotFitError with shortfall, owners and the cheapest change."""
         if self.fits:
             return self.plan
         prediction, budget = self.plan.prediction, self.plan.budget.num_bytes or 0
-        owners = self.plan.ledger.owners_at(prediction.peak_time_point)
-        largest = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in list(owners.items())[:3])
         raise DoesNotFitError(
-            f"{self.plan.model.name} needs at least {format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point} "
-            f"({largest}), but the budget is {format_bytes(budget)}: {format_bytes(self.shortfall_bytes)} short.",
+            self.problem,
             budget_bytes=budget,
             shortfall_bytes=self.shortfall_bytes,
-            owners=owners,
+            owners=self.plan.ledger.owners_at(prediction.peak_time_point),
             cheapest_change=self.cheapest_change,
         )
 
@@ -411,6 +429,11 @@ def _cheapest_change(question: Question, plan: Plan) -> str:
     """One sentence: what would make it fit, nearest first."""
     workload = question.workload
     needed = plan.prediction.peak_bytes
+    if needed <= (question.budget_bytes or needed):
+        damage, seconds = plan.prediction.damage.nats, plan.prediction.seconds_per_token
+        loses = f" and loses {damage:.3g} nats per token" if damage is not None else ""
+        speed = f"{workload.users / seconds:.3g} tokens/s" if seconds else "its speed"
+        return f"The smallest plan decodes at {speed}{loses}; relax the bound that it misses."
     sentence = f"A budget of {format_bytes(needed)} would do"
     kv = plan.ledger.timeline["decode"].get("kv", {}).get("device", 0)
     shortfall = needed - (question.budget_bytes or 0)

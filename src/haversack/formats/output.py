@@ -1,0 +1,43 @@
+"""Output paths, checked before work begins and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from haversack.errors import OutputError
+from haversack.formats.safetensors_file import explained
+
+
+def check_output(path: str | Path) -> None:
+    """Raise OutputError now for an output file or folder that could not be written after minutes of work.
+
+    Its folder must exist or be one that can be made; whether the disk has room shows when it is reserved.
+    """
+    path = Path(path)
+    folder = path.absolute().parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OutputError(f"{path} can't be written: {folder} is a file, not a folder; choose another output.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} can't be written: {folder} is read-only for this user; choose another output.")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file through a `.partial` beside it, making its folder; an older file stays until the new one is
+    whole. Raises OutputError."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, but a file is to be written; name the file.")
+    partial = path.with_name(path.name + ".partial")
+    data = text.encode()
+    with explained(path, len(data)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(data)
+            partial.replace(path)
+        except OSError:
+            if partial.is_file():
+                partial.unlink()
+            raise
