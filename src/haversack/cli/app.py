@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import suppress
+from pathlib import Path
 
 import typer
 
@@ -110,7 +112,7 @@ def _unforeseen(error: Exception) -> int:
     last = traceback.extract_tb(error.__traceback__)[-1]
     reason = " ".join(str(error).split())[:200]
     console.error(
-        f"this is a defect of haversack ({type(error).__name__}: {reason}; {os.path.basename(last.filename)} line "
+        f"this is a defect of haversack ({type(error).__name__}: {reason}; {Path(last.filename).name} line "
         f"{last.lineno}); please report it with what {TRACEBACK_VARIABLE}=1 shows."
     )
     return 1
@@ -118,7 +120,5 @@ def _unforeseen(error: Exception) -> int:
 
 def _leave_closed_pipe() -> None:
     """Whoever read our output has left. Python flushes once more on exit, which must then go nowhere."""
-    try:
+    with suppress(OSError, ValueError):  # there may be no file behind standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass  # no real file behind standard output

@@ -35,9 +35,7 @@ def width() -> int:
 
 def paragraph(text: str, *, indent: str = "") -> None:
     """Text wrapped between words; continued lines begin with `indent`."""
-    typer.echo(
-        textwrap.fill(text, width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    )
+    typer.echo(textwrap.fill(text, width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def notes(sentences: Sequence[str]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,9 +28,18 @@ from haversack.cli.question import (
     Trust,
     Users,
     calibration_for,
+    calibration_text,
     meter_for,
 )
+from haversack.describe.workload import ServeWorkload
+from haversack.errors import UsageError
 from haversack.units import format_bytes
+
+if TYPE_CHECKING:
+    from haversack.cost.calibrated import Calibration
+    from haversack.describe.model import Model
+    from haversack.plan.make import Answer
+    from haversack.plan.schema import Plan
 
 
 def pack(
@@ -55,51 +65,120 @@ def pack(
     """Calibrate MODEL, choose an option for every place in it, and pack it. Interrupt it and run it again: it goes on."""
     from haversack.describe.model import describe_model
     from haversack.errors import CheckpointError, OutputError
+    from haversack.formats.output import check_output
+    from haversack.jobs.pack import check_belongs, check_packable, unfinished
     from haversack.jobs.pack import pack as pack_job
-    from haversack.plan.make import make_plan
+    from haversack.plan.make import Answer
     from haversack.plan.schema import Plan
 
     if output.exists():
         raise OutputError(f"{output} exists already; choose another output or remove it first.")
+    check_output(output)
+    calibration_text(calibration, calibration_tokens)
+    ready = asked = None
+    if plan_file is not None:
+        _only_plan(budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, min_tokens_per_second)
+        ready = Plan.read(plan_file)
+    else:
+        asked = Asked(
+            budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
+            placement, machine,
+        )  # fmt: skip
     described = describe_model(model, trust_remote_code=trust_remote_code)
     if described.folder is None:
         raise CheckpointError(
             f"{model} has no weights here; packing needs them, so name a folder with safetensors files."
         )
-    asked = Asked(
-        budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
-        placement, machine,
-    )  # fmt: skip
+    if ready is not None:
+        check_belongs(ready, described)
+    if (left := unfinished(described, output)) is not None:
+        _check_same_question(left, asked, ready, described, output)
+        ready = left
+    check_packable(described, trust_remote_code=trust_remote_code)
+
     with console.progress_bar(quiet=json) as progress:
-        answer, found = None, None
-        if plan_file is not None:
-            made = Plan.read(plan_file)
-            tokens = made.workload["prompt_tokens"] + made.workload["generate_tokens"]
-            if not all(is_neutral(row.option) for row in made.weights):
-                found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
+
+        def calibrate(context_tokens: int) -> Calibration:
+            return calibration_for(described, calibration, calibration_tokens, context_tokens, progress)
+
+        found = None
+        if ready is not None:
+            answer = Answer(ready, fits=True, shortfall_bytes=0)
+            if not all(is_neutral(row.option) for row in ready.weights):
+                found = calibrate(ServeWorkload.from_dict(ready.workload).context_tokens)
         else:
-            answer = make_plan(asked.question(described, None, lossless=True), progress)
-            if not answer.fits:  # something must be lost: find out where it hurts least
-                tokens = asked.workload(described).context_tokens
-                found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
-                meter = meter_for(found, evaluations, progress)
-                answer = make_plan(asked.question(described, found), progress, meter)
-            made = answer.require_fit()
+            assert asked is not None
+            answer, found = _answer(asked, described, evaluations, calibrate, progress)
+            if json and not answer.fits:
+                console.print_json(plan_json(answer))
         statistics = None if found is None else found.statistics
-        folder, notes = pack_job(described, made, output, statistics=statistics, progress=progress)
+        folder, notes = pack_job(described, answer.require_fit(), output, statistics=statistics, progress=progress)
     notes = (*(() if found is None else found.notes), *notes)
     if json:
-        report = {"folder": str(folder.path), "notes": list(notes)}
-        console.print_json(report | ({} if answer is None else plan_json(answer)))
+        console.print_json({"folder": str(folder.path), "notes": list(notes), **plan_json(answer)})
         return 0
-    if answer is not None:
-        print_answer(answer)
-    for note in notes:
-        typer.echo(f"note: {note}.")
+    print_answer(answer)
+    console.notes(notes)
     size = sum(entry.num_bytes for entry in folder.manifest.files.values())
     typer.echo(f"\nPacked into {folder.path}: {format_bytes(size)} on disk.")
     typer.echo(f"Next: haversack run {folder.path} --prompt '...'   or   haversack verify {folder.path}")
     return 0
+
+
+def _answer(
+    asked: Asked,
+    described: Model,
+    evaluations: int | None,
+    calibrate: Callable[[int], Calibration],
+    progress: console.Progress,
+) -> tuple[Answer, Calibration | None]:
+    """The plan, and the calibration it rests on; none where everything fits as it is."""
+    from haversack.plan.make import make_plan
+
+    if asked.budget_text is not None:
+        answer = make_plan(asked.question(described, None, lossless=True), progress)
+        if answer.fits:
+            return answer, None
+    # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
+    found = calibrate(asked.workload(described).context_tokens)
+    return make_plan(asked.question(described, found), progress, meter_for(found, evaluations, progress)), found
+
+
+def _only_plan(*others: object) -> None:
+    if any(value is not None for value in others):
+        raise UsageError(
+            "--plan was given with a budget, a length or a bound, but the plan says them already; leave one out."
+        )
+
+
+def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, model: Model, output: Path) -> None:
+    """Raise OutputError unless an unfinished pack's plan answers what is asked now.
+
+    A percentage may have come to other bytes since: the plan still answers if it fits today's.
+    """
+    from haversack.errors import OutputError
+    from haversack.formats.packed_folder import partial_path
+
+    if asked is None:
+        same = given == left
+    else:
+        question, budget = asked.question(model, None), left.budget
+        is_percentage = (asked.budget_text or "").strip().endswith("%")
+        fits_still = is_percentage and left.prediction.peak_bytes <= (question.budget_bytes or 0)
+        same = (
+            (budget.num_bytes == question.budget_bytes or fits_still)
+            and left.workload == question.workload.to_dict()
+            and budget.kind == question.budget_kind
+            and budget.max_damage == question.max_damage
+        )
+    if not same:
+        size = "the fewest bytes" if left.budget.num_bytes is None else format_bytes(left.budget.num_bytes)
+        workload = left.workload
+        raise OutputError(
+            f"{partial_path(output)} was left by an interrupted pack of this model by another plan ({size}, "
+            f"{workload['users']} x ({workload['prompt_tokens']} + {workload['generate_tokens']}) tokens); repeat that "
+            "command to go on with it, or remove the folder."
+        )
 
 
 def is_neutral(option: dict) -> bool:

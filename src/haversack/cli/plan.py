@@ -121,7 +121,7 @@ def plan_json(answer: Answer) -> dict[str, Any]:
 
 def print_answer(answer: Answer) -> None:
     """The answer as tables of at most 80 columns."""
-    plan, prediction = answer.plan, answer.plan.prediction
+    plan = answer.plan
     budget = plan.budget.num_bytes
     workload = plan.workload
     of = "the whole process" if plan.budget.kind == "process" else "tensors alone"

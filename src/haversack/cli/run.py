@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from haversack.cli import console
+from haversack.errors import UsageError
 from haversack.units import format_bytes
 
 
@@ -30,7 +31,11 @@ def run(
     from haversack.jobs.run import generate
     from haversack.units import parse_bytes
 
-    text = prompt if prompt is not None else sys.stdin.read()
+    cap_bytes = None if cap is None else parse_bytes(cap)
+    try:
+        text = prompt if prompt is not None else sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UsageError("standard input is not text (it is not UTF-8); pipe a plain text in.") from None
 
     def show(piece: str) -> None:
         if not json:
@@ -41,7 +46,7 @@ def run(
         folder,
         text,
         max_new_tokens=max_new_tokens,
-        cap_bytes=None if cap is None else parse_bytes(cap),
+        cap_bytes=cap_bytes,
         on_text=show,
     )
     if json:

@@ -22,7 +22,7 @@ import torch
 from haversack._version import __version__
 from haversack.cost.damage import NONE, Damage
 from haversack.describe.assemble import read_site
-from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
 from haversack.engine.calibrate import (
@@ -103,8 +103,12 @@ def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> tuple
         with quiet_transformers():  # it warns of long texts, which are cut here
             tokenizer = AutoTokenizer.from_pretrained(model.folder)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model.folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        reason = " ".join(str(error).split())[:160].rstrip(".")
+        raise CheckpointError(
+            f"{model.folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
+            "tokenizer_config.json there."
+        ) from None
     seq_len = min(seq_len, model.max_positions or seq_len)
     return calibration_token_ids(ids, num_tokens, seq_len)
 
@@ -142,7 +146,7 @@ def _weight_damages(
         if site.id not in statistics:
             continue
         if any(_key(site.id, option) not in table.rows for option in options):
-            weigh = _Weigher(site, read_site(checkpoint, site).float(), statistics[site.id])
+            weigh = _Weigher(site, require_finite(read_site(checkpoint, site), site.id).float(), statistics[site.id])
             for option, nats in weigh.damages(options).items():
                 table.add(_key(site.id, option), nats)
         for option in options:

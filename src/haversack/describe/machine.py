@@ -176,9 +176,11 @@ class Machine:
             fields["rates"] = Rates.from_dict(fields.get("rates", {}))
             fields["notes"] = tuple(fields.get("notes", ()))
             machine = cls(**fields)
+            _check(machine)
+        except MachineError:
+            raise
         except (TypeError, ValueError, AttributeError) as error:
             raise MachineError(f"the machine's description is wrong: {error}.") from None
-        _check(machine)
         return machine
 
 
@@ -281,7 +283,7 @@ def from_file(path: str | Path) -> Machine:
         data = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise MachineError(f"there is no machine file {str(path)!r}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MachineError(f"the machine file {str(path)!r} can't be read: {error}.") from None
     if not isinstance(data, dict):
         raise MachineError(f"the machine file {str(path)!r} holds a {type(data).__name__}, but must hold an object.")
@@ -451,6 +453,17 @@ def _check(machine: Machine) -> None:
     for index, device in enumerate(machine.devices):
         counts |= {f"devices[{index}].memory_bytes": device.memory_bytes}
         counts |= {f"devices[{index}].available_bytes": device.available_bytes}
+    rates = {
+        "rates.disk_read_bytes_per_second": machine.rates.disk_read_bytes_per_second,
+        "rates.runtime_private_bytes": machine.rates.runtime_private_bytes,
+    }
+    for index, device in enumerate(machine.devices):
+        rates[f"devices[{index}].read_bytes_per_second"] = device.read_bytes_per_second
+        for dtype, rate in dict(device.matmul_flops_per_second).items():
+            rates[f"devices[{index}].matmul_flops_per_second.{dtype}"] = rate
+    for name, value in rates.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise MachineError(f"the machine's {name} is {value!r}, but must be a number above zero.")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise MachineError(f"the machine's {name} is {value!r}, but must be a whole number, not negative.")

@@ -41,7 +41,7 @@ _OBSERVER = "haversack-observer"
 def check_reach(config: PretrainedConfig) -> None:
     """Raise UnsupportedModelError, naming the family and what differed, unless its attention can be reached."""
     family = config.model_type
-    way_out = "it can still be packed with its KV cache left to transformers"
+    way_out = "choose a family whose layers call transformers' attention functions"
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a copy with other sizes draws warnings that mean nothing for the model itself
     try:

@@ -318,6 +318,11 @@ class PackedFolderWriter:
             os.close(self._lock)
             self._lock = -1
 
+    def discard(self) -> None:
+        """Stop and remove what was written: nothing of it is of use."""
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def __enter__(self) -> PackedFolderWriter:
         return self
 

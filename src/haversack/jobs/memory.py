@@ -46,18 +46,18 @@ def _status(field: str) -> int:
     return 0
 
 
-def set_cap(cap_bytes: int) -> None:
+def set_cap(cap_bytes: int, *, needed_bytes: int = 0) -> None:
     """Put this process under a hard limit of private memory (`RLIMIT_DATA`); an allocation beyond it fails.
 
-    Raises UsageError if the process holds more already.
+    Raises UsageError if what the process holds and `needed_bytes` more pass the limit already.
     """
     import resource
 
     used = _status("VmData")
-    if used >= cap_bytes:
+    if used + needed_bytes > cap_bytes:
         raise UsageError(
             f"a cap of {format_bytes(cap_bytes)} was asked, but this process holds {format_bytes(used)} before anything is "
-            "loaded; allow more."
+            f"loaded, and the model takes {format_bytes(needed_bytes)} more; allow more."
         )
     resource.setrlimit(resource.RLIMIT_DATA, (cap_bytes, cap_bytes))
 
@@ -80,6 +80,12 @@ class PeakSampler:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, private_bytes())
+        self.finish()
+
+    def finish(self) -> int:
+        """Stop sampling; the peak."""
+        if not self._stop.is_set():
+            self._stop.set()
+            self._thread.join()
+            self.peak_bytes = max(self.peak_bytes, private_bytes())
+        return self.peak_bytes

@@ -6,20 +6,20 @@ One site is in memory at a time: its matrix in float32, its statistics, and what
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from haversack.describe.assemble import read_parameter, read_site
-from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
 from haversack.engine.calibrate import Statistics
 from haversack.engine.load import LAYOUTS
-from haversack.errors import CheckpointError, InterruptedJobError, PlanError
-from haversack.formats.packed_folder import PackedFolder, PackedFolderWriter, PackedSite
+from haversack.errors import CheckpointError, InterruptedJobError, OutputError, PlanError
+from haversack.formats.packed_folder import PackedFolder, PackedFolderWriter, PackedSite, partial_path, unfinished_plan
+from haversack.formats.safetensors_file import explained
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.plan.schema import Plan
 
@@ -39,11 +39,7 @@ def pack(
     Raises PlanError if the plan was made for another model, OutputError if the output can't be written,
     InterruptedJobError on Ctrl-C (finished work is kept).
     """
-    if plan.model.fingerprint != model.fingerprint:
-        raise PlanError(
-            f"the plan was made for {plan.model.name} ({plan.model.fingerprint[:12]}), but {model.name} is another model "
-            f"({model.fingerprint[:12]}); make a plan for this one."
-        )
+    check_belongs(plan, model)
     assert model.folder is not None, "packing needs weights"
     checkpoint = Checkpoint.open(model.folder)
     options = {row.site: WeightOption.from_dict(row.option) for row in plan.weights}
@@ -59,7 +55,7 @@ def pack(
         output, model.folder, plan_text=plan.to_json(), sites=sites, rest=model.rest, layouts=LAYOUTS
     )
     total = sum(site.num_parameters for site in model.weights)
-    with writer, _stoppable() as stopped:
+    with writer, _begun_alike(writer, checkpoint, statistics), _stoppable() as stopped:
         missing = set(writer.missing_sites)
         done = 0
         for site in model.weights:
@@ -69,13 +65,12 @@ def pack(
                         f"packing was interrupted with {done / total:.0%} done; the same command goes on from there.",
                         resume=str(writer.partial),
                     )
-                weight = read_site(checkpoint, site)
+                weight = require_finite(read_site(checkpoint, site), site.id)
                 option = options[site.id]
                 if option.is_neutral:
                     writer.write_site(site.id, {"weight": weight})
                 else:
                     task = WeightTask(weight.float())
-                    check_finite(site.id, task.weight)
                     if statistics is not None and site.id in statistics:
                         task.hessian = statistics[site.id].hessian
                     writer.write_site(site.id, option.encode(task))
@@ -84,17 +79,82 @@ def pack(
             tell("packing", done, total)
         for name in writer.missing_rest:
             module, _, parameter = name.rpartition(".")
-            writer.write_rest(name, read_parameter(checkpoint, model, module, parameter))
+            writer.write_rest(name, require_finite(read_parameter(checkpoint, model, module, parameter), name))
         return writer.finish(), tuple(notes)
 
 
-def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise CheckpointError if a tensor holds NaN or infinity."""
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(
-            f"{name} holds {count} values that are not finite, so no grid can represent it; repair or fetch the checkpoint."
+def check_belongs(plan: Plan, model: Model) -> None:
+    """Raise PlanError unless a plan was made for this model and names its sites."""
+    if plan.model.fingerprint != model.fingerprint:
+        raise PlanError(
+            f"the plan was made for {plan.model.name} ({plan.model.fingerprint[:12]}), but {model.name} is another model "
+            f"({model.fingerprint[:12]}); make a plan for this one."
         )
+    ours = [site.id for site in (*model.weights, *model.attention)]
+    named = [row.site for row in (*plan.weights, *plan.kv)]
+    if differing := sorted(set(ours) ^ set(named)) or (sorted(named) if len(named) != len(ours) else []):
+        raise PlanError(
+            f"the plan and {model.name} differ in their sites, first {differing[0]!r}; make a plan for this model."
+        )
+
+
+def check_packable(model: Model, *, trust_remote_code: bool = False) -> None:
+    """Before minutes of work: can this family's attention be reached, and are the small tensors sound?
+
+    Raises UnsupportedModelError by name, or CheckpointError. Takes 0.2 to 2 s.
+    """
+    from transformers import AutoConfig
+
+    from haversack.engine.reach import check_reach
+
+    assert model.folder is not None, "packing needs weights"
+    check_reach(AutoConfig.from_pretrained(model.folder, trust_remote_code=trust_remote_code))
+    checkpoint = Checkpoint.open(model.folder)
+    for tensor in model.rest:
+        module, _, parameter = tensor.name.rpartition(".")
+        require_finite(read_parameter(checkpoint, model, module, parameter), tensor.name)
+
+
+def unfinished(model: Model, output: str | Path) -> Plan | None:
+    """The plan of an interrupted pack of this model into `output`, or None where nothing was begun.
+
+    Raises OutputError for a partial folder that is another model's, or no pack's.
+    """
+    partial = partial_path(output)
+    if not partial.exists():
+        return None
+    try:
+        plan = Plan.from_json(unfinished_plan(output) or "")
+    except PlanError:
+        plan = None
+    if plan is None or plan.model.fingerprint != model.fingerprint:
+        raise OutputError(
+            f"{partial} is not an unfinished pack of {model.name} that this version can go on with; "
+            "remove it, or choose another output."
+        )
+    return plan
+
+
+@contextmanager
+def _begun_alike(writer: PackedFolderWriter, checkpoint: Checkpoint, statistics: Statistics | None) -> Iterator[None]:
+    """Tensors of other weights, or packed with other statistics, must not mix: what a pack was begun from is noted in
+    its partial folder. A damaged checkpoint leaves no partial folder, since a repaired one could not go on with it."""
+    note = writer.partial / "source.journal"  # journals vanish when the folder is whole
+    facts = json.dumps(
+        {"weights": checkpoint.fingerprint(), "calibration": statistics.folder.name if statistics is not None else None}
+    )
+    with explained(note, len(facts)):
+        if not note.exists():
+            note.write_text(facts)
+        elif note.read_text() != facts:
+            raise OutputError(
+                f"{writer.partial} was begun from other weights or another calibration; remove it to start over."
+            )
+    try:
+        yield
+    except CheckpointError:
+        writer.discard()
+        raise
 
 
 @contextmanager

@@ -8,28 +8,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.formats.packed_folder import PLAN_NAME, PackedFolder, is_packed
 from haversack.jobs import memory
+from haversack.plan.schema import Plan
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
+
+
+def check_packed(folder: str | Path) -> PackedFolder:
+    """A packed folder after the cheap check. Raises PlanError for what isn't one, or was edited."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise PlanError(f"there is no folder {str(folder)!r}; name one that `haversack pack` wrote.")
+    if not (path / "config.json").is_file():
+        raise PlanError(f"{folder} has no config.json, so it is no model; name a folder that `haversack pack` wrote.")
+    if not is_packed(path):
+        raise PlanError(f"{folder} is not packed; run `haversack pack {folder} --budget ... -o OUT` first.")
+    return PackedFolder.open(path)
 
 
 def load(folder: str | Path) -> Any:
     """The packed model, through transformers' own `from_pretrained`. Raises PlanError for a folder that isn't packed."""
-    from haversack.formats.packed_folder import is_packed
-
-    path = Path(folder)
-    if not path.is_dir():
-        raise PlanError(f"there is no folder {str(folder)!r}; name one that `haversack pack` wrote.")
-    if not is_packed(path):
-        raise PlanError(f"{folder} is not packed; run `haversack pack {folder} --budget ... -o OUT` first.")
+    path = check_packed(folder).path
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    from haversack.engine.quiet import quiet_transformers
-
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 
 
 def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -38,8 +47,12 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"{folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        reason = " ".join(str(error).split())[:160].rstrip(".")
+        raise PlanError(
+            f"{folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
+            "tokenizer_config.json there from the model's source."
+        ) from None
 
 
 def generate(
@@ -52,49 +65,72 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt within the plan; the text, token counts, times and the process's private peak.
 
-    With `cap_bytes` this process is put under a hard limit first. Raises DoesNotFitError for a prompt beyond the plan, or
-    when the cap is hit.
+    With `cap_bytes` this process is put under a hard limit first. Raises UsageError for an empty prompt or a senseless
+    count, PlanError for a folder that is not packed, DoesNotFitError for a prompt beyond the plan or a cap that is hit.
     """
-    if not prompt:
+    if not prompt.strip():
         raise UsageError("the prompt is empty; give --prompt or pipe a text in.")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}, but must be at least 1.")
+    packed = check_packed(folder)
     memory.return_freed_memory()
     if cap_bytes is not None:
-        memory.set_cap(cap_bytes)
-    import torch
-
+        import_runtime()  # libraries that meet the limit while they load end the process, or wait for ever
+        memory.set_cap(cap_bytes, needed_bytes=_bytes_at_load(packed))
     with memory.PeakSampler() as sampler:
         try:
-            model, tokenizer = load(folder), open_tokenizer(folder)
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            plan = model.haversack.kv_plan
-            room = plan.capacity_tokens + 1 - ids.shape[1]  # the last token is never stored
-            if room < 1:
-                raise DoesNotFitError(
-                    f"the prompt has {ids.shape[1]} tokens, but the plan holds {plan.capacity_tokens} per user; "
-                    "shorten it, or pack with a longer --context."
-                )
-            streamer = _Streamer(tokenizer, on_text)
-            started = time.perf_counter()
-            with torch.inference_mode():
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=min(max_new_tokens or room, room),
-                    streamer=streamer,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id
-                    if tokenizer.pad_token_id is not None
-                    else tokenizer.eos_token_id,
-                )
-            seconds = time.perf_counter() - started
-        except (MemoryError, RuntimeError) as error:
-            if cap_bytes is None or not _is_out_of_memory(error):
+            return _generate(folder, prompt, max_new_tokens, on_text) | {
+                "peak_private_bytes": sampler.finish(),
+                "cap_bytes": cap_bytes,
+            }
+        except DoesNotFitError:
+            raise
+        except (MemoryError, RuntimeError, OSError, ImportError) as error:
+            if not _is_out_of_memory(error):
                 raise
+            limit = "this machine's memory" if cap_bytes is None else f"its cap of {format_bytes(cap_bytes)}"
             raise DoesNotFitError(
-                f"the run hit its cap of {format_bytes(cap_bytes)} at {format_bytes(sampler.peak_bytes)} of private memory; "
+                f"the run hit {limit} at {format_bytes(sampler.peak_bytes)} of private memory; "
                 "allow more, or pack for a smaller budget.",
-                budget_bytes=cap_bytes,
+                budget_bytes=cap_bytes or 0,
             ) from None
+
+
+def import_runtime() -> None:
+    """What loading a packed folder imports."""
+    import transformers.models.auto.modeling_auto
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+    import haversack.engine.load  # noqa: F401
+
+
+def _bytes_at_load(packed: PackedFolder) -> int:
+    """Private bytes of the plan's tensors when the model is loaded, the least any run takes beside the runtime."""
+    plan = Plan.from_json(packed.plan_text, str(packed.path / PLAN_NAME))
+    return sum(n for owner, n in plan.ledger.owners_at("load").items() if owner != "runtime")
+
+
+def _generate(
+    folder: str | Path, prompt: str, max_new_tokens: int | None, on_text: Callable[[str], None] | None
+) -> dict[str, Any]:
+    import torch
+
+    model, tokenizer = load(folder), open_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    _check_prompt(ids, model, folder)
+    room = model.haversack.kv_plan.capacity_tokens + 1 - ids.shape[1]  # the last token is never stored
+    streamer = _Streamer(tokenizer, on_text)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=min(max_new_tokens or room, room),
+            streamer=streamer,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    seconds = time.perf_counter() - started
     new_tokens = out.shape[1] - ids.shape[1]
     first = streamer.first_token_seconds - started if streamer.first_token_seconds else seconds
     return {
@@ -103,13 +139,33 @@ def generate(
         "new_tokens": new_tokens,
         "seconds_to_first_token": first,
         "tokens_per_second": (new_tokens - 1) / (seconds - first) if new_tokens > 1 and seconds > first else 0.0,
-        "peak_private_bytes": sampler.peak_bytes,
-        "cap_bytes": cap_bytes,
     }
 
 
+def _check_prompt(ids: torch.Tensor, model: Any, folder: str | Path) -> None:
+    """Raise DoesNotFitError for more tokens than planned, and where the tokenizer is not the model's own."""
+    num_tokens, capacity = ids.shape[1], model.haversack.kv_plan.capacity_tokens
+    if num_tokens == 0:
+        raise UsageError("the prompt gives no tokens; write some words.")
+    if num_tokens > capacity:
+        raise DoesNotFitError(
+            f"the prompt has {num_tokens} tokens, but the plan holds {capacity} per user; "
+            "shorten it, or pack with a longer --context."
+        )
+    if (highest := int(ids.max())) >= model.haversack.described.vocab_size:
+        raise PlanError(
+            f"the tokenizer in {folder} gives token {highest}, but the model has {model.haversack.described.vocab_size}; "
+            "copy the model's own tokenizer there."
+        )
+
+
+_SIGNS_OF_EXHAUSTION = ("alloc", "memory", "failed to map", "start new thread")
+"""Words of torch's allocator, the dynamic loader and Python's threads when a limit is hit."""
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "alloc" in str(error).lower() or "memory" in str(error).lower()
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in message for words in _SIGNS_OF_EXHAUSTION)
 
 
 class _Streamer:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from haversack.errors import HaversackError, ModelNotFoundError, PlanError
+from haversack.errors import HaversackError, OutputError
+from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
 from haversack.plan.schema import Plan
 from haversack.units import format_seconds
@@ -30,8 +31,9 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
     Raises PlanError for a folder that is not packed or was edited, VerifyError if the run fails.
     """
     from haversack.engine.load import open_packed
+    from haversack.jobs.run import check_packed
 
-    folder = Path(folder)
+    folder = check_packed(folder).path
     packed = open_packed(folder)
     plan = Plan.from_json(packed.folder.plan_text, str(folder / PLAN_NAME))
     tell = progress or (lambda what, done, total: None)
@@ -48,7 +50,7 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
 
         try:
             figures += compare_quality(packed, plan, tell)
-        except (ModelNotFoundError, PlanError) as error:
+        except HaversackError as error:
             notes.append(f"quality was not measured: {error}".rstrip("."))
     budget = plan.budget.num_bytes
     peak = measured["peak_private_bytes"] if plan.budget.kind == "process" else max(measured["tensor_peaks"].values())
@@ -64,12 +66,10 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
         "notes": notes,
         "measured": measured,
     }
-    partial = folder / (VERIFIED_NAME + ".partial")
     try:
-        partial.write_text(json.dumps(report, indent=1))
-        partial.rename(folder / VERIFIED_NAME)
-    except OSError as error:
-        report["notes"].append(f"the figures could not be kept in {folder}: {error.strerror}")
+        write_whole(folder / VERIFIED_NAME, json.dumps(report, indent=1))
+    except OutputError as error:
+        report["notes"].append(f"the figures could not be kept: {error}".rstrip("."))
     return report
 
 
@@ -82,9 +82,9 @@ def _run_fresh(folder: Path, instrument: str) -> dict[str, Any]:
         check=False,
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].rstrip(".")
         killed = f" (signal {-done.returncode})" if done.returncode < 0 else ""
-        raise VerifyError(f"the measured run of {folder} failed{killed}: {last}")
+        raise VerifyError(f"the measured run of {folder} failed{killed}: {last}.")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

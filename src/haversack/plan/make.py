@@ -116,7 +116,7 @@ class Answer:
         largest = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in list(owners.items())[:3])
         under = f" at {' and '.join(bounds)}" if bounds else ""
         return (
-            f"{self.plan.model.name} needs {format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point} "
+            f"{self.plan.model.name} needs {format_bytes((budget.num_bytes or 0) + self.shortfall_bytes)} at {prediction.peak_time_point} "
             f"({largest}) or more{under}, but the budget is {format_bytes(budget.num_bytes or 0)}: "
             f"{format_bytes(self.shortfall_bytes)} short."
         )
@@ -350,9 +350,11 @@ def _answer(
         front=_front(built, solution, question),
         notes=_notes(question),
     ).sealed()
-    shortfall = 0 if question.budget_bytes is None else max(0, peak_bytes - question.budget_bytes)
+    # What the solver booked, not the prediction: it holds a stream window's pages back, and a plan needs them to be found.
+    needed = solution.evaluation.peak_bytes["device"]
+    shortfall = 0 if question.budget_bytes is None else max(0, needed - question.budget_bytes)
     fits = solution.fits and shortfall == 0
-    return Answer(plan, fits, shortfall, None if fits else _cheapest_change(question, plan))
+    return Answer(plan, fits, shortfall, None if fits else _cheapest_change(question, plan, needed))
 
 
 def _source(model: Model) -> str:
@@ -425,10 +427,9 @@ def _nats(value: float) -> str:
     return f"{value:.2g} nats"
 
 
-def _cheapest_change(question: Question, plan: Plan) -> str:
-    """One sentence: what would make it fit, nearest first."""
+def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
+    """One sentence: what would make it fit, nearest first. `needed` is the smallest budget that has a plan."""
     workload = question.workload
-    needed = plan.prediction.peak_bytes
     if needed <= (question.budget_bytes or needed):
         damage, seconds = plan.prediction.damage.nats, plan.prediction.seconds_per_token
         loses = f" and loses {damage:.3g} nats per token" if damage is not None else ""

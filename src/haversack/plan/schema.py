@@ -14,8 +14,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from haversack.errors import PlanError
+from haversack.describe.workload import ServeWorkload
+from haversack.errors import HaversackError, PlanError
 from haversack.ledger import Ledger
+from haversack.parts.base import part_from_dict
+from haversack.parts.kv.base import KVOption
+from haversack.parts.placement.base import Placement
+from haversack.parts.weights.base import WeightOption
 
 
 class _Strict(BaseModel):
@@ -157,7 +162,24 @@ class Plan(_Strict):
                 f"{where} was changed after it was made: its hash is {plan.computed_hash()[:12]}, "
                 f"but it says {plan.prediction_hash[:12] or 'nothing'}; make a new plan instead of editing one."
             )
+        try:
+            plan._check_meaning()
+        except (HaversackError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise PlanError(f"{where} holds what no plan can: {' '.join(str(error).split()).rstrip('.')}.") from None
         return plan
+
+    def _check_meaning(self) -> None:
+        """What types alone can't say: options and placements are built, the workload and the timeline are read."""
+        for row in self.weights:
+            WeightOption.from_dict(row.option)
+            placement = part_from_dict(row.placement)
+            if not isinstance(placement, Placement):
+                raise PlanError(f"{row.site} has the placement {placement.id!r}, which is none")
+        for kv in self.kv:
+            KVOption.from_dict(kv.option)
+        ServeWorkload.from_dict(self.workload)
+        if self.prediction.peak_time_point not in self.prediction.timeline or "load" not in self.prediction.timeline:
+            raise PlanError("the timeline lacks its peak, or loading")
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from haversack.errors import OutputError, PlanError
+from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
@@ -33,20 +34,15 @@ def write_report(source: str | Path, output: str | Path) -> Path:
     """Write the page for a packed folder or a plan file. Raises PlanError (no plan there), OutputError (can't write)."""
     source, output = Path(source), Path(output)
     folder = source if source.is_dir() else None
+    if not source.exists():
+        raise PlanError(f"there is no {str(source)!r}; name a folder that `haversack pack` wrote, or a plan file.")
+    if folder and not (folder / PLAN_NAME).is_file():
+        raise PlanError(f"{source} has no {PLAN_NAME}, so it is not packed; run `haversack pack` first.")
     plan = Plan.read(source / PLAN_NAME if folder else source)
-    measured = None
-    if folder and (folder / VERIFIED_NAME).exists():
-        try:
-            measured = json.loads((folder / VERIFIED_NAME).read_text())
-        except ValueError:
-            raise PlanError(f"{folder / VERIFIED_NAME} is not JSON; run `haversack verify {folder}` again.") from None
-    page = render(plan, measured, str(source))
-    partial = output.with_name(output.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        partial.rename(output)
-    except OSError as error:
-        raise OutputError(f"can't write the report to {output}: {error.strerror}.") from None
+    if output.exists() and output.samefile(source):
+        raise OutputError(f"{output} is the plan itself; choose another output.")
+    measured = _measured(folder, plan) if folder else None
+    write_whole(output, render(plan, measured, str(source)))
     return output
 
 
@@ -54,6 +50,22 @@ def memory_picture(plan: Plan) -> str:
     """The page's first picture as an SVG file of its own, legend included, in the light colours."""
     bars, owners = _bars(plan)
     return stand_alone(stacked_bars(bars, owners, plan.budget.num_bytes), owners, LIGHT)
+
+
+def _measured(folder: Path, plan: Plan) -> dict[str, Any] | None:
+    """What `verify` left. Raises PlanError where it was edited, or measured another plan."""
+    file = folder / VERIFIED_NAME
+    if not file.exists():
+        return None
+    try:
+        measured = json.loads(file.read_text())
+        _measured_rows(measured)
+        if measured["prediction_hash"] == plan.prediction_hash:
+            return measured
+        found = "was measured of another plan"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        found = "is not what `haversack verify` wrote"
+    raise PlanError(f"{file} {found}; run `haversack verify {folder}` again, or remove the file.")
 
 
 def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
