@@ -22,3 +22,19 @@ lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Plans, packs, runs and verifies the shipped model A, and draws the page: out/demo-report.html.
+demo: env
+	@demo/demo.sh $(PY)
+
+# Fills tables, file map and outputs into the documentation. Outputs are recorded with: python docs/generate.py --record
+docs: env
+	$(PY) docs/generate.py
+
+reference: env
+	$(PY) -m reference
+
+# Screenshots of the demo's page, to look at: light, dark, phone and print.
+look: env
+	test -f out/demo-report.html || demo/demo.sh $(PY)
+	$(PY) docs/look.py out/demo-report.html out/look

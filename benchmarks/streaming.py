@@ -10,13 +10,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.results_file import write_results
 from haversack.cli.app import run
-from haversack.describe.model import describe_model
-from haversack.describe.site import WeightSite
+from haversack.describe.model import Model, describe_model
 from haversack.formats.safetensors_file import SafetensorsWriter
 from haversack.jobs.verify import verify
 from haversack.ledger import StoredTensor
@@ -39,13 +39,13 @@ CONFIG = {
 """The shape that decoding benchmarks use: 1.1 billion parameters."""
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, config: dict[str, Any]) -> Path:
     """Write the folder tensor by tensor, never the whole model at once."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    described = describe_model(CONFIG)
-    declared = [_declared(site) for site in described.weights] + list(described.rest)
+    described = describe_model(config)
+    declared = _checkpoint_tensors(described)
     generator = torch.Generator().manual_seed(0)
     with SafetensorsWriter(folder / "model.safetensors", declared, metadata={"format": "pt"}) as writer:
         for tensor in declared:
@@ -57,16 +57,20 @@ def make_model(folder: Path) -> Path:
             writer.write(tensor.name, values.to(torch.bfloat16))
         writer.finish()
         writer.remove_journal()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def _declared(site: WeightSite) -> StoredTensor:
-    return StoredTensor(site.pieces[0].tensor, site.dtype, (site.out_features, site.in_features))
+def _checkpoint_tensors(described: Model) -> list[StoredTensor]:
+    """The checkpoint's tensors under their own names: sites that are parts of one tensor make it whole again."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for source in described.sources.values():
+        shapes |= {block.tensor: block.source_shape for block in source.blocks}
+    return [StoredTensor(name, described.dtype, shape) for name, shape in shapes.items()]
 
 
 def main(folder: Path) -> None:
-    model = make_model(folder)
+    model = make_model(folder, CONFIG)
     packed = folder.with_name(folder.name + "-streamed")
     shutil.rmtree(packed, ignore_errors=True)
     lengths = ["--prompt-tokens", "64", "--generate-tokens", "17"]

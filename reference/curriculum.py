@@ -24,14 +24,15 @@ class Phase:
     synthetic_share: float
     echo_share: float  # of the synthetic episodes: the data that teaches looking one token back
     max_tokens: int | None
-    gate_tokens: int | None  # distance at which recall of words must reach train.GATE_ACCURACY
+    gate: str | None  # "copy" or "word": which probes must reach train.GATE_ACCURACY, at
+    gate_tokens: int  # this distance
 
 
 PHASES = (
-    Phase(64, 0.85, 0.25, 3_000_000, 32),
-    Phase(256, 0.60, 0.05, 1_000_000, 192),
-    Phase(1024, 0.35, 0.0, 1_500_000, 900),
-    Phase(1024, 0.15, 0.0, None, None),
+    Phase(64, 0.85, 0.25, 3_000_000, "copy", 32),
+    Phase(256, 0.60, 0.05, 1_000_000, "word", 192),
+    Phase(1024, 0.35, 0.0, 1_500_000, "word", 900),
+    Phase(1024, 0.15, 0.0, None, None, 900),
 )
 
 
@@ -88,9 +89,12 @@ class Rows:
         return self._encode(text).ids
 
     def _random_tokens(self, rng: random.Random, num_tokens: int) -> list[int]:
-        if rng.random() < 0.5:
+        """From all tokens, from the tasks' words, or from a few of them, so that one token is no match and a longer context must be."""
+        alphabet = rng.choice(("all", "words", "few"))
+        if alphabet == "all":
             return [rng.randrange(1, self.vocab_size) for _ in range(num_tokens)]
-        return rng.choices(self._word_ids, k=num_tokens)
+        words = rng.sample(self._word_ids, rng.randint(4, 24)) if alphabet == "few" else self._word_ids
+        return rng.choices(words, k=num_tokens)
 
     def _echo(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
         """Triples a b a, of fresh tokens each: the third is what stood one back. Matching comes later, and needs that first."""

@@ -38,7 +38,7 @@ WEIGHT_DECAY = 0.02
 GATE_ACCURACY = 0.6  # the phase change has come; what is left to learn is learned at the next length too
 SAVE_SECONDS = 120
 LOG_STEPS = 20
-EVAL_STEPS = 100
+EVAL_STEPS = 50
 DEFAULT_MINUTES = {"stable": 120.0, "finish": 20.0}
 
 
@@ -221,13 +221,13 @@ def _log_step(run: Run, losses: list[float], spent: float, max_seconds: float, e
 def _evaluate(run: Run, finish: bool) -> None:
     """Measure, append to the run's curve, and move to the next phase where the gate is met."""
     progress, phase = run.progress, PHASES[run.progress.phase]
-    scores = run.recall(phase.gate_tokens or 900)
+    scores = run.recall(phase.gate_tokens)
     curve = {part: round(run.bits_per_byte(part), 4) for part in ("calibration", "foreign-prose", "foreign-code")}
     entry = asdict(progress) | {"seq_len": phase.seq_len, "finish": finish, "recall": scores, "bits_per_byte": curve}
     with (run.folder / "curve.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
-    print(f"{run.name} recall at {phase.gate_tokens or 900}: {scores} bits per byte: {curve}", flush=True)
-    passed = phase.gate_tokens is not None and scores["word"] >= GATE_ACCURACY
+    print(f"{run.name} recall at {phase.gate_tokens}: {scores} bits per byte: {curve}", flush=True)
+    passed = phase.gate is not None and scores[phase.gate] >= GATE_ACCURACY
     if passed or (phase.max_tokens is not None and progress.phase_tokens >= phase.max_tokens):
         progress.phase += 1
         progress.phase_tokens = 0

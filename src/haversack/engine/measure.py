@@ -123,16 +123,31 @@ class DamageMeter:
     def _neutral(self, site: WeightSite) -> dict[str, torch.Tensor]:
         return {"weight": read_site(self.checkpoint, site)}
 
+    def continuation(
+        self, context: Sequence[int], question: Sequence[int], num_tokens: int, kv: Mapping[str, KVOption] | None = None
+    ) -> list[int]:
+        """Greedy tokens after a context and a question, which is read after the context was cached: a cache that drops or
+        packs tokens does so before it sees the question. Runs the model as it is, inside `changed` or not."""
+        cache = self._cache(kv or {}, len(context) + len(question) + num_tokens)
+        logits = torch.empty(0)
+        with torch.inference_mode():
+            for ids in (*torch.tensor(context).split(self.chunk_tokens), torch.tensor(question)):
+                logits = self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            out = [int(logits[0, -1].argmax())]
+            while len(out) < num_tokens:
+                step = torch.tensor([[out[-1]]])
+                logits = self.model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                out.append(int(logits[0, -1].argmax()))
+        return out
+
+    def _cache(self, kv: Mapping[str, KVOption], capacity_tokens: int) -> HaversackCache:
+        sites = self.described.attention
+        options = tuple(kv.get(site.id, KVOption()) for site in sites)
+        return HaversackCache(KVPlan(sites, options, 1, capacity_tokens, self.described.dtype))
+
     def _log_probabilities(self, row: torch.Tensor, kv: Mapping[str, KVOption]) -> torch.Tensor:
         """`(tokens, vocab_size)` float32."""
-        plan = KVPlan(
-            sites=self.described.attention,
-            options=tuple(kv.get(site.id, KVOption()) for site in self.described.attention),
-            batch_size=1,
-            capacity_tokens=len(row),
-            dtype=self.described.dtype,
-        )
-        cache = HaversackCache(plan)
+        cache = self._cache(kv, len(row))
         out = []
         with torch.inference_mode():
             for start in range(0, len(row), self.chunk_tokens):

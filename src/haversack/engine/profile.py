@@ -1,7 +1,7 @@
 """What one forward pass allocates beside weights and cache, from the model's own code on tensors without memory.
 
-The real modules run on `meta`, one layer of each kind (a forward pass that saves nothing for a backward pass holds no
-layer's activations while the next one runs). Packed matrices and attention are probes: they allocate their results and
+The real modules run on `meta`, two layers of each kind (a forward pass that saves nothing for a backward pass holds no
+layer's activations while the next one runs; but from the second layer on, the embeddings live beside the hidden states). Packed matrices and attention are probes: they allocate their results and
 note how many bytes live while they run, so that any option's workspace can be added afterwards without running again.
 """
 
@@ -51,8 +51,8 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     skeleton: Any = build_skeleton(model.config, model.name)
     skeleton.to(compute).eval()
     kinds = _layer_kinds(model)
-    _keep_one_layer_of_each_kind(skeleton, model, kinds)
-    shown = set(kinds.values())
+    shown = {layer for same in kinds.values() for layer in same}
+    _skip_layers_but(skeleton, model, shown)
     sites = [site for site in model.weights if site.layer is None or site.layer in shown]
     probe = _Probe()
     take_off(skeleton, sites)
@@ -80,8 +80,8 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
         batch_size,
         new_tokens,
         live.peak_bytes,
-        at_site={site.id: probe.at_site[_traced_id(site, kinds)] for site in model.weights},
-        at_attention={site.layer: attended[kinds[site.layer]] for site in model.attention},
+        at_site={site.id: max(probe.at_site[name] for name in _traced_ids(site, kinds)) for site in model.weights},
+        at_attention={site.layer: max(attended[layer] for layer in kinds[site.layer]) for site in model.attention},
     )
 
 
@@ -143,28 +143,28 @@ def _register_probe_attention() -> None:
     AttentionMaskInterface.register(PROBE_ATTENTION, _no_mask)
 
 
-def _layer_kinds(model: Model) -> dict[int, int]:
-    """For each layer, the first layer with the same sites and the same attention."""
+def _layer_kinds(model: Model) -> dict[int, tuple[int, ...]]:
+    """For each layer, the first two layers with the same sites and the same attention."""
     facts: dict[int, list[Any]] = {layer: [] for layer in range(model.num_layers)}
     for site in model.weights:
         if site.layer is not None:
             facts[site.layer].append((site.role, site.out_features, site.in_features, site.expert))
     for attention in model.attention:
         facts[attention.layer].append((attention.window_tokens, attention.num_heads, attention.num_kv_heads))
-    first: dict[tuple, int] = {}
-    return {layer: first.setdefault(tuple(rows), layer) for layer, rows in facts.items()}
+    alike: dict[tuple, list[int]] = {}
+    for layer, rows in facts.items():
+        alike.setdefault(tuple(rows), []).append(layer)
+    return {layer: tuple(layers[:2]) for layers in alike.values() for layer in layers}
 
 
-def _keep_one_layer_of_each_kind(skeleton: nn.Module, model: Model, kinds: Mapping[int, int]) -> None:
-    """Leave the first layer of each kind, under its own index."""
-    kept = set(kinds.values())
+def _skip_layers_but(skeleton: nn.Module, model: Model, kept: set[int]) -> None:
+    """Leave the layers `kept`, under their own indices; hidden states pass the others."""
     for module in skeleton.modules():
-        for name, child in module.named_children():
+        for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == model.num_layers:
                 for layer in range(model.num_layers):
                     if layer not in kept:
                         child[layer] = _Skip()
-                assert name in module._modules
                 return
 
 
@@ -200,8 +200,8 @@ def _dense_experts(module: nn.Module) -> Any:
     return forward
 
 
-def _traced_id(site: WeightSite, kinds: Mapping[int, int]) -> str:
-    """The id of the same site in the layer that was traced."""
+def _traced_ids(site: WeightSite, kinds: Mapping[int, tuple[int, ...]]) -> list[str]:
+    """The ids of the same site in the layers that were traced."""
     if site.layer is None:
-        return site.id
-    return site.id.replace(f".{site.layer}.", f".{kinds[site.layer]}.", 1)
+        return [site.id]
+    return [site.id.replace(f".{site.layer}.", f".{layer}.", 1) for layer in kinds[site.layer]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,6 +19,7 @@ from haversack.parts.weights.base import WeightOption
 from haversack.plan.schema import Plan
 
 NUM_SEQUENCES, SEQ_LEN = 8, 512
+RECALL_DISTANCES, NUM_PROBES = (64, 256, 512, 900), 24
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,7 +47,46 @@ def compare_quality(packed: PackedModel, plan: Plan, tell: Progress) -> list[dic
         promised = plan.prediction.damage
         said = f"{promised.nats:.4g} ({promised.label})" if promised.nats is not None else promised.label
         rows.append({"what": f"KL on {name}, nats per token", "predicted": said, "measured": f"{float(kl.mean()):.4g}"})
+        if done == 0:
+            rows += _recall(meter, packed, weights, kv)
     tell("measuring quality", len(texts), len(texts))
+    return rows
+
+
+def _recall(
+    meter: DamageMeter,
+    packed: PackedModel,
+    weights: Mapping[str, tuple[WeightOption, Mapping[str, torch.Tensor]]],
+    kv: Mapping[str, KVOption],
+) -> list[dict[str, str]]:
+    """Exact match of one-word recall at distances within the planned context, before and after."""
+    from haversack.jobs.run import open_tokenizer
+    from haversack.probes import encode_probe, make_recall, score_answers, token_counter
+    from haversack.probes.tasks import SEEN
+
+    tokenizer, templates = open_tokenizer(packed.folder.path), list(SEEN)
+    rows = []
+    for distance in (d for d in RECALL_DISTANCES if d + 64 <= packed.kv_plan.capacity_tokens):
+        rng = random.Random(distance)
+        count = token_counter(tokenizer)
+        made = [
+            make_recall(rng, count, distance_tokens=distance, template=templates[i % len(templates)], kind="word")
+            for i in range(NUM_PROBES)
+        ]
+        try:
+            probes = [encode_probe(probe, tokenizer) for probe in made]
+        except ValueError:
+            return []  # a tokenizer that merges across the probes' borders can't be scored by exact match
+        before = score_answers(meter.continuation, probes)
+        with meter.changed(weights):
+            after = score_answers(lambda c, q, n: meter.continuation(c, q, n, kv), probes)
+        rows.append(
+            {
+                "what": f"recall over {distance} tokens, before and after",
+                "predicted": f"{sum(before) / len(before):.2f}",
+                "measured": f"{sum(after) / len(after):.2f}",
+            }
+        )
     return rows
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from haversack._version import __version__
 from haversack.cost.candidates import (
@@ -32,7 +32,6 @@ from haversack.parts.placement.mapped import Mapped
 from haversack.parts.placement.resident import Resident
 from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
-from haversack.plan.refine import PlanMeter, Refined
 from haversack.plan.schema import (
     Budget,
     DamageRecord,
@@ -49,6 +48,9 @@ from haversack.solve.exact import Solution, solve
 from haversack.solve.front import pareto_front, uniform_baselines
 from haversack.solve.problem import Problem, as_tuple
 from haversack.units import format_bytes
+
+if TYPE_CHECKING:
+    from haversack.plan.refine import PlanMeter, Refined
 
 DEFAULT_RUNTIME_BYTES = 280 * 2**20
 """Private bytes of a process that has imported torch 2.13 (CPU) and transformers 5.23, where this machine's own figure
@@ -116,7 +118,7 @@ class Answer:
         largest = ", ".join(f"{owner} {format_bytes(n)}" for owner, n in list(owners.items())[:3])
         under = f" at {' and '.join(bounds)}" if bounds else ""
         return (
-            f"{self.plan.model.name} needs {format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point} "
+            f"{self.plan.model.name} needs {format_bytes((budget.num_bytes or 0) + self.shortfall_bytes)} at {prediction.peak_time_point} "
             f"({largest}) or more{under}, but the budget is {format_bytes(budget.num_bytes or 0)}: "
             f"{format_bytes(self.shortfall_bytes)} short."
         )
@@ -155,8 +157,8 @@ def make_plan(
         problem, solution = solve_at(question, chunk)
         if best is None or _better(solution, best[1]):
             best = (problem, solution, chunk)
-        if best[1].fits and best[1].evaluation.damage <= 0:
-            break
+        if best[1].fits and (best[1].evaluation.damage <= 0 or question.weight_damages is None):
+            break  # nothing to gain, or only published figures to gain it by
     assert best is not None
     tell("solving", len(chunks), len(chunks))
     built, solution, chunk = best
@@ -271,8 +273,10 @@ def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], que
 
 
 def _front(built: ServingProblem, solution: Solution, question: Question) -> tuple[dict[str, Any], ...]:
-    """Damage against peak bytes: the relaxation's front between the smallest plan and everything at 16 bits, and every
-    option taken everywhere."""
+    """Damage against peak bytes, for a calibrated model: the relaxation's front between the smallest plan and everything at
+    16 bits, and every option taken everywhere."""
+    if question.weight_damages is None:
+        return ()
     tier = "device"
     free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
     neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
@@ -350,9 +354,11 @@ def _answer(
         front=_front(built, solution, question),
         notes=_notes(question),
     ).sealed()
-    shortfall = 0 if question.budget_bytes is None else max(0, peak_bytes - question.budget_bytes)
+    # What the solver booked, not the prediction: it holds a stream window's pages back, and a plan needs them to be found.
+    needed = solution.evaluation.peak_bytes["device"]
+    shortfall = 0 if question.budget_bytes is None else max(0, needed - question.budget_bytes)
     fits = solution.fits and shortfall == 0
-    return Answer(plan, fits, shortfall, None if fits else _cheapest_change(question, plan))
+    return Answer(plan, fits, shortfall, None if fits else _cheapest_change(question, plan, needed))
 
 
 def _source(model: Model) -> str:
@@ -425,10 +431,9 @@ def _nats(value: float) -> str:
     return f"{value:.2g} nats"
 
 
-def _cheapest_change(question: Question, plan: Plan) -> str:
-    """One sentence: what would make it fit, nearest first."""
+def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
+    """One sentence: what would make it fit, nearest first. `needed` is the smallest budget that has a plan."""
     workload = question.workload
-    needed = plan.prediction.peak_bytes
     if needed <= (question.budget_bytes or needed):
         damage, seconds = plan.prediction.damage.nats, plan.prediction.seconds_per_token
         loses = f" and loses {damage:.3g} nats per token" if damage is not None else ""

@@ -12,30 +12,28 @@ from typing import Literal
 ValueKind = Literal["word", "digits"]
 Form = Literal["records", "needle"]
 
-# Short common nouns and adjectives; every one is an ordinary lower-case word of the prose that models train on.
+# Ordinary words of technical prose, so that in most vocabularies each is one token after a space: what is asked is then whether a place in
+# the past is found, not whether a word is spelled.
 _WORDS = """
-    able acid alarm album angle apple arch area army arrow atlas aunt autumn axis badge baker band bank basin beach beam bean bear bell belt
-    bench bird blade block blue board boat body bold bone book boot border bottle bowl box brain branch brass brave bread brick bridge bright
-    broad brown brush bucket butter button cabin cable cake calm camel camera camp candle canvas cargo carpet castle cat cause cave chain chair
-    chalk cheese cherry chest chief child circle city clay clean clear clock cloth cloud coach coal coast coin cold copper corn cotton couch
-    country cream crew crop cross crowd crown cup curve dance dark deep deer desert desk dinner dish doctor door dozen dream dress drum duck
-    dust eagle early earth east edge egg elbow empty engine even exact fabric face fair faith farm fast father feast fence fever field final
-    finger fire fish flag flame flat floor flour flower fog food forest fork fox frame fresh friend frost fruit garden gate gentle giant gift
-    glass glove goat gold grain grand grape grass gray green ground guest guitar hammer hand happy harbor hat hawk heart heavy hill hollow
-    honey horn horse hotel house human hunter ice island ivory jacket jewel judge juice jungle kettle king kitchen knee knife ladder lake lamp
-    large lawn leaf lemon letter level light lily lime linen lion lock long loose lunch magic maple marble market meadow meal metal milk mill
-    mirror moon mother motor mountain mouse mouth music narrow nation needle nest night noble noise north novel number oak ocean office olive
-    onion orange orchard oven owl oyster page paint palace panel paper parade park path peach pearl pencil pepper piano picture pilot pine
-    pink planet plate pocket poem pond potato powder prince proud purple quick quiet rabbit radio rain rapid raven ribbon rice rich ring river
-    road robin rock roof room root rope rose rough round royal rug sail salt sand scale school sea season seed shade shadow sharp sheep shell
-    ship shirt shoe shore short silent silk silver simple sister sky sleep slow small smoke smooth snow soap soft soil solid song soup south
-    space spider spoon spring square stable star steam steel stone storm story strong sugar summer sun sweet swift table tailor tall tea tent
-    thick thin tiger timber toast tower town track train tree trumpet tulip tunnel turtle uncle valley velvet village violin voice wagon wall
-    warm water wave wax west wheat wheel white wide wild window wine winter wolf wood wool yard yellow young zebra
+    access action address after algorithm argument array attention audio axis base batch block bound break buffer build byte cache call case
+    change channel character check child class code color column command common complex condition connection constant context control copy
+    count current data decimal default detail device dictionary dimension directory display distance document domain double effect element
+    empty entry error event example exception factor failure feature field file filter final flag force form format forward frame free full
+    function future general global graph group hand handle hash head header height help hidden high hook host image index initial input
+    integer interval issue item key kind label language last layer left length level library limit line link list local lock long loop loss
+    lower main manager map mark mask match math matrix maximum memory message method mode model module name new node normal note number
+    object offset open operation option order output package pair parameter parent parser part past patch path pattern place platform point
+    port position present print problem process program protocol python query queue random range rank real reason record reference register
+    relative report request response rest result return right ring root row run sample scale script search second section select sequence
+    series server set shape shared shell side sign signal similar simple single size small socket soft solution source special split stack
+    standard start state status step stream string structure style success support symbol system table target task tensor term test text
+    thread time token top total transform tree true turtle type update upper user value vector version view wait weight width window word
+    work zero
 """
 WORDS = tuple(_WORDS.split())
 
 SEEN = {
+    "list": ("{key} {value}\n", "{key}"),
     "code": ("The {key} code is {value}.\n", "What is the {key} code? The {key} code is"),
     "table": ("| {key} | {value} |\n", "Row {key} says:"),
     "assign": ("{key} = {value}\n", ">>> print({key})\n>>>"),

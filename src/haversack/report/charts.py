@@ -14,6 +14,7 @@ from html import escape
 from haversack.units import format_bytes
 
 _WIDTH = 720
+_LEGEND_HEIGHT = 28
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def stacked_bars(bars: Sequence[Bar], owners: Sequence[str], budget_bytes: int |
     scale = (_WIDTH - left - right) / (largest * 1.04)
     height = top + len(bars) * (bar_height + gap) + 8
     parts = [_open(height, "Bytes at each time point by owner, before and after, against the budget")]
+    values = []
     for row, bar in enumerate(bars):
         y = top + row * (bar_height + gap)
         parts.append(
@@ -55,7 +57,7 @@ def stacked_bars(bars: Sequence[Bar], owners: Sequence[str], budget_bytes: int |
                 f"({share:.0%} of {format_bytes(bar.total_bytes)})</title></rect>"
             )
             x += width
-        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}" class="value">{format_bytes(bar.total_bytes)}</text>')
+        values.append(f'<text x="{x + 6:.1f}" y="{y + 15}" class="value">{format_bytes(bar.total_bytes)}</text>')
     if budget_bytes:
         x = left + budget_bytes * scale
         parts.append(
@@ -63,7 +65,7 @@ def stacked_bars(bars: Sequence[Bar], owners: Sequence[str], budget_bytes: int |
             f'<text x="{x:.1f}" y="{top - 12}" text-anchor="middle" class="budget-label">'
             f"budget {format_bytes(budget_bytes)}</text>"
         )
-    return "".join(parts) + "</svg>"
+    return "".join(parts + values) + "</svg>"  # values last: they stay readable where the budget's line crosses them
 
 
 def _faded(bar: Bar) -> str:
@@ -184,6 +186,35 @@ def pareto(points: Sequence[FrontPoint], budget_bytes: int | None) -> str:
             f"<title>{escape(point.label)}: {format_bytes(point.num_bytes)}, {point.damage:.4g} nats</title></circle>"
         )
     return "".join(parts) + "</svg>"
+
+
+def stand_alone(svg: str, owners: Sequence[str], colours: Mapping[str, str]) -> str:
+    """A drawing for a file of its own: on paper, under a legend of owners, with its styles and the page's colours written out."""
+    style = (
+        "text{font:12px system-ui,sans-serif;fill:var(--ink)}.quiet{fill:var(--quiet)}"
+        ".value{paint-order:stroke;stroke:var(--paper);stroke-width:4px}"
+        ".budget{stroke:var(--accent);stroke-width:2;stroke-dasharray:5 4}.budget-label{fill:var(--accent)}"
+    )
+    height = int(svg.split(f'viewBox="0 0 {_WIDTH} ')[1].split('"')[0]) + _LEGEND_HEIGHT
+    _, title, marks = svg.removesuffix("</svg>").partition("<title>")
+    title, _, marks = marks.partition("</title>")
+    out = (
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg"><title>{title}</title>'
+        f'<style>{style}</style><rect width="{_WIDTH}" height="{height}" fill="var(--paper)"/>{_legend(owners)}'
+        f'<g transform="translate(0 {_LEGEND_HEIGHT})">{marks}</g></svg>'
+    )
+    for name, colour in colours.items():
+        out = out.replace(f"var(--{name})", colour)
+    return out
+
+
+def _legend(owners: Sequence[str]) -> str:
+    x, parts = 12.0, []
+    for i, owner in enumerate(owners):
+        parts.append(f'<rect x="{x:.0f}" y="8" width="12" height="12" fill="var(--c{i % 8})"/>')
+        parts.append(f'<text x="{x + 17:.0f}" y="18">{escape(owner)}</text>')
+        x += 17 + 7 * len(owner) + 18
+    return "".join(parts)
 
 
 def _open(height: float, title: str) -> str:

@@ -13,11 +13,21 @@ from haversack.formats.packed_folder import PLAN_NAME
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.schema import Plan
-from haversack.report.charts import Bar, FrontPoint, SiteCell, pareto, site_map, stacked_bars
+from haversack.report.charts import Bar, FrontPoint, SiteCell, pareto, site_map, stacked_bars, stand_alone
 from haversack.units import format_bytes, format_seconds
 
 VERIFIED_NAME = "verified.json"
 """What `verify` leaves in a packed folder; the page shows it where it is there."""
+
+LIGHT = {
+    "ink": "#1b1f24", "quiet": "#5c6670", "paper": "#ffffff", "line": "#d9dee3", "accent": "#b3261e",
+    "c0": "#2f6f9f", "c1": "#d98a29", "c2": "#5b9a5b", "c3": "#9a5fa8", "c4": "#7a8691", "c5": "#c0504d", "c6": "#4aa3a2", "c7": "#8a6d3b",
+}  # fmt: skip
+DARK = {
+    "ink": "#e6e9ec", "quiet": "#9aa5b0", "paper": "#14181c", "line": "#2f3740", "accent": "#ff8a80",
+    "c0": "#6fb1e0", "c1": "#e8aa5c", "c2": "#86c386", "c3": "#c596d1", "c4": "#9aa5b0", "c5": "#e08683", "c6": "#7ccac9", "c7": "#c2a672",
+}  # fmt: skip
+"""Colours of the page's variables on light and on dark paper."""
 
 
 def write_report(source: str | Path, output: str | Path) -> Path:
@@ -34,6 +44,12 @@ def write_report(source: str | Path, output: str | Path) -> Path:
     measured = _measured(folder, plan) if folder else None
     write_whole(output, render(plan, measured, str(source)))
     return output
+
+
+def memory_picture(plan: Plan) -> str:
+    """The page's first picture as an SVG file of its own, legend included, in the light colours."""
+    bars, owners = _bars(plan)
+    return stand_alone(stacked_bars(bars, owners, plan.budget.num_bytes), owners, LIGHT)
 
 
 def _measured(folder: Path, plan: Plan) -> dict[str, Any] | None:
@@ -63,6 +79,8 @@ def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
     return environment.from_string(template).render(
         title=f"{Path(plan.model.name).name or plan.model.name}, packed",
         lead=_lead(plan),
+        light=LIGHT,
+        dark=DARK,
         owners=owners,
         memory_svg=stacked_bars(bars, owners, budget),
         summary=_summary(plan),

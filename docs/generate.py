@@ -1,0 +1,223 @@
+"""What in the documentation is made by a program: real outputs, the table of methods, the file map, the picture.
+
+    python docs/generate.py                     # or make docs: fills everything from docs/outputs/ and from the package
+    python docs/generate.py --record [NAME...]  # runs the commands below first and stores what they print
+
+A block in README.md or docs/*.md between `<!-- output NAME -->` and `<!-- end -->` is replaced by the stored output NAME;
+`<!-- output NAME: weights | total -->` takes the command and the lines that begin so, and marks what it leaves out with an ellipsis. The picture is drawn
+when `pack` is recorded, from the plan that it made.
+`tests/test_docs.py` checks that every block is what this program would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUTS = ROOT / "docs" / "outputs"
+PICTURE = ROOT / "docs" / "pictures" / "memory.svg"
+MODEL = "src/haversack/data/reference-a"
+PACKED = "out/packed"
+CALIBRATION = "--calibration-tokens 4096"
+
+COMMANDS = {
+    "demo": "make demo",
+    "help": "haversack --help",
+    "plan-70b": "haversack plan docs/models/llama-70b --budget 48GiB --context 8192",
+    "plan-70b-small": "haversack plan docs/models/llama-70b --budget 4GiB --context 8192",
+    "plan-a-small": f"haversack plan {MODEL} --tensor-budget 5MiB --context 512",
+    "plan-turned": f"haversack plan {MODEL} --max-damage 0.01 --context 512 --calibrate {CALIBRATION} --evaluations 0",
+    "pack": f"haversack pack {MODEL} --tensor-budget 9MiB --context 512 {CALIBRATION} -o {PACKED}",
+    "run": f"haversack run {PACKED} --prompt 'The function returns a list of' --max-new-tokens 40",
+    "run-long": f'haversack run {PACKED} --prompt "$(cat LICENSE)"',
+    "run-cap": f"haversack run {PACKED} --prompt 'The function' --max-new-tokens 8 --cap 200MiB",
+    "verify": f"haversack verify {PACKED}",
+    "report": f"haversack report {PACKED} -o out/report.html",
+    "methods": "haversack methods",
+    "bad-budget": f"haversack plan {MODEL} --budget '8 potatoes'",
+    "bad-context": f"haversack plan {MODEL} --budget 1GiB --context 100000",
+    "bad-folder": "haversack plan no-such-model --budget 1GiB",
+}
+"""Name -> command, run in the repository's root, in this order: some use the folder that an earlier one packed."""
+
+BLOCK = re.compile(r"<!-- output (?P<name>[\w-]+)(?::(?P<starts>[^\n]*))? -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def record(names: Sequence[str]) -> None:
+    """Run commands and store what they print: the command, standard output and standard error together, and the exit code if not 0."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": "src",
+        "XDG_CACHE_HOME": "out/demo/cache",
+        "HF_HUB_OFFLINE": "1",
+        "NO_COLOR": "1",
+    }
+    for name in names:
+        command = COMMANDS[name]
+        if name == "pack":
+            shutil.rmtree(ROOT / PACKED, ignore_errors=True)
+        shell = re.sub(r"^haversack ", f"{sys.executable} -m haversack ", command)
+        shell = re.sub(r"^make demo$", f"demo/demo.sh {sys.executable}", shell)
+        done = subprocess.run(
+            ["bash", "-c", shell],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        lines = [
+            f"$ {command}",
+            *(line.rstrip() for line in done.stdout.replace(f"{ROOT}/", "").strip("\n").splitlines()),
+        ]
+        if done.returncode:
+            lines.append(f"(exit code {done.returncode})")
+        (OUTPUTS / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        if name == "pack" and done.returncode == 0:
+            PICTURE.write_text(picture(ROOT / PACKED / "plan.json"))
+        print(f"recorded {name} (exit code {done.returncode})")
+
+
+def fill(page: str) -> str:
+    """A page with every block's output put in again."""
+
+    def block(match: re.Match[str]) -> str:
+        lines = (OUTPUTS / f"{match['name']}.txt").read_text().rstrip("\n").split("\n")
+        mark = match["name"]
+        if match["starts"] is not None:
+            lines = _abridged(lines, [start.strip() for start in match["starts"].split("|")])
+            mark += ":" + match["starts"]
+        return "\n".join([f"<!-- output {mark} -->", "```text", *lines, "```", "<!-- end -->"])
+
+    return BLOCK.sub(block, page)
+
+
+def _abridged(lines: Sequence[str], starts: Sequence[str]) -> list[str]:
+    """The first line and those that begin with one of `starts`; `...` where lines with text are left out."""
+    chosen, left_out = [lines[0]], False
+    for line in lines[1:]:
+        if line.lstrip().startswith(tuple(starts)):
+            chosen += ["...", line] if left_out else [line]
+            left_out = False
+        elif line.strip():
+            left_out = True
+    return [*chosen, *(["..."] if left_out else [])]
+
+
+def methods_page() -> str:
+    """docs/methods.md: every part and recipe."""
+    from haversack.recipes.base import all_recipes, list_methods
+
+    lines = [
+        "# Methods",
+        "",
+        "Generated by `make docs` from what `haversack methods --json` prints. A **part** is one idea at one stage of one resident; a **recipe**",
+        "composes parts as a paper does. *Catalogue* names the entries of `src/haversack/recipes/catalogue.jsonl` that it makes true.",
+    ]
+    rows = list_methods()
+    for kind, heading in (("recipe", "Recipes"), ("part", "Parts")):
+        lines += [
+            "",
+            f"## {heading}",
+            "",
+            "| id | resident | what it does | source | catalogue |",
+            "|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if row["kind"] != kind:
+                continue
+            source = row["source"]
+            cited = ""
+            if source:
+                paper = f"[{source['arxiv']}](https://arxiv.org/abs/{source['arxiv']})" if source["arxiv"] else ""
+                cited = f"{source['authors']} {source['year']} {paper}".strip()
+            catalogue = ", ".join(f"`{entry}`" for entry in row["catalogue"])
+            lines.append(f"| `{row['id']}` | {row['resident']} | {row['title']} | {cited} | {catalogue} |")
+    lines += [
+        "",
+        "## What the papers report",
+        "",
+        "The papers' own figures, on their models; none of them was measured here.",
+        "",
+    ]
+    lines += [f"- `{recipe.id}`: {recipe.published}." for recipe in all_recipes().values() if recipe.published]
+    return "\n".join(lines) + "\n"
+
+
+def files_page() -> str:
+    """docs/files.md: one line per module, from its docstring."""
+    lines = [
+        "# File map",
+        "",
+        "Generated by `make docs` from the modules' docstrings: one line each, rooms from the ground up. Imports point upwards in this list only.",
+    ]
+    package = ROOT / "src" / "haversack"
+    for room, paths in _rooms(package):
+        lines += ["", f"## {room}", ""]
+        for path in paths:
+            lines.append(f"- `{path.relative_to(package)}`: {_first_sentence(path)}")
+    lines += ["", "## Beside the package", ""]
+    for path in sorted([*ROOT.glob("reference/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]):
+        if path.name != "__init__.py":
+            lines.append(f"- `{path.relative_to(ROOT)}`: {_first_sentence(path)}")
+    return "\n".join(lines) + "\n"
+
+
+def _rooms(package: Path) -> list[tuple[str, list[Path]]]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_architecture import ORDER  # the order that the tests enforce
+
+    sys.path.pop(0)
+    rooms = [("The package itself", sorted(package.glob("_*.py")))]
+    for names in ORDER:
+        for name in names:
+            if (package / name).is_dir():
+                rooms.append((name, sorted((package / name).rglob("*.py"))))
+            elif not name.startswith("_"):
+                rooms.append((name, [package / f"{name}.py"]))
+    return rooms
+
+
+def _first_sentence(path: Path) -> str:
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.])\s", text)[0].rstrip(":")
+
+
+def picture(plan_file: Path) -> str:
+    """The memory chart of a plan, as the report draws it, in a file that stands alone."""
+    from haversack.plan.schema import Plan
+    from haversack.report.page import memory_picture
+
+    return memory_picture(Plan.read(plan_file)) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file with the text that it should have."""
+    written = {ROOT / "docs" / "methods.md": methods_page(), ROOT / "docs" / "files.md": files_page()}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        if path not in written:
+            written[path] = fill(path.read_text())
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", nargs="*", metavar="NAME", help="run these commands (all if none is named) first")
+    arguments = parser.parse_args()
+    if arguments.record is not None:
+        record(arguments.record or list(COMMANDS))
+    for path, text in pages().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

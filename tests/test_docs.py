@@ -1,0 +1,90 @@
+"""The documentation is what its programs would write: real outputs, methods, file map, and links that lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_fresh(generate: ModuleType) -> None:
+    stale = [str(path.relative_to(ROOT)) for path, text in generate.pages().items() if path.read_text() != text]
+    assert not stale, f"run `make docs`: {stale}"
+
+
+def test_every_module_is_named_once(generate: ModuleType) -> None:
+    package = ROOT / "src" / "haversack"
+    named = re.findall(r"^- `([\w/]+\.py)`: (.*)$", (ROOT / "docs" / "files.md").read_text(), re.MULTILINE)
+    inside = [name for name, _ in named if not name.startswith(("reference/", "benchmarks/", "docs/"))]
+    assert sorted(inside) == sorted(str(path.relative_to(package)) for path in package.rglob("*.py"))
+    assert all(len(line) > 10 for _, line in named)
+
+
+def test_every_method_is_named(generate: ModuleType) -> None:
+    from haversack.recipes.base import list_methods
+
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert list_methods()
+    assert not [row["id"] for row in list_methods() if f"| `{row['id']}` |" not in page]
+
+
+def test_readme_is_short_and_shows_the_picture() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    assert "](docs/pictures/memory.svg)" in readme
+
+
+def test_the_picture_stands_alone() -> None:
+    text = (ROOT / "docs" / "pictures" / "memory.svg").read_text()
+    assert ET.fromstring(text).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "var(--" not in text and "href" not in text
+    assert "budget" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *sorted((ROOT / "docs" / "outputs").glob("*"))], ids=lambda path: path.name)
+def test_no_private_paths(path: Path) -> None:
+    assert not re.search(r"(?<![\w.])/(work|home|root|tmp)/", path.read_text()), path
+
+
+def test_every_stored_output_belongs_to_a_command(generate: ModuleType) -> None:
+    stored = {path.stem for path in (ROOT / "docs" / "outputs").glob("*.txt")}
+    assert stored <= set(generate.COMMANDS), stored - set(generate.COMMANDS)
+    for name in stored:
+        first = (ROOT / "docs" / "outputs" / f"{name}.txt").read_text().splitlines()[0]
+        assert first == f"$ {generate.COMMANDS[name]}", name
+
+
+def test_every_shown_command_exists() -> None:
+    """Options written in the documentation are options of the verb."""
+    from typer.main import get_command
+
+    from haversack.cli.app import app
+
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    for page in PAGES:
+        for verb, rest in re.findall(r"haversack (plan|pack|run|verify|report|methods)\b([^\n`|]*)", page.read_text()):
+            known = {name for parameter in verbs[verb].params for name in parameter.opts + parameter.secondary_opts}
+            unknown = set(re.findall(r"(?<!\S)(--[a-z-]+|-[a-z])\b", rest)) - known - {"--help"}
+            assert not unknown, f"{page.name}: haversack {verb} has no {unknown}"

@@ -1,0 +1,106 @@
+"""Plans: answers, infeasible questions, the inverted question, round trips, and what an edit does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.describe.families import FAMILIES
+
+from haversack.describe.machine import Machine
+from haversack.describe.model import describe_model
+from haversack.describe.workload import ServeWorkload
+from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.plan.make import Answer, Question, make_plan
+from haversack.plan.schema import Plan
+
+MACHINE = Machine("test", 2, 2**35, 2**35)
+BIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "dtype": "bfloat16", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def big():
+    return describe_model(BIG)
+
+
+def ask(model, budget: int | None, **changes) -> Answer:
+    workload = changes.pop("workload", ServeWorkload(768, 256))
+    return make_plan(Question(model, workload, MACHINE, budget, **changes))
+
+
+def test_above_need_nothing_is_given_up(big) -> None:
+    answer = ask(big, 40 * 2**30)
+    assert answer.fits and answer.plan.prediction.damage.nats == 0
+    assert all(row.option == {} and row.stored_bytes == row.neutral_bytes for row in answer.plan.weights)
+    weights = answer.plan.prediction.timeline["decode"]["weights"]["device"]
+    assert weights == sum(site.num_bytes for site in big.weights)
+
+
+@pytest.mark.parametrize("gib", [5, 6, 8, 12])
+def test_plans_keep_their_budget_and_use_it(big, gib: int) -> None:
+    answer = ask(big, gib * 2**30)
+    assert answer.fits
+    assert 0.9 * gib * 2**30 < answer.plan.prediction.peak_bytes <= gib * 2**30
+    assert answer.plan.prediction.damage.label in ("cited", "unknown")
+
+
+def test_more_bytes_never_cost_more_damage(big) -> None:
+    known = [ask(big, gib * 2**30) for gib in (8, 10, 12)]
+    damages = [sum(row.damage or 0.0 for row in answer.plan.weights) for answer in known]
+    assert damages == sorted(damages, reverse=True)
+
+
+def test_where_nothing_fits_the_smallest_is_named(big) -> None:
+    answer = ask(big, 2**29)
+    assert not answer.fits and answer.shortfall_bytes >= answer.plan.prediction.peak_bytes - 2**29
+    with pytest.raises(DoesNotFitError, match="short") as caught:
+        answer.require_fit()
+    assert caught.value.shortfall_bytes == answer.shortfall_bytes and caught.value.owners
+    assert "would do" in (caught.value.cheapest_change or "")
+    assert ask(big, 2**29 + answer.shortfall_bytes).fits
+
+
+def test_streaming_where_nothing_resident_fits(big) -> None:
+    answer = ask(big, 3 * 2**30)
+    assert answer.fits
+    placements = {row.placement["part"] for row in answer.plan.weights}
+    assert "streamed" in placements
+    assert "weights (stream window)" in answer.plan.prediction.timeline["decode"]
+
+
+def test_the_question_turns_round(big) -> None:
+    answer = ask(big, None, max_damage=0.05)
+    assert answer.fits and answer.plan.prediction.peak_bytes < big.num_bytes / 2
+    assert sum(row.damage or 0.0 for row in answer.plan.weights) <= 0.05
+
+
+def test_a_plan_is_a_file_that_notices_edits(big) -> None:
+    plan = ask(big, 8 * 2**30).plan
+    assert Plan.from_json(plan.to_json()) == plan
+    edited = json.loads(plan.to_json())
+    edited["weights"][0]["stored_bytes"] += 1
+    with pytest.raises(PlanError, match="changed after it was made"):
+        Plan.from_json(json.dumps(edited))
+    edited["weights"][0]["stored_bytes"] = "many"
+    with pytest.raises(PlanError, match=r"weights\.0\.stored_bytes"):
+        Plan.from_json(json.dumps(edited))
+
+
+def test_the_same_question_gets_the_same_plan(big) -> None:
+    assert ask(big, 6 * 2**30).plan.prediction_hash == ask(big, 6 * 2**30).plan.prediction_hash
+
+
+def test_context_beyond_the_model_is_refused(big) -> None:
+    with pytest.raises(UsageError, match="8192"):
+        ask(big, 2**35, workload=ServeWorkload(8000, 1000))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "mixtral", "gpt_oss"])
+def test_every_family_gets_a_plan(family: str) -> None:
+    model = describe_model({**FAMILIES[family], "dtype": "bfloat16"})
+    answer = ask(model, 2**30, workload=ServeWorkload(24, 8), budget_kind="tensor")
+    assert answer.fits and len(answer.plan.weights) == len(model.weights)
