@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.describe.families import FAMILIES
+
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.machine import Machine
 from haversack.describe.model import describe_model
@@ -21,7 +23,6 @@ from haversack.describe.workload import ServeWorkload
 from haversack.errors import HaversackError
 from haversack.plan.make import Question, make_plan
 from haversack.plan.schema import Plan
-from tests.describe.families import FAMILIES
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, 0.5, -0.0, float("nan"), float("inf"), "", "x", "\u0000",
