@@ -467,12 +467,10 @@ def _notes(question: Question) -> tuple[str, ...]:
     notes = []
     if question.machine.read_rate() is None:
         notes.append(
-            f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: nobody measured this machine"
+            f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: not measured (`haversack machine --measure`)"
         )
     if question.machine.rates.disk_read_bytes_per_second is None:
-        notes.append(
-            f"disk reads are assumed at {ASSUMED_DISK_BYTES_PER_SECOND / 1e9:g} GB/s: nobody measured this machine"
-        )
+        notes.append(f"disk reads are assumed at {ASSUMED_DISK_BYTES_PER_SECOND / 1e9:g} GB/s: not measured")
     if question.budget_kind == "process" and question.machine.rates.runtime_private_bytes is None:
         notes.append(f"the runtime is taken as {format_bytes(DEFAULT_RUNTIME_BYTES)}: not measured on this machine")
     return tuple(notes)
