@@ -126,7 +126,9 @@ def test_outputs_that_cannot_be_written(cli, source, tmp_path, calibration_text,
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_family_that_cannot_be_reached_is_named_before_calibrating(cli, source, tmp_path, calibration_text, monkeypatch):
+def test_a_family_that_cannot_be_reached_is_named_before_calibrating(
+    cli, source, tmp_path, calibration_text, monkeypatch
+):
     from haversack.engine import reach
 
     monkeypatch.setattr(reach, "_largest_difference", lambda model: 0.5)
