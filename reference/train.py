@@ -201,6 +201,7 @@ def train(run: Run, *, finish: bool, max_tokens: float, max_seconds: float) -> N
             run.save(run.folder / "stable.safetensors")
             saved = time.monotonic()
     if finish and not stop:
+        _evaluate(run, finish)
         run.save(run.folder / "final.safetensors")
         export(
             run.model,

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from haversack._version import __version__
 from haversack.cost.candidates import (
@@ -32,7 +32,6 @@ from haversack.parts.placement.mapped import Mapped
 from haversack.parts.placement.resident import Resident
 from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
-from haversack.plan.refine import PlanMeter, Refined
 from haversack.plan.schema import (
     Budget,
     DamageRecord,
@@ -49,6 +48,9 @@ from haversack.solve.exact import Solution, solve
 from haversack.solve.front import pareto_front, uniform_baselines
 from haversack.solve.problem import Problem, as_tuple
 from haversack.units import format_bytes
+
+if TYPE_CHECKING:
+    from haversack.plan.refine import PlanMeter, Refined
 
 DEFAULT_RUNTIME_BYTES = 280 * 2**20
 """Private bytes of a process that has imported torch 2.13 (CPU) and transformers 5.23, where this machine's own figure
@@ -155,8 +157,8 @@ def make_plan(
         problem, solution = solve_at(question, chunk)
         if best is None or _better(solution, best[1]):
             best = (problem, solution, chunk)
-        if best[1].fits and best[1].evaluation.damage <= 0:
-            break
+        if best[1].fits and (best[1].evaluation.damage <= 0 or question.weight_damages is None):
+            break  # nothing to gain, or only published figures to gain it by
     assert best is not None
     tell("solving", len(chunks), len(chunks))
     built, solution, chunk = best
@@ -271,8 +273,10 @@ def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], que
 
 
 def _front(built: ServingProblem, solution: Solution, question: Question) -> tuple[dict[str, Any], ...]:
-    """Damage against peak bytes: the relaxation's front between the smallest plan and everything at 16 bits, and every
-    option taken everywhere."""
+    """Damage against peak bytes, for a calibrated model: the relaxation's front between the smallest plan and everything at
+    16 bits, and every option taken everywhere."""
+    if question.weight_damages is None:
+        return ()
     tier = "device"
     free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
     neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
@@ -463,12 +467,10 @@ def _notes(question: Question) -> tuple[str, ...]:
     notes = []
     if question.machine.read_rate() is None:
         notes.append(
-            f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: nobody measured this machine"
+            f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: not measured (`haversack machine --measure`)"
         )
     if question.machine.rates.disk_read_bytes_per_second is None:
-        notes.append(
-            f"disk reads are assumed at {ASSUMED_DISK_BYTES_PER_SECOND / 1e9:g} GB/s: nobody measured this machine"
-        )
+        notes.append(f"disk reads are assumed at {ASSUMED_DISK_BYTES_PER_SECOND / 1e9:g} GB/s: not measured")
     if question.budget_kind == "process" and question.machine.rates.runtime_private_bytes is None:
         notes.append(f"the runtime is taken as {format_bytes(DEFAULT_RUNTIME_BYTES)}: not measured on this machine")
     return tuple(notes)

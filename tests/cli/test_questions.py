@@ -1,0 +1,149 @@
+"""What is asked: budgets, lengths, machines, bounds; and the answers' shape."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.cli.conftest import WORKLOAD
+
+B = ("--tensor-budget", "260KiB")
+PLAN_KEYS = {
+    "fits", "budget_bytes", "budget_kind", "peak_bytes", "peak_time_point", "shortfall_bytes", "cheapest_change",
+    "timeline", "damage", "seconds", "sites", "prediction_hash", "plan",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["no budget", "--max-damage"]),
+        (["--budget", "0"], ["'0'", "above zero", "8GiB"]),
+        (["--budget", "-3GiB"], ["'-3GiB'", "8GiB"]),
+        (["--budget", "8 potatoes"], ["'8 potatoes'", "8GiB"]),
+        (["--budget", ""], ["''", "8GiB"]),
+        (["--budget", "nan"], ["'nan'", "8GiB"]),
+        (["--budget", "0%"], ["'0%'", "at most at 100"]),
+        (["--budget", "150%"], ["'150%'", "at most at 100"]),
+        (["--budget", "1GiB", "--tensor-budget", "1GiB"], ["--budget and --tensor-budget"]),
+        (["--max-damage", "-1"], ["-1 nats", "at least 0"]),
+        (["--max-damage", "nan"], ["nan nats", "at least 0"]),
+        ([*B, "--min-tokens-per-second", "-1"], ["-1", "above 0"]),
+        ([*B, "--context", "65"], ["65 positions", "has 64"]),
+        ([*B, "--context", "0"], ["--context is 0", "from 1"]),
+        ([*B, "--prompt-tokens", "-10"], ["--prompt-tokens is -10", "from 1"]),
+        ([*B, "--generate-tokens", "-1"], ["--generate-tokens is -1", "from 0"]),
+        ([*B, "--users", "0"], ["--users is 0", "from 1"]),
+        ([*B, "--users", "9" * 30], ["--users is 999", "1,000,000"]),
+        ([*B, "--users", "1.5"], ["'--users'", "--help"]),
+        ([*B, "--context", "20", "--prompt-tokens", "30"], ["--prompt-tokens 30", "--context says 20"]),
+        (
+            [*B, "--context", "20", "--prompt-tokens", "10", "--generate-tokens", "5"],
+            ["10", "5 make 15", "--context says 20"],
+        ),
+        ([*B, "--placement", "moon"], ["'moon'", "streamed"]),
+        ([*B, "--machine", "h1000"], ["'h1000'", "h100-80gb"]),
+        ([*B, "--machine", "nofile.json"], ["no machine file 'nofile.json'"]),
+        ([*B, "--potatoes"], ["--potatoes", "--help"]),
+        ([*B, "--calibration", "no-such-text"], ["no-such-text", "No such file"]),
+        ([*B, "--calibration-tokens", "0", "--calibration", "x"], ["--calibration-tokens is 0", "at least 2"]),
+    ],
+)
+def test_nonsense_is_refused_in_a_sentence(cli, source, options, words):
+    cli("plan", source, *options).refuses(*words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "{}", "[" * 100_000, '{"name": 3}', '{"name": "x", "cores": -1, "memory_bytes": 1}',
+        '{"name":"x","cores":1,"memory_bytes":9,"available_bytes":10}',
+        '{"name":"x","cores":0,"memory_bytes":0,"available_bytes":0,"devices":[{"name":"y","memory_bytes":9,'
+        '"available_bytes":9,"read_bytes_per_second":"fast"}]}',
+    ],
+)  # fmt: skip
+def test_a_broken_machine_file_is_refused(cli, source, tmp_path, text):
+    file = tmp_path / "machine.json"
+    file.write_text(text)
+    cli("plan", source, *B, "--machine", file).refuses()
+
+
+def test_above_need_everything_stays_as_it_is(cli, source):
+    ran = cli("plan", source, "--tensor-budget", "10GiB", *WORKLOAD, "--json")
+    assert ran.code == 0 and set(ran.json) == PLAN_KEYS
+    assert all(site["option"] in ({}, {"represent": {"part": "kv.plain"}}) for site in ran.json["sites"])
+    assert ran.json["damage"]["nats"] == 0
+
+
+def test_below_need_the_answer_says_what_is_short_and_what_would_do(cli, source, tmp_path):
+    output = tmp_path / "plan.json"
+    ran = cli("plan", source, "--tensor-budget", "10KiB", *WORKLOAD, "--json", "-o", output)
+    answer = ran.json
+    assert ran.code == 1 and set(answer) == PLAN_KEYS and answer["fits"] is False
+    assert answer["shortfall_bytes"] == answer["peak_bytes"] - answer["budget_bytes"] > 0
+    assert "would do" in answer["cheapest_change"] and "KiB short" in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_bound_than_bytes_is_named(cli, source):
+    ran = cli("plan", source, "--tensor-budget", "9MiB", *WORKLOAD, "--min-tokens-per-second", "1e12")
+    assert ran.code == 1 and "1e+12 tokens/s" in ran.out and "0 B short" not in ran.out
+
+
+def test_the_question_turned_round(cli, source):
+    exact, lossy = (cli("plan", source, "--max-damage", d, *WORKLOAD, "--json").json for d in ("0", "0.5"))
+    assert exact["fits"] and exact["damage"]["nats"] == 0 and exact["budget_bytes"] is None
+    assert lossy["fits"] and lossy["peak_bytes"] < exact["peak_bytes"]
+
+
+def test_the_same_question_has_the_same_answer(cli, source):
+    first, second = (cli("plan", source, *B, *WORKLOAD, "--json").json for _ in range(2))
+    for answer in (first, second):
+        answer["plan"]["solve"].pop("seconds")
+    assert first == second
+
+
+def test_output_fits_80_columns(cli, source, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for options in (B, ("--tensor-budget", "10KiB"), ("--budget", "60%")):
+        ran = cli("plan", source, *options, *WORKLOAD)
+        assert "\x1b" not in ran.out and ran.err == ""
+        assert max(map(len, ran.out.splitlines())) <= 80, ran.out
+
+
+def test_an_unwritable_plan_is_told_before_work(cli, source, tmp_path):
+    (tmp_path / "file").write_text("")
+    cli("plan", source, *B, "-o", tmp_path / "file" / "plan.json").refuses("is a file", "another output", code=1)
+    ran = cli("plan", source, *B, *WORKLOAD, "-o", tmp_path)
+    assert ran.code == 1 and "is a folder" in ran.err and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_methods_and_plain_calls(cli):
+    rows = cli("methods", "--json").json
+    assert {"id", "kind", "resident", "title", "source", "catalogue"} == set(rows[0])
+    assert max(map(len, cli("methods").out.splitlines())) <= 80
+    assert cli().code == 0 and cli("--version").code == 0
+    cli("frobnicate").refuses("frobnicate", "--help")
+    cli("plan").refuses("MODEL", "--help")
+
+
+def test_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} -m haversack methods --json | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[", "")
+
+
+def test_a_defect_is_one_line_too(cli, source, monkeypatch):
+    monkeypatch.delenv("HAVERSACK_TRACEBACK")
+    monkeypatch.setattr("haversack.plan.make.make_plan", lambda *a: {}["gone"])
+    cli("plan", source, *B).refuses("defect", "KeyError", "HAVERSACK_TRACEBACK=1", code=1)
+    monkeypatch.setattr("haversack.plan.make.make_plan", lambda *a: (_ for _ in ()).throw(OSError(28, "No space", "x")))
+    cli("plan", source, *B).refuses("x: No space", code=1)
+    monkeypatch.setattr("haversack.plan.make.make_plan", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    cli("plan", source, *B).refuses("interrupted", code=130)
+
+
+def test_json_is_strict(cli, source):
+    json.loads(cli("plan", source, *B, *WORKLOAD, "--json").out, parse_constant=pytest.fail)
