@@ -4,9 +4,9 @@
     python docs/generate.py --record [NAME...]  # runs the commands below first and stores what they print
 
 A block in README.md or docs/*.md between `<!-- output NAME -->` and `<!-- end -->` is replaced by the stored output NAME;
-`<!-- output NAME: weights | total -->` takes the command and the lines that begin so, and marks what it leaves out with an ellipsis. The picture is drawn
-when `pack` is recorded, from the plan that it made.
-`tests/test_docs.py` checks that every block is what this program would write.
+`<!-- output NAME: weights | total -->` takes the command and the lines that begin so, and marks what it leaves out with an
+ellipsis; `<!-- file PATH -->` shows a file of the repository. The picture is drawn when `pack` is recorded, from the plan
+that it made. `tests/test_docs.py` checks that every block is what this program would write.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ COMMANDS = {
     "verify": f"haversack verify {PACKED}",
     "report": f"haversack report {PACKED} -o out/report.html",
     "methods": "haversack methods",
+    "machine": "haversack machine raspberry-pi-5-8gb",
     "bad-budget": f"haversack plan {MODEL} --budget '8 potatoes'",
     "bad-context": f"haversack plan {MODEL} --budget 1GiB --context 100000",
     "bad-folder": "haversack plan no-such-model --budget 1GiB",
@@ -51,6 +52,7 @@ COMMANDS = {
 """Name -> command, run in the repository's root, in this order: some use the folder that an earlier one packed."""
 
 BLOCK = re.compile(r"<!-- output (?P<name>[\w-]+)(?::(?P<starts>[^\n]*))? -->\n.*?<!-- end -->", re.DOTALL)
+FILE = re.compile(r"<!-- file (?P<path>[^\s]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def record(names: Sequence[str]) -> None:
@@ -99,7 +101,11 @@ def fill(page: str) -> str:
             mark += ":" + match["starts"]
         return "\n".join([f"<!-- output {mark} -->", "```text", *lines, "```", "<!-- end -->"])
 
-    return BLOCK.sub(block, page)
+    def source(match: re.Match[str]) -> str:
+        text = (ROOT / match["path"]).read_text().rstrip("\n")
+        return f"<!-- file {match['path']} -->\n```python\n{text}\n```\n<!-- end -->"
+
+    return FILE.sub(source, BLOCK.sub(block, page))
 
 
 def _abridged(lines: Sequence[str], starts: Sequence[str]) -> list[str]:
