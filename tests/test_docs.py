@@ -88,3 +88,12 @@ def test_every_shown_command_exists() -> None:
             known = {name for parameter in verbs[verb].params for name in parameter.opts + parameter.secondary_opts}
             unknown = set(re.findall(r"(?<!\S)(--[a-z-]+|-[a-z])\b", rest)) - known - {"--help"}
             assert not unknown, f"{page.name}: haversack {verb} has no {unknown}"
+
+
+def test_the_design_states_the_order_that_tests_enforce() -> None:
+    from test_architecture import ORDER
+
+    stated = re.search(r"`(errors, units.*?)`", (ROOT / "docs" / "design.md").read_text())
+    assert stated is not None
+    rooms = [tuple(room.strip() for room in level.split(",")) for level in stated[1].split("->")]
+    assert rooms == [tuple(name for name in level if not name.startswith("_")) for level in ORDER]

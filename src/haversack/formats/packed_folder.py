@@ -1,10 +1,11 @@
 """A packed model's folder: an ordinary Hugging Face folder, plus packed tensors and a manifest that says what they are.
 
-    config.json                            the source's, with quantization_config naming haversack and the manifest's
-    hash generation_config.json, tokenizer...   copied from the source model.safetensors                      everything
-    that was not packed, under its ordinary names packed-00001-of-0000N.safetensors      packed tensors, named `<site
-    id>.<tensor>` haversack.json                         the manifest: layouts, files, and per site its option and
-    tensors plan.json                              the plan that was executed
+    config.json                   the source's, with quantization_config naming haversack and the manifest's hash
+    generation_config.json, ...   copied from the source, as are the tokenizer's files
+    model.safetensors             everything that was not packed, under its ordinary names
+    packed-*.safetensors          packed tensors, named `<site id>.<tensor>`
+    haversack.json                the manifest: layouts, files, and per site its option and tensors
+    plan.json                     the plan that was executed
 
 It is written as `DIR.partial`, where an interrupted pack resumes tensor by tensor, and renamed when it is whole.
 """
