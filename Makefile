@@ -23,6 +23,13 @@ lint: env
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures. All of them take about
+# half an hour on two free cores; `make bench-NAME` runs one.
+bench: bench-kernels bench-process_peak bench-streaming bench-plans
+
+bench-%: env
+	$(PY) -m benchmarks.$*
+
 # Plans, packs, runs and verifies the shipped model A, and draws the page: out/demo-report.html.
 demo: env
 	@demo/demo.sh $(PY)

@@ -1,6 +1,6 @@
 """One-token packed matmul against a plain read with the same threads, and long inputs against dense bfloat16.
 
-    python benchmarks/kernels.py --out kernels.json [--threads 1] [--rotate 2GiB] [--read 4GiB] [--repeats 7]
+    python -m benchmarks.kernels [--out FILE] [--threads 1] [--rotate 2GiB] [--read 4GiB] [--repeats 7]
 
 Contenders take turns inside every repeat, so that a busy neighbour hits them all; weights rotate over `--rotate` bytes
 of copies, so that no cache holds them. Each repeat times one matmul per copy, and a contender's time is the median over
@@ -36,7 +36,7 @@ GROUP_SIZE = 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("kernels.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rotate", type=parse_bytes, default=parse_bytes("2GiB"))
     parser.add_argument("--read", type=parse_bytes, default=parse_bytes("4GiB"))

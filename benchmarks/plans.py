@@ -27,7 +27,7 @@ from haversack.describe.model import describe_model
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.measure import DamageMeter, paired_bootstrap
 from haversack.plan import make
-from haversack.plan.make import Question
+from haversack.plan.question import Question
 from haversack.plan.refine import PlanMeter
 from haversack.solve.exact import solve
 from haversack.solve.problem import TimePoint

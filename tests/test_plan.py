@@ -11,7 +11,8 @@ from haversack.describe.machine import Machine
 from haversack.describe.model import describe_model
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import DoesNotFitError, PlanError, UsageError
-from haversack.plan.make import Answer, Question, make_plan
+from haversack.plan.make import make_plan
+from haversack.plan.question import Answer, Question
 from haversack.plan.schema import Plan
 
 MACHINE = Machine("test", 2, 2**35, 2**35)

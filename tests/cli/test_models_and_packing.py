@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -70,7 +69,7 @@ LIE = (2**60).to_bytes(8, "little")
         ),
         (lambda d: save_file({"x": torch.zeros(3)}, d / WEIGHTS), ["do not belong together"], 1),
         (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), ["pickle", "sandboxed"], 1),
-        (lambda d: (d / WEIGHTS).unlink(), ["weights"], 1),
+        (lambda d: (d / WEIGHTS).unlink(), ["weights"], 2),
     ],
 )
 def test_models_that_cannot_be_packed(cli, model, tmp_path, calibration_text, damage, words, code):
@@ -121,12 +120,14 @@ def test_outputs_that_cannot_be_written(cli, source, tmp_path, calibration_text,
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(os, "ftruncate", full)
     cli(*pack_command(source, tmp_path / "out", calibration_text, budget="1GiB")).refuses("free some space", code=1)
-    monkeypatch.setattr(os, "access", lambda *a: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     cli(*pack_command(source, tmp_path / "out", calibration_text)).refuses("read-only", code=1)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_family_that_cannot_be_reached_is_named_before_calibrating(cli, source, tmp_path, calibration_text, monkeypatch):
+def test_a_family_that_cannot_be_reached_is_named_before_calibrating(
+    cli, source, tmp_path, calibration_text, monkeypatch
+):
     from haversack.engine import reach
 
     monkeypatch.setattr(reach, "_largest_difference", lambda model: 0.5)
@@ -219,5 +220,4 @@ def test_a_killed_pack_goes_on(cli, source, tmp_path, calibration_text):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=250)
     assert done.returncode == -signal.SIGKILL and (tmp_path / "out.partial").is_dir() and not out.exists()
-    started = time.time()
-    assert cli(*command).code == 0 and out.is_dir() and not list(tmp_path.glob("*.partial*")), time.time() - started
+    assert cli(*command).code == 0 and out.is_dir() and not list(tmp_path.glob("*.partial*"))

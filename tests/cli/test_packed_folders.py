@@ -21,7 +21,7 @@ def without_processes(monkeypatch):
 
 
 def append(file: Path, text: str = " ") -> None:
-    file.write_text(file.read_text() + text)
+    file.write_bytes(file.read_bytes() + text.encode())
 
 
 def flip_last_byte(file: Path) -> None:

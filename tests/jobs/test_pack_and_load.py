@@ -20,7 +20,8 @@ from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.weights.base import WeightOption
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
-from haversack.plan.make import Answer, Question, make_plan
+from haversack.plan.make import make_plan
+from haversack.plan.question import Answer, Question
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "mixtral", "gpt_oss",

@@ -38,7 +38,7 @@ from haversack.units import format_bytes
 if TYPE_CHECKING:
     from haversack.cost.calibrated import Calibration
     from haversack.describe.model import Model
-    from haversack.plan.make import Answer
+    from haversack.plan.question import Answer
     from haversack.plan.schema import Plan
 
 
@@ -68,7 +68,7 @@ def pack(
     from haversack.formats.output import check_output
     from haversack.jobs.pack import check_belongs, check_packable, unfinished
     from haversack.jobs.pack import pack as pack_job
-    from haversack.plan.make import Answer
+    from haversack.plan.question import Answer
     from haversack.plan.schema import Plan
 
     if output.exists():

@@ -32,7 +32,7 @@ from haversack.cli.question import (
 from haversack.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from haversack.plan.make import Answer
+    from haversack.plan.question import Answer
     from haversack.plan.schema import DamageRecord
 
 

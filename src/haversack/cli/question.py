@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from haversack.describe.machine import Machine
     from haversack.describe.model import Model
     from haversack.describe.workload import ServeWorkload
-    from haversack.plan.make import Question
+    from haversack.plan.question import Question
     from haversack.plan.refine import PlanMeter
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
@@ -129,7 +129,7 @@ class Asked:
 
     def question(self, model: Model, calibration: Calibration | None, *, lossless: bool = False) -> Question:
         """The question in the planner's words; with `lossless`, only what changes no value."""
-        from haversack.plan.make import Question
+        from haversack.plan.question import Question
 
         machine = self.find_machine()
         text = self.budget_text

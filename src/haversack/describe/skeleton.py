@@ -34,12 +34,16 @@ def build_skeleton(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    parsed = _parse_config(config, name, folder, trust_remote_code)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # doubts about a config are told in our own words, or not at all
+    try:
+        parsed = _parse_config(config, name, folder, trust_remote_code)
+    finally:
+        logging.set_verbosity(verbosity)
     if getattr(parsed, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name!r} is an encoder-decoder ({parsed.model_type}); serving plans decoder-only models, so choose one."
         )
-    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with torch.device("meta"), warnings.catch_warnings():

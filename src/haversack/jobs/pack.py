@@ -90,8 +90,8 @@ def check_belongs(plan: Plan, model: Model) -> None:
             f"the plan was made for {plan.model.name} ({plan.model.fingerprint[:12]}), but {model.name} is another model "
             f"({model.fingerprint[:12]}); make a plan for this one."
         )
-    ours = [site.id for site in (*model.weights, *model.attention)]
-    named = [row.site for row in (*plan.weights, *plan.kv)]
+    ours = [site.id for site in model.weights] + [site.id for site in model.attention]
+    named = [row.site for row in plan.weights] + [row.site for row in plan.kv]
     if differing := sorted(set(ours) ^ set(named)) or (sorted(named) if len(named) != len(ours) else []):
         raise PlanError(
             f"the plan and {model.name} differ in their sites, first {differing[0]!r}; make a plan for this model."

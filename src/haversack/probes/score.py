@@ -108,7 +108,7 @@ def score_forward(
         masks = None if window is None else torch.zeros(len(batch), 1, num_tokens, num_tokens, dtype=torch.bool)
         for row, probe in enumerate(batch):
             ids[row, : len(probe.ids)] = torch.tensor(probe.ids)
-            if masks is not None:
+            if masks is not None and window is not None:
                 cut = len(probe.context) + (len(probe.question) - 1 if question_seen else 0)
                 masks[row, 0] = window_mask(num_tokens, window=window, sinks=sinks, cut=cut)
         logits = forward(ids, masks)
