@@ -15,6 +15,8 @@ from haversack.units import format_bytes
 
 _WIDTH = 720
 _LEGEND_HEIGHT = 28
+_FIGURE_WIDTH = 26
+"""A square this wide has room for its bits in figures, for those who see no colours and for print."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def site_map(cells: Sequence[SiteCell]) -> str:
     inside = list(dict.fromkeys(cell.role for cell in cells if cell.layer is not None))
     outside = [cell for cell in cells if cell.layer is None]
     left, top = 76, 8
-    size = max(5.0, min(34.0, (_WIDTH - left - 10) / max(1, len(layers))))
+    size = max(5.0, min(44.0, (_WIDTH - left - 10) / max(1, len(layers))))
     row_height = 20.0
     height = top + len(inside) * (row_height + 2) + 22 + len(outside) * (row_height + 2) + 30
     parts = [_open(height, "Stored bits per weight at each site")]
@@ -119,9 +121,15 @@ def site_map(cells: Sequence[SiteCell]) -> str:
 
 
 def _cell(x: float, y: float, width: float, height: float, cell: SiteCell) -> str:
-    return (
+    square = (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{width - 1:.1f}" height="{height:.1f}" rx="2" '
         f'fill="{_bits_colour(cell.bits_per_weight)}"><title>{escape(cell.title)}</title></rect>'
+    )
+    if width < _FIGURE_WIDTH:
+        return square
+    return (
+        f'{square}<text x="{x + (width - 1) / 2:.1f}" y="{y + height - 6:.1f}" text-anchor="middle" class="bits" '
+        f'pointer-events="none">{cell.bits_per_weight:.1f}</text>'
     )
 
 

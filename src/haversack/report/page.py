@@ -59,7 +59,7 @@ def _measured(folder: Path, plan: Plan) -> dict[str, Any] | None:
         return None
     try:
         measured = json.loads(file.read_text())
-        _measured_rows(measured)
+        _measured_rows(measured), _measured_figures(measured), _kernels(measured)
         if measured["prediction_hash"] == plan.prediction_hash:
             return measured
         found = "was measured of another plan"
@@ -87,6 +87,8 @@ def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
         sites_svg=site_map(_cells(plan)),
         front_svg=pareto(_front(plan), budget) if plan.front else "",
         measured=_measured_rows(measured),
+        figures=_measured_figures(measured),
+        kernels=_kernels(measured),
         choices=_choices(plan),
         commands=_commands(plan, source),
         plan_json=plan.to_json(),
@@ -160,17 +162,26 @@ def _measured_rows(measured: dict[str, Any] | None) -> list[tuple[str, str, str,
     rows = []
     for row in (measured or {}).get("bytes", ()):
         predicted, found = row["predicted"], row["measured"]
-        gap = "" if predicted is None or found is None else f"{found - predicted:+,}"
+        gap = "" if predicted is None or found is None else f"{found - predicted:+,} B"
         rows.append(
             (
                 row["what"],
                 "" if predicted is None else format_bytes(predicted),
                 "" if found is None else format_bytes(found),
-                "equal" if gap in ("+0", "-0") else gap,
+                "equal" if gap and found == predicted else gap,
             )
         )
-    rows += [(row["what"], row["predicted"], row["measured"], "") for row in (measured or {}).get("figures", ())]
     return rows
+
+
+def _measured_figures(measured: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Seconds and quality; kernels have a list of their own."""
+    figures = (measured or {}).get("figures", ())
+    return [(row["what"], row["predicted"], row["measured"]) for row in figures if not row["what"].startswith("kernel ")]
+
+
+def _kernels(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
+    return [(name, ", ".join(formats)) for name, formats in (measured or {}).get("kernels", {}).items()]
 
 
 def _choices(plan: Plan) -> list[tuple[str, str, str, str, str, str, str]]:
