@@ -34,13 +34,15 @@ from haversack.solve.problem import TimePoint
 
 SHARES = (0.25, 0.30, 0.40)
 CONTEXT = ServeWorkload(prompt_tokens=768, generate_tokens=257)
-EVALUATIONS = 8
+EVALUATIONS, SOLVE_SECONDS = 4, 20.0
 NUM_SEQUENCES, SEQ_LEN = 12, 512
 
 
 def main(folders: list[str]) -> None:
-    figures = [row for folder in folders for row in compare(Path(folder))]
-    print(write_results("plans", figures))
+    figures: list[dict[str, Any]] = []
+    for folder in folders:
+        figures += compare(Path(folder))
+        print(write_results("plans", figures))
 
 
 def compare(folder: Path) -> list[dict[str, Any]]:
@@ -60,7 +62,7 @@ def compare(folder: Path) -> list[dict[str, Any]]:
     for share in SHARES:
         limit = int(whole * share)
         within = replace(built, problem=replace(built.problem, capacity_bytes={"device": limit}))
-        solution = solve(within.problem, time_limit_seconds=60)
+        solution = solve(within.problem, time_limit_seconds=SOLVE_SECONDS)
         refined = meter.refine(within, solution)
         ours = kl(foreign, meter, within, refined.solution.chosen)
         first = kl(foreign, meter, within, solution.chosen)

@@ -1,5 +1,5 @@
 """The peak of the whole process, predicted before anything loads against the operating system's figure: three families of 1 to
-2 GiB, resident in 16 bits, and one of them again at 4 bits.
+2 GiB, resident in 16 bits.
 
 The error is |predicted - measured| over (peak - private bytes after imports). `python -m benchmarks.process_peak [FOLDER]`
 """

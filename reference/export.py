@@ -50,6 +50,7 @@ def export(model: ReferenceModel, folder: Path, tokenizer: PreTrainedTokenizerFa
     shell.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=False)
     folder.mkdir(parents=True, exist_ok=True)
     shell.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; a package is read by others
     tokenizer.save_pretrained(folder)
     check_logits(model, folder)
 

@@ -53,7 +53,7 @@ def answer(
         model=model,
         workload=ServeWorkload(24, 9),
         machine=MACHINE,
-        budget_bytes=2**33 if share is None else int(model.num_bytes * share),
+        budget_bytes=2**33 if share is None else int(model.num_bytes * share) + 2**15,
         budget_kind="tensor",
         weight_damages={site.id: damages for site in model.weights},
         kv_damages={site.id: caches for site in model.attention},

@@ -24,6 +24,10 @@ from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 WEIGHTS, KV, MAPPED = "weights", "kv", "weights (mapped)"
 STREAM_BUFFERS = 2
 
+GENERATION_ODDS_BYTES = 16 << 10
+"""Scalars, rotary tables being made, flags of finished sequences: 5 to 8 KiB were seen on models of 0.1 to 14 million
+parameters; 64-byte alignment makes it hard to say exactly."""
+
 WINDOW_MARGIN_BYTES = 3 * PAGE_BYTES + MERGE_GAP_BYTES
 """The most that one tensor adds to a window beside its own bytes: its first and last page, the gap to its neighbour, and
 its share of the buffer's alignment."""
@@ -108,6 +112,7 @@ def serving_problem(
     fixed = {
         "runtime": runtime_bytes,
         "rest": total_bytes(serving.model.rest) + total_bytes(serving.model.buffers),
+        "generation": generation_bytes(serving),
     }
     window = PeakTerm(tuple(f"window {layer}" for layer in sorted(layers)), STREAM_BUFFERS)
     windows = (window,) if layers else ()
@@ -123,6 +128,14 @@ def serving_problem(
         max_damage=max_damage,
     )
     return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v})
+
+
+def generation_bytes(serving: Serving) -> int:
+    """What `generate` itself keeps beside the model: token ids, mask and positions (int64, with a copy while one is
+    extended) and the last logits in float32, before and after its processors; and odds and ends."""
+    workload = serving.workload
+    per_user = 4 * 8 * workload.context_tokens + 2 * 4 * serving.model.vocab_size
+    return workload.users * per_user + GENERATION_ODDS_BYTES
 
 
 def stream_window(model: Model, weights: Sequence[WeightCandidate]) -> tuple[StoredTensor, ...]:
