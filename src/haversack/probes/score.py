@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Float, Int
 
 from haversack.probes.tasks import Probe, check_probe
 
-Forward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+Forward = Callable[
+    [Int[torch.Tensor, "batch tokens"], Bool[torch.Tensor, "batch 1 tokens tokens"] | None],
+    Float[torch.Tensor, "batch tokens vocab"],
+]
 """(token ids (batch, tokens), keep mask (batch, 1, tokens, tokens) bool or None for causal) -> logits (batch, tokens, vocab)."""
 
 Answerer = Callable[[list[int], list[int], int], Sequence[int]]
@@ -64,7 +68,7 @@ def encode_probe(probe: Probe, tokenizer: Tokenizer, prefix: Sequence[int] = ())
     return EncodedProbe([*prefix, *context], prompt[len(context) :], whole[len(prompt) :])
 
 
-def window_mask(num_tokens: int, *, window: int, sinks: int, cut: int) -> torch.Tensor:
+def window_mask(num_tokens: int, *, window: int, sinks: int, cut: int) -> Bool[torch.Tensor, "tokens tokens"]:
     """What a cache keeps that is evicted once, after `cut` tokens, to its first `sinks` and last `window` positions. Bool (tokens, tokens).
 
     Rows are queries, columns keys. Positions before `cut` were read with everything there; later ones see the kept ones and one another. Evicting after
@@ -78,7 +82,7 @@ def window_mask(num_tokens: int, *, window: int, sinks: int, cut: int) -> torch.
     return causal
 
 
-def exact_match(logits: torch.Tensor, probe: EncodedProbe) -> bool:
+def exact_match(logits: Float[torch.Tensor, "tokens vocab"], probe: EncodedProbe) -> bool:
     """Whether the most likely tokens, from the question's last position on, are the answer. `logits` (tokens, vocab) over `probe.ids`."""
     start = len(probe.context) + len(probe.question) - 1
     predicted = logits[start : start + len(probe.answer)].argmax(-1).tolist()
