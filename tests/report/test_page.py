@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -110,9 +111,9 @@ def test_source_is_escaped(page: str) -> None:
 def test_names_every_site_with_its_bytes_and_reason(plan: Plan, page: str) -> None:
     text = page
     for row in (*plan.weights, *plan.kv):
-        cells = re.search(rf"<tr><td>{re.escape(row.site)}</td>.*?</tr>", text)
+        cells = re.search(rf'<tr class="site"><td>{re.escape(row.site)}</td>.*?</tr>\n<tr class="why">.*?</tr>', text)
         assert cells is not None, row.site
-        assert f">{format_bytes(row.stored_bytes)}<" in cells[0]
+        assert f">{format_bytes(row.stored_bytes)}<" in cells[0] and escape(row.why, quote=False) in cells[0]
 
 
 def test_bars_sum_to_the_plan_to_the_digit(plan: Plan) -> None:

@@ -177,7 +177,9 @@ def _measured_rows(measured: dict[str, Any] | None) -> list[tuple[str, str, str,
 def _measured_figures(measured: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     """Seconds and quality; kernels have a list of their own."""
     figures = (measured or {}).get("figures", ())
-    return [(row["what"], row["predicted"], row["measured"]) for row in figures if not row["what"].startswith("kernel ")]
+    return [
+        (row["what"], row["predicted"], row["measured"]) for row in figures if not row["what"].startswith("kernel ")
+    ]
 
 
 def _kernels(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
