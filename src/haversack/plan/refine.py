@@ -1,6 +1,6 @@
 """Whole plans measured, and the search corrected by what was measured.
 
-Damages of single sites add up only roughly. So the solver's answer is packed in memory and its KL measured on held-out
+Damages of single sites add up only roughly. So the solver's answer is packed in memory and its KL measured on some
 calibration text; the errors are fitted, the problem solved again nearby, and the best *measured* plan wins. Evaluations
 are bounded, logged in a file beside the calibration, and resumed from it.
 """
