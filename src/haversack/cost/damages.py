@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from haversack.cost.damage import NONE, Damage, cited_weight_damages
+from haversack.cost.damage import NONE, Damage, cited_weight_damages, worst_label
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
 from haversack.parts.kv.base import KVOption
@@ -74,10 +74,7 @@ def unknown_kv_damages(model: Model, site: AttentionSite, options: Sequence[KVOp
 
 def total_damage(parts: Sequence[Damage]) -> Damage:
     """The sum, under the worst label of its terms; no figure where a term is unknown."""
-    label = "measured"
-    order = ("measured", "proxied", "cited", "unknown")
-    for part in parts:
-        label = max(label, part.label, key=order.index)
+    label = worst_label([part.label for part in parts])
     sources = "; ".join(dict.fromkeys(part.source for part in parts if part.source and part.nats))
     if label == "unknown":
         known = [part for part in parts if part.label != "unknown"]

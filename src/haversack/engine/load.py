@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class PackedModel:
         """ "resident", "mapped" or "streamed"."""
         return self._placements[site_id]
 
-    @property
+    @cached_property
     def _placements(self) -> dict[str, str]:
         return {row["site"]: row["placement"]["part"] for row in self.plan["weights"]}
 

@@ -10,14 +10,12 @@ from typing import Any
 from haversack.errors import OutputError, PlanError
 from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
+from haversack.jobs.verify import VERIFIED_NAME
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.schema import Plan
 from haversack.report.charts import Bar, FrontPoint, SiteCell, pareto, site_map, stacked_bars, stand_alone
 from haversack.units import format_bytes, format_seconds
-
-VERIFIED_NAME = "verified.json"
-"""What `verify` leaves in a packed folder; the page shows it where it is there."""
 
 LIGHT = {
     "ink": "#1b1f24", "quiet": "#5c6670", "paper": "#ffffff", "line": "#d9dee3", "accent": "#b3261e",
