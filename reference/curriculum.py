@@ -14,6 +14,18 @@ from haversack.probes.tasks import SEEN, WORDS, make_records
 # Loss weight of synthetic tokens that nothing could predict (fresh keys and values), so that they don't drown the answers. Answers, copies and text count 1.
 UNPREDICTABLE_WEIGHT = 0.1
 PROSE_SHARE = 0.3  # of the text rows: a twentieth of the text, so read about as often as it bears
+# Words that invented templates are made of; none of a held-out template's, nor of the tasks' keys and values.
+GLUE = tuple(
+    """
+    a an and are around as asks at away became before behind below beneath beside between bought brings brought built but by called carries
+    chose cost early every finds for found from full gets gives goes had has have held here his holds in into is its keeps knows kept late
+    leads likes made makes means met my near needs next now of often on once one only or our over owns paid quiet red saw says sees sends
+    she sits so sold some soon stands stays still stores takes that the their then there these they this those till to told took toward under
+    until up very via wants was wears were when where which while who will wins with without works writes yet you
+""".split()
+)
+ENDS = ("\n", ".\n", ";\n", ",\n", " |\n", ". ", "; ", ", ")
+INVENTED_SHARE = 0.6  # of recall episodes: with seven fixed templates alone, the model looked up by key in those seven and in no other
 
 
 @dataclass(frozen=True)
@@ -30,8 +42,8 @@ class Phase:
 
 PHASES = (
     Phase(64, 0.85, 0.25, 3_000_000, "copy", 32),
-    Phase(256, 0.60, 0.05, 1_000_000, "word", 192),
-    Phase(1024, 0.35, 0.0, 1_500_000, "word", 900),
+    Phase(256, 0.60, 0.05, 1_500_000, "word", 192),
+    Phase(1024, 0.35, 0.0, 3_000_000, "word", 900),
     Phase(1024, 0.15, 0.0, None, None, 900),
 )
 
@@ -123,10 +135,22 @@ class Rows:
             (self._ids(f"{rest}\n"), 1.0),
         ]
 
+    def _template(self, rng: random.Random) -> tuple[str, str]:
+        """A statement and its question: one of the seven, or one invented for this episode, in which key and value stand apart by up to four words."""
+        if rng.random() >= INVENTED_SHARE:
+            return SEEN[rng.choice(list(SEEN))]
+        before, between = (
+            " ".join(rng.sample(GLUE, rng.choice(counts))) for counts in ((0, 1, 1, 2, 3), (0, 1, 2, 2, 3, 4))
+        )
+        told = " ".join(piece for piece in (before, "{key}", between) if piece)
+        colon = rng.choice(("", "", ":", " =", " ->"))
+        asking = rng.choice(("", "", "Question: ", "Now: ", f"{rng.choice(GLUE).capitalize()} {rng.choice(GLUE)}? "))
+        return f"{told}{colon} {{value}}{rng.choice(ENDS)}", f"{asking}{told}{colon}"
+
     def _records(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
         """Records of one template, then questions about them."""
         kind = rng.choice(("word", "digits"))
-        statement, question = SEEN[rng.choice(list(SEEN))]
+        statement, question = self._template(rng)
         num_records = rng.randint(2, max(2, length // 12))
         pieces, used = [], 0
         asked = []
@@ -143,7 +167,7 @@ class Rows:
     def _needles(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
         """One to four statements within text, then questions about them. The text between trains as text."""
         kind = rng.choice(("word", "digits"))
-        statement, question = SEEN[rng.choice(list(SEEN))]
+        statement, question = self._template(rng)
         asked = make_records(rng, rng.randint(1, 4), kind)
         filler = max(len(asked), length - 32 * len(asked))
         cuts = sorted(rng.random() ** 1.5 for _ in asked)  # more of them early, far from the question

@@ -1,10 +1,11 @@
 """Train a reference model; stop at any time, run again to go on, `--finish` to decay and export.
 
-    python -m reference.train a [--threads 1] [--tokens N | --minutes M]
+    python -m reference.train a [--threads 1] [--tokens N | --minutes M] [--from-shipped]
     python -m reference.train a --finish [--tokens N | --minutes M]
 
 Warm-up, a stable rate for as long as there is time, then a decay (Hu et al., 2024, arXiv 2404.06395, section 4). The stable checkpoint, with the optimizers' state,
-stays in the scratch folder: a later run extends it, and `--finish` decays from it without touching it. Matrices are trained by Muon (Jordan et al., 2024;
+stays in the scratch folder: a later run extends it, and `--finish` decays from it without touching it. Where that checkpoint is lost, `--from-shipped`
+goes on from the shipped weights, with fresh optimizer state and a new warm-up. Matrices are trained by Muon (Jordan et al., 2024;
 PyTorch's own), embeddings, head and norms by AdamW. The curriculum (reference/curriculum.py) moves on when recall and copying are measured to work.
 """
 
@@ -39,6 +40,7 @@ GATE_ACCURACY = 0.6  # the phase change has come; what is left to learn is learn
 SAVE_SECONDS = 120
 LOG_STEPS = 20
 EVAL_STEPS = 50
+FINAL_EVAL_STEPS = 250  # in the last phase no gate waits for a measurement, which takes as long as five steps
 DEFAULT_MINUTES = {"stable": 120.0, "finish": 20.0}
 
 
@@ -63,6 +65,7 @@ class Run:
         self.rows = rows
         self.tokenizer = rows.tokenizer
         self.progress = Progress()
+        self.warm_from = 0  # the step at which the optimizers' state began
         self.model = ReferenceModel(config).to(device)
         parameters = dict(self.model.named_parameters())  # a tied head is named once
         matrices = [p for k, p in parameters.items() if p.ndim == 2 and "embed" not in k and "lm_head" not in k]
@@ -138,6 +141,23 @@ class Run:
                     whole["state"].setdefault(int(index), {})[field] = tensor
             optimizer.load_state_dict(whole)
 
+    def load_shipped(self, folder: Path, phase: int | None) -> None:
+        """Take up exported weights where their card's training ended, or at a given phase; optimizer state and the decayed rate start anew."""
+        training = json.loads((folder / "results.json").read_text())["training"]
+        fields = Progress.__dataclass_fields__
+        self.progress = Progress(**{key: value for key, value in training["curve"][-1].items() if key in fields})
+        self.progress.tokens, self.progress.seconds = training["tokens"], training["seconds"]
+        self.warm_from = self.progress.step
+        if phase is not None:
+            self.progress.phase, self.progress.phase_tokens = phase, 0
+        weights = load_file(folder / "model.safetensors")
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                parameter.copy_(weights[key])
+        curve = self.folder / "curve.jsonl"
+        if not curve.exists():
+            curve.write_text("".join(json.dumps(entry) + "\n" for entry in training["curve"]))
+
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits for the probes' scorer; the full causal mask only."""
@@ -189,13 +209,13 @@ def train(run: Run, *, finish: bool, max_tokens: float, max_seconds: float) -> N
         if spent >= 1:
             break
         # Decay by one minus the square root (Haegele et al., 2024, arXiv 2405.18392), which keeps less time at low rates than a straight line.
-        rate = 1 - spent**0.5 if finish else min(1.0, (run.progress.step + 1) / WARMUP_STEPS)
+        rate = 1 - spent**0.5 if finish else min(1.0, (run.progress.step + 1 - run.warm_from) / WARMUP_STEPS)
         losses.append(run.train_step(rate))
         run.progress.seconds = before + time.monotonic() - begun
         if run.progress.step % LOG_STEPS == 0:
             _log_step(run, losses, spent, max_seconds, time.monotonic() - begun)
             losses.clear()
-        if run.progress.step % EVAL_STEPS == 0:
+        if run.progress.step % (EVAL_STEPS if PHASES[run.progress.phase].gate else FINAL_EVAL_STEPS) == 0:
             _evaluate(run, finish)
         if not finish and time.monotonic() - saved > SAVE_SECONDS:
             run.save(run.folder / "stable.safetensors")
@@ -242,6 +262,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=float, default=float("inf"), help="stop after this many more tokens")
     parser.add_argument("--minutes", type=float, help="stop after this long (default 120, with --finish 20)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--phase", type=int, choices=range(len(PHASES)), help="with --from-shipped: the phase to take up"
+    )
+    parser.add_argument(
+        "--from-shipped", action="store_true", help="where there is no checkpoint, go on from the shipped weights"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,6 +280,8 @@ def main() -> None:
     stable = run.folder / "stable.safetensors"
     if stable.exists():
         run.load(stable)
+    elif arguments.from_shipped:
+        run.load_shipped(SHIPPED / f"reference-{arguments.name}", arguments.phase)
     minutes = arguments.minutes or DEFAULT_MINUTES["finish" if arguments.finish else "stable"]
     train(run, finish=arguments.finish, max_tokens=arguments.tokens, max_seconds=60 * minutes)
 
