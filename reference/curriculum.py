@@ -15,14 +15,14 @@ from haversack.probes.tasks import SEEN, WORDS, make_records
 UNPREDICTABLE_WEIGHT = 0.1
 PROSE_SHARE = 0.3  # of the text rows: a twentieth of the text, so read about as often as it bears
 # Words that invented templates are made of; none of a held-out template's, nor of the tasks' keys and values.
-GLUE = tuple(
-    """
+_GLUE = """
     a an and are around as asks at away became before behind below beneath beside between bought brings brought built but by called carries
     chose cost early every finds for found from full gets gives goes had has have held here his holds in into is its keeps knows kept late
     leads likes made makes means met my near needs next now of often on once one only or our over owns paid quiet red saw says sees sends
     she sits so sold some soon stands stays still stores takes that the their then there these they this those till to told took toward under
     until up very via wants was wears were when where which while who will wins with without works writes yet you
-""".split()
+"""
+GLUE = tuple(_GLUE.split())
 )
 ENDS = ("\n", ".\n", ";\n", ",\n", " |\n", ". ", "; ", ", ")
 INVENTED_SHARE = 0.6  # of recall episodes: with seven fixed templates alone, the model looked up by key in those seven and in no other
