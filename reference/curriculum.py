@@ -23,7 +23,6 @@ _GLUE = """
     until up very via wants was wears were when where which while who will wins with without works writes yet you
 """
 GLUE = tuple(_GLUE.split())
-)
 ENDS = ("\n", ".\n", ";\n", ",\n", " |\n", ". ", "; ", ", ")
 INVENTED_SHARE = 0.6  # of recall episodes: with seven fixed templates alone, the model looked up by key in those seven and in no other
 
