@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from haversack.describe.site import AttentionSite
 from haversack.errors import UnsupportedModelError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
-from haversack.parts.base import Part, part_from_dict
+from haversack.parts.base import Part, check_range, part_from_dict
 
 if TYPE_CHECKING:
     import torch
@@ -40,20 +40,27 @@ FEW_QUERIES = 8
 
 @dataclass(frozen=True)
 class Regions:
-    """Which positions a layer holds: the first `sink_tokens`, and the last `recent_tokens` of the others.
+    """Which positions a layer holds: the first `sink_tokens`, the last `recent_tokens`, and `selected_tokens` that each KV head chooses between.
 
-    `drops` says whether older tokens are dropped; if not, `sink_tokens + recent_tokens` is the planned capacity and
-    growth beyond it is refused. A query at position p attends to held tokens at positions k < sink_tokens or
-    k >= p - recent_tokens, whatever the prefill's chunks were.
+    `drops` says whether older tokens are dropped; if not, the total is the planned capacity and growth beyond it is refused. Without selected tokens, a query at
+    position p attends to held tokens at positions k < sink_tokens or k >= p - recent_tokens, whatever the prefill's chunks were. With them, tokens are freed when a
+    block of `block_tokens` positions is complete, and until then a block more is held.
     """
 
     sink_tokens: int
     recent_tokens: int
     drops: bool
+    selected_tokens: int = 0
+    block_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
-        return self.sink_tokens + self.recent_tokens
+        return self.sink_tokens + self.selected_tokens + self.recent_tokens
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that there is room for, the block that is being filled included."""
+        return self.total_tokens + self.block_tokens
 
 
 class KVPart(Part):
@@ -70,6 +77,53 @@ class Score(KVPart):
     @abstractmethod
     def regions(self, capacity_tokens: int) -> Regions:
         """The positions held of a sequence of at most `capacity_tokens`."""
+
+
+@dataclass(frozen=True)
+class Selection(Score):
+    """Each KV head keeps the tokens that its attention says matter: `selected_tokens` of them, besides sinks and the recent ones.
+
+    Bytes: those of `sink_tokens + selected_tokens + recent_tokens + block_tokens` tokens at any length, and 8 more per token and KV head for its position and its
+    importance. Error: what is freed is lost; none for sequences no longer than what is held. Queries of a group share their head's choice. Importance comes from
+    probabilities that are made a block at a time from the log-sum-exp: the attention matrix never exists.
+    """
+
+    memory: ClassVar[float] = 1.0
+    """What is left of a token's importance when the next block of positions begins."""
+
+    sink_tokens: int = 4
+    selected_tokens: int = 192
+    recent_tokens: int = 64
+    block_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_range(self.id, "sink_tokens", self.sink_tokens, "0 or more", self.sink_tokens >= 0)
+        check_range(self.id, "selected_tokens", self.selected_tokens, "1 or more", self.selected_tokens >= 1)
+        check_range(self.id, "recent_tokens", self.recent_tokens, "0 or more", self.recent_tokens >= 0)
+        check_range(self.id, "block_tokens", self.block_tokens, "1 or more", self.block_tokens >= 1)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.sink_tokens}+{self.selected_tokens}+{self.recent_tokens}"
+
+    name: ClassVar[str]
+    """A word for tables."""
+
+    def regions(self, capacity_tokens: int) -> Regions:
+        if capacity_tokens <= self.sink_tokens + self.selected_tokens + self.recent_tokens + self.block_tokens:
+            return Regions(0, capacity_tokens, drops=False)
+        return Regions(self.sink_tokens, self.recent_tokens, True, self.selected_tokens, self.block_tokens)
+
+    @abstractmethod
+    def received(self, probabilities: torch.Tensor, *, held_tokens: int) -> torch.Tensor:
+        """Importance that queries give to tokens: `(batch, kv_heads, groups, queries, tokens)` to `(batch, kv_heads, tokens)`.
+
+        `held_tokens` is how many tokens the queries share their attention between.
+        """
+
+    def priority(self, importance: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """What tokens are kept by, all `(batch, kv_heads, tokens)`; `counts` `(batch, 1, 1)` is the sequence's length."""
+        return importance.clone()
 
 
 class Represent(KVPart):
@@ -89,9 +143,32 @@ class Represent(KVPart):
 
     @abstractmethod
     def build(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
+        self,
+        site: AttentionSite,
+        regions: Regions,
+        score: Score | None,
+        *,
+        batch_size: int,
+        dtype: str,
+        device: str | torch.device,
     ) -> KVLayer:
-        """A layer whose slabs are the declared tensors."""
+        """A layer whose slabs are the declared tensors; `score` is asked where regions leave a choice."""
+
+
+class Slots(ABC):
+    """Room for tokens of every KV head that is written in order and moved one by one."""
+
+    @abstractmethod
+    def write(self, rows: slice, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store `(rows, kv_heads, n, head_dim)` in slots `first ... first + n - 1`."""
+
+    @abstractmethod
+    def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of slots `[first, last)` in float32."""
+
+    @abstractmethod
+    def movable(self) -> tuple[torch.Tensor, ...]:
+        """Tensors `(batch, kv_heads, slots, ...)` in which a token moves when its slot does."""
 
 
 class KVLayer(ABC):
@@ -132,6 +209,22 @@ class KVLayer(ABC):
         logits `(batch, heads, q_tokens)` in float32, without the sinks, so that pieces combine. A query that sees no
         token gets zeros and a log-sum-exp of minus infinity.
         """
+
+    def step(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to what is stored and, causally, to the new tokens; then store those. Arguments and results as `attend`'s."""
+        result = self.attend(query, keys, values, scaling=scaling, softcap=softcap, sinks=sinks, real=real)
+        self.append(keys, values, real)
+        return result
 
     @abstractmethod
     def reorder(self, index: torch.Tensor) -> None:
@@ -247,7 +340,7 @@ class KVOption:
     ) -> KVLayer:
         """An empty layer; its slabs equal `stored` to the byte."""
         regions = self.regions(site, capacity_tokens)
-        return self.represent.build(site, regions, batch_size=batch_size, dtype=dtype, device=device)
+        return self.represent.build(site, regions, self.score, batch_size=batch_size, dtype=dtype, device=device)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {"represent": self.represent.to_dict()}

@@ -55,7 +55,7 @@ class RingLayer(KVLayer):
         ring_tokens: int,
         declared: tuple[StoredTensor, ...],
         tensors: dict[str, torch.Tensor],
-        rebuild: Callable[[int], RingLayer],
+        rebuild: Callable[[int], KVLayer],
         packed: PackedGroups | None = None,
         plain_tokens: int = 0,
     ):
@@ -375,6 +375,7 @@ class RingLayer(KVLayer):
     def resized(self, index: torch.Tensor) -> RingLayer:
         order = [int(i) for i in index]
         other = self.rebuild(len(order))
+        assert isinstance(other, RingLayer)
         for name, tensor in self.tensors.items():
             for row, source in enumerate(order):
                 other.tensors[name][row] = tensor[source]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
-from haversack.parts.kv.attention import attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import KVLayer, Regions, Represent
+from haversack.parts.kv.attention import as_block, attention_workspace_bytes, key_block_tokens
+from haversack.parts.kv.base import KVLayer, Regions, Represent, Score, Selection, Slots
 from haversack.parts.kv.layer import RingLayer
-from haversack.parts.kv.slabs import allocate, plain_slabs
+from haversack.parts.kv.selective import SelectiveLayer, selection_workspace_bytes
+from haversack.parts.kv.slabs import allocate, plain_slabs, selection_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,17 @@ class PlainKV(Represent):
     lossless: ClassVar[bool] = True
 
     def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
-        return plain_slabs(site, batch_size, regions.total_tokens, dtype)
+        slabs = plain_slabs(site, batch_size, regions.slot_tokens, dtype)
+        return (*slabs, *selection_slabs(site, batch_size, regions.slot_tokens)) if regions.selected_tokens else slabs
 
     def workspace_bytes(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
     ) -> int:
+        if regions.selected_tokens:
+            slot_bytes = (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES[dtype]
+            return selection_workspace_bytes(
+                site, regions, batch_size=batch_size, new_tokens=new_tokens, slot_bytes=slot_bytes
+            )
         block_tokens = min(key_block_tokens(new_tokens), max(regions.total_tokens, new_tokens))
         heads = batch_size * site.num_kv_heads
         block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES["F32"]
@@ -51,20 +58,45 @@ class PlainKV(Represent):
         )
 
     def build(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
+        self,
+        site: AttentionSite,
+        regions: Regions,
+        score: Score | None,
+        *,
+        batch_size: int,
+        dtype: str,
+        device: str | torch.device,
     ) -> KVLayer:
-        return self._layer(site, regions, batch_size, dtype, device)
-
-    def _layer(
-        self, site: AttentionSite, regions: Regions, batch_size: int, dtype: str, device: str | torch.device
-    ) -> RingLayer:
         declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
+        tensors = allocate(declared, device)
+
+        def rebuild(rows: int) -> KVLayer:
+            return self.build(site, regions, score, batch_size=rows, dtype=dtype, device=device)
+
+        if regions.selected_tokens:
+            assert isinstance(score, Selection)
+            return SelectiveLayer(
+                site, regions, score, PlainSlots(tensors), batch_size=batch_size, declared=declared, tensors=tensors,
+                rebuild=rebuild,
+            )  # fmt: skip
         return RingLayer(
-            site,
-            regions,
-            batch_size=batch_size,
-            ring_tokens=regions.recent_tokens,
-            declared=declared,
-            tensors=allocate(declared, device),
-            rebuild=lambda rows: self._layer(site, regions, rows, dtype, device),
-        )
+            site, regions, batch_size=batch_size, ring_tokens=regions.recent_tokens, declared=declared, tensors=tensors,
+            rebuild=rebuild,
+        )  # fmt: skip
+
+
+class PlainSlots(Slots):
+    """Slots in the model's dtype."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.keys, self.values = tensors["keys"], tensors["values"]
+
+    def write(self, rows: slice, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys[rows, :, first : first + keys.shape[2]] = keys
+        self.values[rows, :, first : first + keys.shape[2]] = values
+
+    def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return as_block(self.keys[rows, :, first:last]), as_block(self.values[rows, :, first:last])
+
+    def movable(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values

@@ -9,7 +9,7 @@ from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
 from haversack.parts.kv.attention import attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import KVLayer, Regions, Represent
+from haversack.parts.kv.base import KVLayer, Regions, Represent, Score
 from haversack.parts.kv.layer import PackedGroups, RingLayer
 from haversack.parts.kv.slabs import allocate, plain_slabs
 
@@ -120,13 +120,15 @@ class QuantizedKV(Represent):
         )
 
     def build(
-        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
+        self,
+        site: AttentionSite,
+        regions: Regions,
+        score: Score | None,
+        *,
+        batch_size: int,
+        dtype: str,
+        device: str | torch.device,
     ) -> KVLayer:
-        return self._layer(site, regions, batch_size, dtype, device)
-
-    def _layer(
-        self, site: AttentionSite, regions: Regions, batch_size: int, dtype: str, device: str | torch.device
-    ) -> RingLayer:
         ring_tokens, num_groups = self.split(regions)
         declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
         tensors = allocate(declared, device)
@@ -137,7 +139,7 @@ class QuantizedKV(Represent):
             ring_tokens=ring_tokens,
             declared=declared,
             tensors=tensors,
-            rebuild=lambda rows: self._layer(site, regions, rows, dtype, device),
+            rebuild=lambda rows: self.build(site, regions, score, batch_size=rows, dtype=dtype, device=device),
             packed=QuantizedGroups(self, site, num_groups, tensors) if num_groups else None,
             plain_tokens=self.recent_tokens,
         )
