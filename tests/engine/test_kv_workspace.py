@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
@@ -17,7 +18,8 @@ OPTIONS = {
     "plain": KVOption(),
     "window": KVOption(SinksAndWindow(4, 700)),
     "two-bit": KVOption(None, QuantizedKV(2, 2, 64, 64)),
-    "heavy": KVOption(HeavyHitters(4, 400, 100, 64)),
+    "heavy": KVOption(HeavyHitters(4, 412, 96, 64)),
+    "heavy-demoted": KVOption(HeavyHitters(4, 412, 96, 64), demote=LowPrecision(2)),
     "window-four-bit": KVOption(SinksAndWindow(4, 700), QuantizedKV(4, 4, 32, 32)),
 }
 SITES = {

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import UnsupportedModelError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
 from haversack.parts.base import Part, check_range, part_from_dict
+from haversack.parts.kv.slabs import allocate, selection_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class Regions:
 
     `drops` says whether older tokens are dropped; if not, the total is the planned capacity and growth beyond it is refused. Without selected tokens, a query at
     position p attends to held tokens at positions k < sink_tokens or k >= p - recent_tokens, whatever the prefill's chunks were. With them, tokens are freed when a
-    block of `block_tokens` positions is complete, and until then a block more is held.
+    block of `block_tokens` positions is complete, and until then a block more is held. Up to `demoted_tokens` freed ones are held in another form.
     """
 
     sink_tokens: int
@@ -52,6 +53,7 @@ class Regions:
     drops: bool
     selected_tokens: int = 0
     block_tokens: int = 0
+    demoted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -92,7 +94,7 @@ class Selection(Score):
     """What is left of a token's importance when the next block of positions begins."""
 
     sink_tokens: int = 4
-    selected_tokens: int = 192
+    selected_tokens: int = 188
     recent_tokens: int = 64
     block_tokens: int = 64
 
@@ -101,6 +103,9 @@ class Selection(Score):
         check_range(self.id, "selected_tokens", self.selected_tokens, "1 or more", self.selected_tokens >= 1)
         check_range(self.id, "recent_tokens", self.recent_tokens, "0 or more", self.recent_tokens >= 0)
         check_range(self.id, "block_tokens", self.block_tokens, "1 or more", self.block_tokens >= 1)
+        total = self.sink_tokens + self.selected_tokens + self.recent_tokens
+        whole = f"such that sinks, selected and recent tokens ({total}) are whole blocks of {self.block_tokens}"
+        check_range(self.id, "selected_tokens", self.selected_tokens, whole, total % self.block_tokens == 0)
 
     @property
     def label(self) -> str:
@@ -143,16 +148,53 @@ class Represent(KVPart):
 
     @abstractmethod
     def build(
-        self,
-        site: AttentionSite,
-        regions: Regions,
-        score: Score | None,
-        *,
-        batch_size: int,
-        dtype: str,
-        device: str | torch.device,
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
-        """A layer whose slabs are the declared tensors; `score` is asked where regions leave a choice."""
+        """A layer whose slabs are the declared tensors."""
+
+    def stored_slots(
+        self, site: AttentionSite, num_slots: int, *, batch_size: int, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        """The tensors of `num_slots` slots that each hold one token of each KV head. Raises UsageError where tokens are stored in groups."""
+        raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
+
+    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+        """Slots in tensors as `stored_slots` declares them."""
+        raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
+
+
+class Demote(KVPart):
+    """What becomes of tokens that no head chooses; without such a part they are dropped."""
+
+    stage: ClassVar[str] = "demote"
+
+    @abstractmethod
+    def demoted_tokens(self, regions: Regions, capacity_tokens: int) -> int:
+        """How many freed tokens of a sequence of at most `capacity_tokens` are held."""
+
+    @abstractmethod
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int) -> tuple[StoredTensor, ...]:
+        """The tensors that hold demoted tokens, whole blocks of them."""
+
+    @abstractmethod
+    def store(self, site: AttentionSite, regions: Regions, tensors: dict[str, torch.Tensor]) -> PackedGroups:
+        """The store in those tensors: groups of `regions.block_tokens` tokens, each head's own."""
+
+
+class PackedGroups(ABC):
+    """A ring of groups of tokens in a packed form: writes whole groups, reads whole groups in float32."""
+
+    group_tokens: int
+    num_groups: int
+    tensors: dict[str, torch.Tensor]
+
+    @abstractmethod
+    def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Pack `(rows, kv_heads, n * group_tokens, head_dim)` into group slots `first_slot ... first_slot + n - 1`."""
+
+    @abstractmethod
+    def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in float32 of the group slots `[first_slot, last_slot)` of every row."""
 
 
 class Slots(ABC):
@@ -280,10 +322,11 @@ class KVOption:
 
     score: Score | None = None
     represent: Represent = field(default_factory=_plain)
+    demote: Demote | None = None
 
     @property
     def parts(self) -> tuple[KVPart, ...]:
-        return (self.represent,) if self.score is None else (self.score, self.represent)
+        return tuple(part for part in (self.score, self.demote, self.represent) if part is not None)
 
     @property
     def is_neutral(self) -> bool:
@@ -297,7 +340,7 @@ class KVOption:
     def regions(self, site: AttentionSite, capacity_tokens: int) -> Regions:
         """What is held at this site. A native sliding window of W never needs more than the last W - 1 tokens.
 
-        There the model itself looks at no token further back, so attention sinks are not held either.
+        There the model itself looks at no token further back, so attention sinks and chosen tokens are not held either.
         Raises UnsupportedModelError where attention can't be reached through this site.
         """
         if capacity_tokens < 1:
@@ -307,9 +350,11 @@ class KVOption:
             raise UnsupportedModelError(f"{site.id} {why}; its cache can't be planned, only left to transformers.")
         held = Regions(0, capacity_tokens, drops=False) if self.score is None else self.score.regions(capacity_tokens)
         if site.window_tokens is None:
+            if self.demote is not None and held.selected_tokens:
+                return replace(held, demoted_tokens=self.demote.demoted_tokens(held, capacity_tokens))
             return held
         window = max(1, site.window_tokens - 1)
-        if held.drops:
+        if held.drops and not held.selected_tokens:
             return Regions(0, min(held.recent_tokens, window), drops=True)
         return Regions(0, min(capacity_tokens, window), drops=window < capacity_tokens)
 
@@ -317,7 +362,12 @@ class KVOption:
         self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str
     ) -> tuple[StoredTensor, ...]:
         """Declared tensors for `batch_size` sequences of at most `capacity_tokens` each."""
-        return self.represent.stored(site, self.regions(site, capacity_tokens), batch_size=batch_size, dtype=dtype)
+        regions = self.regions(site, capacity_tokens)
+        if not regions.selected_tokens:
+            return self.represent.stored(site, regions, batch_size=batch_size, dtype=dtype)
+        slots = self.represent.stored_slots(site, regions.slot_tokens, batch_size=batch_size, dtype=dtype)
+        demoted = self.demote.stored(site, regions, batch_size=batch_size) if self.demote else ()
+        return (*slots, *selection_slabs(site, batch_size, regions.slot_tokens), *demoted)
 
     def stored_bytes(self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str) -> int:
         return total_bytes(self.stored(site, batch_size=batch_size, capacity_tokens=capacity_tokens, dtype=dtype))
@@ -327,7 +377,12 @@ class KVOption:
     ) -> int:
         """The most bytes one attend and append of `new_tokens` per sequence allocates, the output excluded."""
         regions = self.regions(site, capacity_tokens)
-        return self.represent.workspace_bytes(site, regions, batch_size=batch_size, new_tokens=new_tokens, dtype=dtype)
+        sizes = {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
+        if regions.selected_tokens:
+            from haversack.parts.kv.selective import selection_workspace_bytes
+
+            return selection_workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
+        return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
 
     def build(
         self,
@@ -340,16 +395,32 @@ class KVOption:
     ) -> KVLayer:
         """An empty layer; its slabs equal `stored` to the byte."""
         regions = self.regions(site, capacity_tokens)
-        return self.represent.build(site, regions, self.score, batch_size=batch_size, dtype=dtype, device=device)
+        if not regions.selected_tokens:
+            return self.represent.build(site, regions, batch_size=batch_size, dtype=dtype, device=device)
+        from haversack.parts.kv.selective import SelectiveLayer
+
+        assert isinstance(self.score, Selection)
+        declared = self.stored(site, batch_size=batch_size, capacity_tokens=capacity_tokens, dtype=dtype)
+        tensors = allocate(declared, device)
+        return SelectiveLayer(
+            site,
+            regions,
+            self.score,
+            self.represent.slots(tensors),
+            batch_size=batch_size,
+            declared=declared,
+            tensors=tensors,
+            rebuild=lambda rows: self.build(
+                site, batch_size=rows, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            ),
+            demoted=self.demote.store(site, regions, tensors) if self.demote else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"represent": self.represent.to_dict()}
-        if self.score is not None:
-            data["score"] = self.score.to_dict()
-        return data
+        stages = (("score", self.score), ("demote", self.demote), ("represent", self.represent))
+        return {stage: part.to_dict() for stage, part in stages if part is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVOption:
-        score = part_from_dict(data["score"]) if "score" in data else None
-        represent = part_from_dict(data["represent"]) if "represent" in data else _plain()
-        return cls(score=score, represent=represent)  # type: ignore[arg-type]
+        parts = {stage: part_from_dict(data[stage]) for stage in ("score", "represent", "demote") if stage in data}
+        return cls(**parts)  # type: ignore[arg-type]

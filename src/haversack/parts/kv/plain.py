@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.kv.attention import as_block, attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import KVLayer, Regions, Represent, Score, Selection, Slots
+from haversack.parts.kv.base import KVLayer, Regions, Represent, Slots
 from haversack.parts.kv.layer import RingLayer
-from haversack.parts.kv.selective import SelectiveLayer, selection_workspace_bytes
-from haversack.parts.kv.slabs import allocate, plain_slabs, selection_slabs
+from haversack.parts.kv.slabs import allocate, plain_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -30,17 +29,19 @@ class PlainKV(Represent):
     lossless: ClassVar[bool] = True
 
     def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
-        slabs = plain_slabs(site, batch_size, regions.slot_tokens, dtype)
-        return (*slabs, *selection_slabs(site, batch_size, regions.slot_tokens)) if regions.selected_tokens else slabs
+        return plain_slabs(site, batch_size, regions.total_tokens, dtype)
+
+    def stored_slots(
+        self, site: AttentionSite, num_slots: int, *, batch_size: int, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        return plain_slabs(site, batch_size, num_slots, dtype)
+
+    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+        return PlainSlots(tensors)
 
     def workspace_bytes(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
     ) -> int:
-        if regions.selected_tokens:
-            slot_bytes = (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES[dtype]
-            return selection_workspace_bytes(
-                site, regions, batch_size=batch_size, new_tokens=new_tokens, slot_bytes=slot_bytes
-            )
         block_tokens = min(key_block_tokens(new_tokens), max(regions.total_tokens, new_tokens))
         heads = batch_size * site.num_kv_heads
         block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES["F32"]
@@ -58,31 +59,18 @@ class PlainKV(Represent):
         )
 
     def build(
-        self,
-        site: AttentionSite,
-        regions: Regions,
-        score: Score | None,
-        *,
-        batch_size: int,
-        dtype: str,
-        device: str | torch.device,
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
         declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
-        tensors = allocate(declared, device)
-
-        def rebuild(rows: int) -> KVLayer:
-            return self.build(site, regions, score, batch_size=rows, dtype=dtype, device=device)
-
-        if regions.selected_tokens:
-            assert isinstance(score, Selection)
-            return SelectiveLayer(
-                site, regions, score, PlainSlots(tensors), batch_size=batch_size, declared=declared, tensors=tensors,
-                rebuild=rebuild,
-            )  # fmt: skip
         return RingLayer(
-            site, regions, batch_size=batch_size, ring_tokens=regions.recent_tokens, declared=declared, tensors=tensors,
-            rebuild=rebuild,
-        )  # fmt: skip
+            site,
+            regions,
+            batch_size=batch_size,
+            ring_tokens=regions.recent_tokens,
+            declared=declared,
+            tensors=allocate(declared, device),
+            rebuild=lambda rows: self.build(site, regions, batch_size=rows, dtype=dtype, device=device),
+        )
 
 
 class PlainSlots(Slots):

@@ -1,10 +1,11 @@
-"""The layer whose heads choose their tokens: slots that are filled, scored by what attention gives them, and freed in whole blocks.
+"""The layer whose heads choose their tokens: slots that are filled, scored by what attention gives them, and freed by blocks.
 
 A sequence is cut into blocks of `block_tokens` by its own positions, whatever the chunks and the padding that it comes in. Within a block a query attends to all that is held
 and, causally, to its block. At the block's end each KV head frees as many tokens as the block brought beyond its room: never the first `sink_tokens`, never the last
 `recent_tokens`, and of the others those of lowest priority. So there are slots for one block more than what is held, and no step needs more.
 
-Held tokens fill the first slots of a row in any order, and new ones the slots behind them; all heads of a row hold the same number.
+Held tokens fill the first slots of a row in any order, and new ones the slots behind them; all heads of a row hold the same number. What is freed, a block's number of
+tokens at a time, is dropped, or moves as one group to a store in another form, where it stays.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
 from haversack.parts.kv.attention import as_block, attend_blocks, attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import KVLayer, Regions, Selection, Slots
+from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Selection, Slots
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class SelectiveLayer(KVLayer):
         declared: tuple[StoredTensor, ...],
         tensors: dict[str, torch.Tensor],
         rebuild: Callable[[int], KVLayer],
+        demoted: PackedGroups | None = None,
     ):
         self.site = site
         self.regions = regions
@@ -50,6 +52,7 @@ class SelectiveLayer(KVLayer):
         self.declared = declared
         self.tensors = tensors
         self.rebuild = rebuild
+        self.demoted = demoted
         self.counts = [0] * batch_size  # real tokens seen, by row
         self.used = [0] * batch_size  # slots that hold one
         self.tensors["positions"].fill_(EMPTY)
@@ -63,11 +66,13 @@ class SelectiveLayer(KVLayer):
         return tuple(self.counts)
 
     def held_positions(self, row: int) -> tuple[int, ...]:
-        """Positions that any head of the row holds; `held_by_head` tells them apart."""
+        """Positions that any head of the row holds in any form; `held_by_head` tells apart what each has chosen."""
+        if self.demoted is not None:
+            return tuple(range(self.counts[row]))
         return tuple(sorted({position for head in self.held_by_head(row) for position in head}))
 
     def held_by_head(self, row: int) -> tuple[tuple[int, ...], ...]:
-        """Positions held by each KV head of sequence `row`, ascending."""
+        """Positions in the slots of each KV head of sequence `row`, ascending."""
         held = self.tensors["positions"][row, :, : self.used[row]]
         return tuple(tuple(sorted(head)) for head in held.tolist())
 
@@ -178,12 +183,17 @@ class SelectiveLayer(KVLayer):
         start: int,
         stop: int,
         num_queries: int,
+        *,
+        demoted: bool = True,
     ) -> Iterator[Block]:
         import torch
 
         device = self.tensors["positions"].device
         used = [self.used[row] for row in rows]
         size = key_block_tokens(num_queries)
+        row_slice = slice(rows.start, rows.stop)
+        if demoted:
+            yield from self._demoted_blocks(rows, size)
         for first in range(0, max(used), size):
             last = min(first + size, max(used))
             hidden = None
@@ -191,13 +201,31 @@ class SelectiveLayer(KVLayer):
                 slots = torch.arange(first, last, device=device)
                 hidden = (slots >= torch.tensor(used, device=device)[:, None])[:, None, None, :]
                 hidden = hidden.expand(-1, -1, stop - start, -1)
-            keys, values = self.slots.read(slice(rows.start, rows.stop), first, last)
+            keys, values = self.slots.read(row_slice, first, last)
             yield keys, values, hidden
             del keys, values, hidden
         if new_keys is not None and new_values is not None:
             columns = torch.arange(stop, device=device)
             hidden = (columns > columns[start:stop, None])[None, None]
             yield as_block(new_keys[:, :, :stop]), as_block(new_values[:, :, :stop]), hidden
+
+    def _demoted_blocks(self, rows: range, size: int) -> Iterator[Block]:
+        import torch
+
+        if self.demoted is None:
+            return
+        tokens = self.demoted.group_tokens
+        groups = [(self.counts[row] - self.used[row]) // tokens for row in rows]
+        per_block = max(1, size // tokens)
+        for first in range(0, max(groups), per_block):
+            last = min(first + per_block, max(groups))
+            keys, values = self.demoted.read(first, last)
+            hidden = None
+            if min(groups) < last:
+                ordinals = torch.arange(first * tokens, last * tokens, device=keys.device)
+                hidden = (ordinals >= torch.tensor(groups, device=keys.device)[:, None] * tokens)[:, None, None, :]
+            yield keys[rows.start : rows.stop], values[rows.start : rows.stop], hidden
+            del keys, values, hidden
 
     def _learn(
         self,
@@ -222,7 +250,7 @@ class SelectiveLayer(KVLayer):
         shared = self.used[rows.start] - begun + self.regions.block_tokens  # the same for every piece of a block
         if begun == 0 and self.selection.memory != 1:
             weights[row_slice] *= self.selection.memory
-        for keys, _, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries):
+        for keys, _, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
             scores = torch.matmul(q, keys.transpose(-1, -2))
             if softcap is not None:
                 scores = scores.div_(softcap).tanh_().mul_(softcap)
@@ -268,6 +296,8 @@ class SelectiveLayer(KVLayer):
         protected = (positions < self.regions.sink_tokens) | (positions >= counts - self.regions.recent_tokens)
         priority = priority.masked_fill(protected, torch.inf)
         kept = torch.zeros_like(protected).scatter_(2, priority.topk(keep_tokens, dim=2, sorted=False).indices, True)
+        if self.demoted is not None:
+            self._demote(rows, ~kept)
         # per head, as many kept ones lie behind the first slots as freed ones lie in them, so the two lists pair up
         to = (~kept[:, :, :keep_tokens]).nonzero()
         source = kept[:, :, keep_tokens:].nonzero()
@@ -280,6 +310,16 @@ class SelectiveLayer(KVLayer):
         self.tensors["importance"][row_slice, :, keep_tokens:] = 0
         for row in rows:
             self.used[row] = keep_tokens
+
+    def _demote(self, rows: range, freed: torch.Tensor) -> None:
+        """Pack the freed tokens, in the order of their slots, as one group of each head."""
+        assert self.demoted is not None
+        row_slice = slice(rows.start, rows.stop)
+        index = freed.nonzero()[:, 2].view(*freed.shape[:2], -1)  # (rows, kv_heads, block_tokens)
+        keys, values = self.slots.read(row_slice, 0, freed.shape[2])
+        slot = (self.counts[rows.start] - self.used[rows.start]) // self.demoted.group_tokens
+        keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (keys, values))
+        self.demoted.write(row_slice, slot, keys, values)
 
     # Batches
 
@@ -345,9 +385,9 @@ class SelectiveLayer(KVLayer):
 
 
 def selection_workspace_bytes(
-    site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, slot_bytes: int
+    site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
 ) -> int:
-    """The most bytes one step of `new_tokens` allocates beyond its output; `slot_bytes` is one token of one head as it is stored.
+    """The most bytes one step of `new_tokens` allocates beyond its output.
 
     Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take.
     """
@@ -371,7 +411,10 @@ def selection_workspace_bytes(
     )
     slots = heads * regions.slot_tokens
     moved = heads * regions.block_tokens
-    freeing = slots * (2 * f32 + i64 + 4) + moved * (9 * i64 + max(slot_bytes, 2 * f32))
+    head_dims = site.key_head_dim + site.value_head_dim
+    freeing = slots * (2 * f32 + i64 + 4) + moved * (9 * i64 + max(head_dims * DTYPE_BYTES[dtype], 2 * f32))
+    if regions.demoted_tokens:  # what is freed is read, gathered and packed in float32
+        freeing += (slots + 2 * moved) * head_dims * f32
     rows = batch_size * site.num_heads
     piece = rows * queries * site.value_head_dim * f32  # a block's output, before it is put where it belongs
     return rows * new_tokens * f32 + max(attending + piece, learning + piece, freeing)
