@@ -393,9 +393,13 @@ def selection_workspace_bytes(
     """
     f32, i64 = DTYPE_BYTES["F32"], 8
     queries = min(new_tokens, regions.block_tokens)
-    block_tokens = min(key_block_tokens(queries), max(regions.slot_tokens, queries))
+    block_tokens = min(key_block_tokens(queries), max(regions.slot_tokens, regions.demoted_tokens, queries))
     heads = batch_size * site.num_kv_heads
     block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * f32
+    if (
+        regions.demoted_tokens
+    ):  # codes, a plane of them, and scales in float32, while the later of keys and values is made
+        block_bytes += heads * block_tokens * (2 * max(site.key_head_dim, site.value_head_dim) + 4 * f32)
     attending = attention_workspace_bytes(
         batch_size=batch_size,
         num_heads=site.num_heads,
@@ -417,4 +421,5 @@ def selection_workspace_bytes(
         freeing += (slots + 2 * moved) * head_dims * f32
     rows = batch_size * site.num_heads
     piece = rows * queries * site.value_head_dim * f32  # a block's output, before it is put where it belongs
-    return rows * new_tokens * f32 + max(attending + piece, learning + piece, freeing)
+    causal = queries * queries + 2 * queries * i64
+    return rows * new_tokens * f32 + causal + max(attending + piece, learning + piece, freeing)
