@@ -77,9 +77,9 @@ def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens,
     output_bytes = query.numel() * query.element_size()
     declared = option.workspace_bytes(site, new_tokens=new_tokens, **sizes)
     assert measured <= declared + output_bytes
-    if (
-        dtype == torch.bfloat16 and not (padded and "heavy" in name)
-    ):  # there, rows that stand differently take turns; float32 slabs may need no copy; else what is declared is not padded, for plans waste it
+    # Float32 slabs may need no copy, rows that stand differently take turns, and 1,400 tokens don't fill a demoted block of 1,024.
+    # Else what is declared is not padded, for plans waste it.
+    if dtype == torch.bfloat16 and not (padded and "heavy" in name) and "demoted" not in name:
         assert declared <= 1.5 * (measured - output_bytes)
 
 
