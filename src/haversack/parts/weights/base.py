@@ -59,6 +59,20 @@ class Transform(WeightPart):
         """The input `(..., in_features)` in the transformed basis."""
 
 
+@dataclass(frozen=True)
+class EvenCodes:
+    """Codes an even step apart: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
+
+    `scale` and `zero` are `(out, groups)` float32; column c belongs to group `c // group_columns`. The nearest code of
+    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    num_codes: int
+    group_columns: int
+
+
 class Grid(WeightPart):
     """The set of values a weight can take, and how codes and scales are stored.
 
@@ -92,6 +106,10 @@ class Grid(WeightPart):
         self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0
     ) -> torch.Tensor:
         """Values, float32, of codes."""
+
+    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes | None:
+        """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""
+        return None
 
     @abstractmethod
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
