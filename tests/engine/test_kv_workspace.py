@@ -65,18 +65,18 @@ def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens,
     layer.append(random(site.num_kv_heads, 1400), random(site.num_kv_heads, 1400), real)
     query, keys, values = (random(h, new_tokens) for h in (site.num_heads, site.num_kv_heads, site.num_kv_heads))
 
-    def step() -> torch.Tensor:
-        output, _ = layer.attend(query, keys, values, scaling=0.1, softcap=site.softcap)
-        layer.append(keys, values)
-        return output
+    def step() -> None:
+        for _ in range(64 if new_tokens == 1 else 1):  # in one of them a group of tokens is packed
+            layer.attend(query, keys, values, scaling=0.1, softcap=site.softcap)
+            layer.append(keys, values)
 
     measured = peak_bytes(step)
     output_bytes = query.numel() * query.element_size()
     declared = option.workspace_bytes(site, new_tokens=new_tokens, **sizes)
     assert measured <= declared + output_bytes
-    if (
-        dtype == torch.bfloat16
-    ):  # float32 slabs may need no copy; else what is declared is not padded, for plans waste it
+    rows_pack_alone = padded and new_tokens == 1 and "bit" in name  # then a group of one row is packed at a time
+    # float32 slabs may need no copy; else what is declared is not padded, for plans waste it
+    if dtype == torch.bfloat16 and not rows_pack_alone:
         assert declared <= 1.5 * (measured - output_bytes)
 
 

@@ -88,6 +88,10 @@ class Represent(KVPart):
         """The most bytes that attending with, and then appending, `new_tokens` allocates beyond the output."""
 
     @abstractmethod
+    def kernel_name(self, site: AttentionSite, regions: Regions, *, dtype: str) -> str:
+        """What attends with one new token per sequence on this machine: a compiled kernel, or "blockwise"."""
+
+    @abstractmethod
     def build(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
@@ -235,6 +239,10 @@ class KVOption:
         """The most bytes one attend and append of `new_tokens` per sequence allocates, the output excluded."""
         regions = self.regions(site, capacity_tokens)
         return self.represent.workspace_bytes(site, regions, batch_size=batch_size, new_tokens=new_tokens, dtype=dtype)
+
+    def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
+        """What attends with one new token per sequence on this machine."""
+        return self.represent.kernel_name(site, self.regions(site, capacity_tokens), dtype=dtype)
 
     def build(
         self,
