@@ -8,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
@@ -16,6 +18,8 @@ OPTIONS = {
     "plain": KVOption(),
     "window": KVOption(SinksAndWindow(4, 700)),
     "two-bit": KVOption(None, QuantizedKV(2, 2, 64, 64)),
+    "heavy": KVOption(HeavyHitters(4, 412, 96, 64)),
+    "heavy-demoted": KVOption(HeavyHitters(4, 412, 96, 64), demote=LowPrecision(2)),
     "window-four-bit": KVOption(SinksAndWindow(4, 700), QuantizedKV(4, 4, 32, 32)),
 }
 SITES = {
@@ -66,17 +70,16 @@ def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens,
     query, keys, values = (random(h, new_tokens) for h in (site.num_heads, site.num_kv_heads, site.num_kv_heads))
 
     def step() -> torch.Tensor:
-        output, _ = layer.attend(query, keys, values, scaling=0.1, softcap=site.softcap)
-        layer.append(keys, values)
+        output, _ = layer.step(query, keys, values, scaling=0.1, softcap=site.softcap)
         return output
 
     measured = peak_bytes(step)
     output_bytes = query.numel() * query.element_size()
     declared = option.workspace_bytes(site, new_tokens=new_tokens, **sizes)
     assert measured <= declared + output_bytes
-    if (
-        dtype == torch.bfloat16
-    ):  # float32 slabs may need no copy; else what is declared is not padded, for plans waste it
+    # Float32 slabs may need no copy, rows that stand differently take turns, and 1,400 tokens don't fill a demoted block of 1,024.
+    # Else what is declared is not padded, for plans waste it.
+    if dtype == torch.bfloat16 and not (padded and "heavy" in name) and "demoted" not in name:
         assert declared <= 1.5 * (measured - output_bytes)
 
 
