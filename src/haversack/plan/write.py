@@ -86,7 +86,7 @@ def write_answer(
         kv=tuple(_kv_record(c, built.kv[c.site.id]) for c in kv),
         prediction=prediction,
         solve=Solve(
-            method=f"{'relaxation' if question.weight_damages is None else 'integer program'}, least {solution.minimised}",
+            method=f"{solution.method}, least {solution.minimised}",
             gap=solution.gap,
             seconds=solution.seconds_to_solve,
             num_groups=len(built.problem.groups),
