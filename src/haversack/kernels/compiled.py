@@ -114,13 +114,8 @@ class Matvec:
 
     def call_words(self, num_rows: int, num_tokens: int, threads: int) -> dict[str, int]:
         """Arguments of the entry `run`, by name, that follow from the number of rows of all its matrices."""
-        threads = max(1, min(threads, num_rows * self._row_bytes // TURN_BYTES))
-        return {
-            "tokens": num_tokens,
-            "rows_per_turn": _rows_per_turn(num_rows, self._row_bytes, threads),
-            "parallel": parallel_address(),
-            "threads": threads,
-        }
+        threads = max(1, min(threads, num_rows * self._row_bytes // SMALLEST_TURN_BYTES))
+        return {"tokens": num_tokens, "parallel": parallel_address(), "threads": threads}
 
     def __call__(
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None

@@ -175,5 +175,3 @@ def _rope_changes(config: Any) -> bool:
                     yield from kinds(value)
 
     return any(kind in _CHANGING_ROPES for kind in kinds(config.to_dict()))
-
-

@@ -32,7 +32,7 @@ from haversack.parts.kv.layer import RingLayer
 from haversack.parts.weights.integer import IntegerGrid
 
 _ATTENTION_ARGUMENTS = [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")]
-_THUNKS = {"matmul": ir_run.RUN_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
+_THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -92,7 +92,9 @@ class StepProgram:
         start = self._address(node) - self.arena.data_ptr()
         size = DTYPE_BYTES[dtype_name(node.tensor)]
         whole = self.arena[start : start + self.batch_size * row_elements(node) * size].view(node.tensor.dtype)
-        return whole.as_strided((self.batch_size, *sizes[1:]), (row_elements(node), *strides[1:]), whole.storage_offset() + offset)
+        return whole.as_strided(
+            (self.batch_size, *sizes[1:]), (row_elements(node), *strides[1:]), whole.storage_offset() + offset
+        )
 
     def _view(self, view: View) -> torch.Tensor:
         return self._tensor(view.node, view.offset, view.sizes, view.strides)
@@ -184,7 +186,7 @@ class StepProgram:
             "num_matrices": len(group),
         }
         entry = kernel.module.address("run")
-        record = self._record([entry, *(given[name] for _, name in ir_run.RUN_ARGUMENTS)])
+        record = self._record([entry, *(given[name] for _, name in ir_run.ENTRY_ARGUMENTS)])
         self._keep.append(kernel)
         self._call(self._tape_module.address("thunk_matmul"), record)
 
