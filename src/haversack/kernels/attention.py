@@ -8,6 +8,7 @@ words of `haversack.parts.kv.layer`: sinks, a ring, and packed groups (`kv-token
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import struct
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,12 @@ class DecodeAttention:
             values=tensors["values"].data_ptr(),
             **{name: tensors[name].data_ptr() for name in TENSORS if name in tensors},
         )
+
+    def another(self) -> DecodeAttention:
+        """The same kernel and cache with a job of its own: for a caller that sets every word but once."""
+        other = copy.copy(self)
+        other.job = type(self.job)(*self.job)
+        return other
 
     def set(self, **words: int) -> None:
         """Fields of the job (see `ir_attention.JOB`)."""

@@ -66,8 +66,9 @@ def _add_work(module: Module, num_codes: int) -> None:
     num_places = f.binary("mul", at["rows"], at["groups"])
     group_bytes = f.times(at["units"], 4 * UNIT_COLUMNS)
 
-    def over_columns(weight: Value, importance: Value, scale: Value, zero: Value, num_sums: int) -> list[Value]:
+    def over_columns(weight: Value, importance: Value, offer: list[Value], num_sums: int) -> list[Value]:
         """Sums over a group's columns: the error, or the products and the squares."""
+        scale, zero = offer
         is_zero = f.value("i1", f"fcmp oeq {scale}, 0.0")
         inverse = f.value("float", f"select {is_zero}, float 0.0, {f.value('float', f'fdiv float 1.0, {scale.name}')}")
         spread, inverse, zero = (f.splat(x, LANES) for x in (scale, inverse, zero))
@@ -116,7 +117,7 @@ def _add_work(module: Module, num_codes: int) -> None:
                 return [f.load("float", f.offset(at[name], here), 4) for name in ("scale", "zero")]
 
             def offer(o: Value, best: list[Value]) -> list[Value]:
-                error = over_columns(weight, importance, *offered(o), 1)[0]
+                error = over_columns(weight, importance, offered(o), 1)[0]
                 better = f.value("i1", f"fcmp olt {error}, {best[0].name}")
                 return [
                     f.value("float", f"select {better}, {error}, {best[0]}"),
@@ -125,7 +126,7 @@ def _add_work(module: Module, num_codes: int) -> None:
 
             infinite = Value("float", "0x7FF0000000000000")
             best = f.loop(at["offers"], [infinite, Value("i64", "0")], offer)[1]
-            products, squares = over_columns(weight, importance, *offered(best), 2)
+            products, squares = over_columns(weight, importance, offered(best), 2)
             f.store(best, f.offset(at["best"], f.times(place, 8)), 8)
             f.store(products, f.offset(at["products"], f.times(place, 4)), 4)
             f.store(squares, f.offset(at["squares"], f.times(place, 4)), 4)

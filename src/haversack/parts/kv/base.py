@@ -392,7 +392,10 @@ class KVOption:
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
         """What attends with one new token per sequence on this machine."""
-        return self.represent.kernel_name(site, self.regions(site, capacity_tokens), dtype=dtype)
+        from haversack.parts.kv.attention import BLOCKWISE
+
+        regions = self.regions(site, capacity_tokens)
+        return BLOCKWISE if regions.selected_tokens else self.represent.kernel_name(site, regions, dtype=dtype)
 
     def build(
         self,

@@ -100,6 +100,18 @@ class RingLayer(KVLayer):
                 index = real[row].nonzero().squeeze(-1)
                 self._write(rows, keys[rows].index_select(2, index), values[rows].index_select(2, index))
 
+    def packs_at_next_append(self) -> bool:
+        """Whether one more token in every sequence makes a group leave the ring."""
+        if self.packed is None:
+            return False
+        size, before = self.packed.group_tokens, self.regions.sink_tokens + self.plain_tokens - 1
+        return any((n - before) // size * size > until for n, until in zip(self.counts, self.packed_until))
+
+    def note_appended(self) -> None:
+        """One real token of every sequence was written to its slot by other code (`kernels.ir_tape`); no group left."""
+        self.counts = [count + 1 for count in self.counts]
+        self.real_since_padding += 1
+
     def _write(self, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new real tokens of rows that all have seen the same number."""
         count, num_new, sinks = self.counts[rows.start], keys.shape[2], self.regions.sink_tokens

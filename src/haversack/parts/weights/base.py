@@ -119,6 +119,11 @@ class Grid(WeightPart):
         """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""
         return None
 
+    def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
+        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them. Grids with `even_codes`
+        have it."""
+        raise NotImplementedError(f"{type(self).__name__} has no scale of its own per group")
+
     @abstractmethod
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored tensors, named and shaped as `stored` declares."""

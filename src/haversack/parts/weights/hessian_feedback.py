@@ -57,10 +57,12 @@ class HessianFeedback(Rounding):
     activation_order: bool = True
     static_groups: bool = True
     block_size: int = 128
+    num_sweeps: int = 0
 
     def __post_init__(self) -> None:
         check_range(self.id, "damping", self.damping, "above 0 and at most 1", 0 < self.damping <= 1)
         check_range(self.id, "block_size", self.block_size, "from 1 to 1024", 1 <= self.block_size <= 1024)
+        check_range(self.id, "num_sweeps", self.num_sweeps, "from 0 to 16", 0 <= self.num_sweeps <= 16)
         check_range(
             self.id,
             "static_groups",
@@ -91,6 +93,8 @@ class HessianFeedback(Rounding):
         fixed = grid.fit(weight, importance)
         codes, scales, error = self._feed_back(weight, importance, fixed, grid, order, factor)
         # Both errors in the norm of the undamped statistics: what damping added is taken off again.
+        if self.num_sweeps:
+            codes, error = self._sweep(weight, hessian, added, codes, scales, grid)
         error -= added * grid.dequantize(codes, scales).sub_(weight).square_().sum(1)
         nearest = grid.quantize(weight, fixed)
         change = grid.dequantize(nearest, fixed).sub_(weight)
@@ -167,6 +171,69 @@ class HessianFeedback(Rounding):
             if block.stop < in_features:
                 target[rest].addmm_((factor[block, rest] / diagonal[rest]).T, change, alpha=-1)
         return codes.T.contiguous(), scales, error[:out_features]
+
+    def _sweep(
+        self,
+        weight: torch.Tensor,
+        hessian: torch.Tensor,
+        added: float,
+        codes: torch.Tensor,
+        scales: dict[str, torch.Tensor],
+        grid: Grid,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Better codes `(out, in)` under `scales`, which are bettered in place, and the damped error of each row.
+
+        With `G = E H`, column k is best at the code nearest to `w_k - (G_k - e_k H_kk) / H_kk`, and the scale of a
+        group whose codes are `u` (zero taken off) is best moved by `-(u . G) / (u H u)`. Neither can raise the error.
+        """
+        import torch
+
+        from haversack.kernels.feedback import padded_rows
+
+        out_features, in_features = weight.shape
+        rows = padded_rows(out_features)
+        original, change = torch.zeros(in_features, rows), torch.zeros(in_features, rows)
+        original[:, :out_features] = weight.T
+        change[:, :out_features] = grid.dequantize(codes, scales).sub_(weight).T
+        diagonal = hessian.diagonal() + added
+        product = torch.addmm(change, hessian, change, beta=added)  # (H + added I) E^T
+        unused = torch.zeros(rows)
+        width = grid.group_size or self.block_size
+        for _ in range(self.num_sweeps):
+            for start in range(0, in_features, width):
+                block = slice(start, min(start + width, in_features))
+                before, among = change[block].clone(), hessian[block, block].float().clone()
+                among.diagonal().add_(added)
+                feedback = among / diagonal[block, None]
+                target = original[block] - product[block] / diagonal[block, None] + before
+                target.addmm_(feedback.tril(-1), before)
+                columns = torch.arange(block.start, block.stop)
+                args = (target, original[block], feedback, diagonal[block].contiguous(), columns)
+                even = grid.even_codes(scales)
+                if even is not None:
+                    found, after = _round_evenly(*args, even, unused)
+                else:
+                    found, after = _round_columns(*args, grid, scales, unused, out_features)
+                codes[:, block] = found[:, :out_features].T
+                if even is not None and grid.group_size:
+                    group = start // width
+                    steps = found.float()
+                    steps[:, :out_features] -= even.zero[:, group]
+                    steps[:, out_features:] = 0
+                    moved = product[block] + among @ (after - before)
+                    slope, curve = (steps * moved).sum(0), (steps * (among @ steps)).sum(0)
+                    wanted = even.scale[:, group] - (slope / curve.clamp_min(1e-30))[:out_features]
+                    kept = {name: tensor[:, group].clone() for name, tensor in scales.items()}
+                    by = grid.set_scale(scales, group, wanted) - even.scale[:, group]
+                    worse = 2 * by * slope[:out_features] + by.square() * curve[:out_features] >= 0
+                    for name, tensor in scales.items():
+                        tensor[worse, group] = kept[name][worse]
+                    by[worse] = 0
+                    after[:, :out_features] += by * steps[:, :out_features]
+                product.addmm_(hessian[:, block].float(), after - before)
+                product[block] += added * (after - before)
+                change[block] = after
+        return codes, (change * product).sum(0)[:out_features]
 
 
 def _damped_error(change: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -147,6 +147,11 @@ class IntegerGrid(Grid):
         zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.symmetric else scales["zeros"].float()
         return EvenCodes(scale, zero, 2**self.bits, self.group_size or 2**31)
 
+    def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
+        stored = _round_to_f16(scale)
+        scales["scales"][:, group] = stored
+        return stored
+
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
 
