@@ -207,6 +207,10 @@ def _kernels(packed: Any) -> dict[str, list[str]]:
         names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
         label = "as is" if option.grid is None else option.grid.label
         found.setdefault(", ".join(dict.fromkeys(names)), set()).add(label)
+    plan = packed.kv_plan
+    for site, kv in zip(plan.sites, plan.options):
+        name = kv.kernel_name(site, capacity_tokens=plan.capacity_tokens, dtype=plan.dtype)
+        found.setdefault(f"attention {name}", set()).add(kv.label)
     return {kernel: sorted(labels) for kernel, labels in found.items()}
 
 
