@@ -1,7 +1,7 @@
 """Random training and tuning configurations, predicted before anything is built, against fresh processes.
 
-`python -m benchmarks.prediction [NUMBER] [FOLDER]` resumes where it stopped: each configuration leaves one line in
-FOLDER/prediction.jsonl. The tensor peak is measured by torch's profiler; the process's by the operating system, in a second
+`python -m benchmarks.prediction [NUMBER] [FOLDER] [FIRST]` resumes where it stopped: each configuration leaves one line in
+FOLDER/prediction.jsonl, so that several such commands, each beginning elsewhere, share the work. The tensor peak is measured by torch's profiler; the process's by the operating system, in a second
 process, where the model's own bytes are at least three times the import baseline.
 
 A fresh process is a fork of one that has imported torch and transformers and started no thread, so that hundreds of
@@ -158,30 +158,32 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main(number: int, folder: Path) -> None:
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def main(number: int, folder: Path, first: int = 0) -> None:
     import torch
     import transformers.models.auto.modeling_auto  # noqa: F401
 
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "prediction.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {row["seed"] for row in rows}
-    for seed in range(number):
-        if seed in done:
+    for seed in range(first, number):
+        if seed in {row["seed"] for row in _rows(file)}:
             continue
         try:
             row = run_case(seed)
         except RuntimeError as error:
             row = {"seed": seed, "failed": str(error)}
-        rows.append(row)
         with file.open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(seed, f"{row.get('tensor_error', float('nan')):.3%}", row.get("process_error"), flush=True)
+    rows = sorted(_rows(file), key=lambda row: row["seed"])
     figures = {"summary": summarise(rows), "rows": rows}
     print(json.dumps(figures["summary"], indent=1))
     print(write_results("prediction", figures))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200, Path(sys.argv[2] if len(sys.argv) > 2 else "build/prediction"))
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200, Path(sys.argv[2] if len(sys.argv) > 2 else "build/prediction"), int(sys.argv[3]) if len(sys.argv) > 3 else 0)

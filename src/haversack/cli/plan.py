@@ -27,13 +27,17 @@ from haversack.cli.question import (
     Users,
     calibration_for,
     calibration_text,
+    machine_named,
     meter_for,
 )
+from haversack.errors import UsageError
 from haversack.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from haversack.plan.question import Answer
     from haversack.plan.schema import DamageRecord
+
+TASKS = ("serve", "tune", "train")
 
 
 def plan(
@@ -55,10 +59,39 @@ def plan(
     calibration_tokens: CalibrationTokens = 32_768,
     evaluations: Evaluations = None,
     trust_remote_code: Trust = False,
+    task: Annotated[str, typer.Option("--task", help="serve, tune or train.")] = "serve",
+    batch: Annotated[int, typer.Option("--batch", help="Sequences per step and rank, to tune or train.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="KEY=VALUE", help="How to tune or train: optimizer=adamw8bit, zero=3."),
+    ] = None,
+    largest: Annotated[
+        str | None, typer.Option("--largest", help="To tune or train: the largest batch or context that fits.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
+    if task not in TASKS:
+        raise UsageError(f"--task {task!r} is not one of {', '.join(TASKS)}.")
+    if task != "serve":
+        from haversack.cli.training import plan_training_verb
+        from haversack.describe.model import describe_model
+
+        return plan_training_verb(
+            describe_model(model, trust_remote_code=trust_remote_code),
+            machine_named(machine),
+            task,
+            budget=budget,
+            tensor_budget=tensor_budget,
+            batch=batch,
+            seq_len=context,
+            pairs=settings or [],
+            largest_of=largest,
+            json=json,
+        )
+    if settings or largest:
+        raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
     asked = Asked(
         budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
         placement, machine,
