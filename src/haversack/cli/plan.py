@@ -8,27 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haversack.cli import console
-from haversack.cli.question import (
-    Asked,
-    BudgetOption,
-    CalibrationFile,
-    CalibrationTokens,
-    Context,
-    Evaluations,
-    GenerateTokens,
-    MachineName,
-    MaxDamage,
-    MinSpeed,
-    Placement,
-    PromptTokens,
-    Source,
-    TensorBudget,
-    Trust,
-    Users,
-    calibration_for,
-    calibration_text,
-    meter_for,
-)
+from haversack.cli.question import Asked, Calibrating, Source, Trust, spread_options, weighed_answer
 from haversack.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -36,49 +16,34 @@ if TYPE_CHECKING:
     from haversack.plan.schema import DamageRecord
 
 
+@spread_options
 def plan(
     model: Source,
-    budget: BudgetOption = None,
-    tensor_budget: TensorBudget = None,
-    max_damage: MaxDamage = None,
-    context: Context = None,
-    prompt_tokens: PromptTokens = None,
-    generate_tokens: GenerateTokens = None,
-    users: Users = 1,
-    min_tokens_per_second: MinSpeed = None,
-    placement: Placement = "auto",
-    machine: MachineName = None,
+    asked: Asked,
+    calibrating: Calibrating,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Weigh options on this model's weights (minutes) instead of citing.")
     ] = False,
-    calibration: CalibrationFile = None,
-    calibration_tokens: CalibrationTokens = 32_768,
-    evaluations: Evaluations = None,
     trust_remote_code: Trust = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
-    asked = Asked(
-        budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
-        placement, machine,
-    )  # fmt: skip
+    asked.check()
     from haversack.describe.model import describe_model
     from haversack.formats.output import check_output
     from haversack.plan.make import make_plan
 
-    if calibration is not None:
-        calibration_text(calibration, calibration_tokens)
+    if calibrating.calibration is not None:
+        calibrating.text()
     if output is not None:
         check_output(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     with console.progress_bar(quiet=json) as progress:
-        found = meter = None
-        if calibrate or calibration is not None:
-            tokens = asked.workload(described).context_tokens
-            found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
-            meter = meter_for(found, evaluations, progress)
-        answer = make_plan(asked.question(described, found), progress, meter)
+        if calibrate or calibrating.calibration is not None:
+            answer, _ = weighed_answer(asked, described, calibrating, progress)
+        else:
+            answer = make_plan(asked.question(described, None), progress)
     if json:
         console.print_json(plan_json(answer))
     else:
@@ -199,7 +164,8 @@ def damage_words(damage: DamageRecord) -> str:
         return f"unknown{known}"
     if damage.nats == 0:
         return "none: everything stays as it is"
-    span = f", {damage.low:.3g} to {damage.high:.3g}" if damage.low is not None and damage.label == "cited" else ""
+    has_span = damage.low is not None and damage.high is not None and damage.low < damage.high
+    span = f", {damage.low:.3g} to {damage.high:.3g}" if has_span else ""
     return f"{damage.nats:.4g} nats per token ({damage.label}{span})"
 
 

@@ -81,6 +81,10 @@ class CompiledMatvec:
         rounding = rounding_bytes(fmt, num_tokens) if activation_bits < self.scheme.activation_bits else 0
         return case.workspace_bytes(num_tokens) + converted + rounding
 
+    def matvec(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype) -> Matvec:
+        """The compiled code for activations of `dtype`, float32 or bfloat16."""
+        return matvec(fmt, _round_tokens(num_tokens), dtype, self.scheme, self.target)
+
     def matmul(
         self,
         x: torch.Tensor,
@@ -107,6 +111,11 @@ class Matvec:
         self._round_bytes, self._fixed_bytes = case.round_bytes, case.workspace_bytes(0)
         self._row_bytes = case.fmt.row_bytes
         self._run = _FUNCTION(module.address("run"))
+
+    def call_words(self, num_rows: int, num_tokens: int, threads: int) -> dict[str, int]:
+        """Arguments of the entry `run`, by name, that follow from the number of rows of all its matrices."""
+        threads = max(1, min(threads, num_rows * self._row_bytes // SMALLEST_TURN_BYTES))
+        return {"tokens": num_tokens, "parallel": parallel_address(), "threads": threads}
 
     def __call__(
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None

@@ -12,9 +12,19 @@ from __future__ import annotations
 from haversack.kernels.ir import Function, Module, Value
 from haversack.kernels.ir_matmul import MatmulCase, add_rows
 from haversack.kernels.ir_prepare import add_prepare
-from haversack.kernels.ir_team import BLOCK_ROWS, add_team_entry, num_turns_of_rows, rows_of_turn, smaller
+from haversack.kernels.ir_team import (
+    BLOCK_ROWS,
+    TEAM_ARGUMENTS,
+    add_team_entry,
+    num_turns_of_rows,
+    rows_of_turn,
+    smaller,
+)
 
 RUN_ARGUMENTS = [("ptr", "x"), ("ptr", "workspace"), ("ptr", "matrices"), ("i64", "num_matrices"), ("i64", "tokens")]
+
+ENTRY_ARGUMENTS = [*RUN_ARGUMENTS, *TEAM_ARGUMENTS]
+"""All arguments of `run`, for whoever prepares a call."""
 
 MATRIX_WORDS = 5
 """64-bit words per matrix: codes, scales, zeros, out, rows."""
