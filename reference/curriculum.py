@@ -3,6 +3,7 @@
 Every row is a pure function of (seed, step, row), so that a resumed run reads what an uninterrupted one would have.
 """
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from haversack.probes.tasks import SEEN, WORDS, make_records
 
 # Loss weight of synthetic tokens that nothing could predict (fresh keys and values), so that they don't drown the answers. Answers, copies and text count 1.
 UNPREDICTABLE_WEIGHT = 0.1
+ANSWER_WEIGHT = 4.0  # of an answer's tokens, which are one in 200 of a batch: at 1 they were learned last
 PROSE_SHARE = 0.3  # of the text rows: a twentieth of the text, so read about as often as it bears
 # Words that invented templates are made of; none of a held-out template's, nor of the tasks' keys and values.
 _GLUE = """
@@ -24,7 +26,7 @@ _GLUE = """
 """
 GLUE = tuple(_GLUE.split())
 ENDS = ("\n", ".\n", ";\n", ",\n", " |\n", ". ", "; ", ", ")
-INVENTED_SHARE = 0.6  # of recall episodes: with seven fixed templates alone, the model looked up by key in those seven and in no other
+INVENTED_SHARE = 0.5  # of recall episodes: with seven fixed templates alone, the model looked up by key in those seven and in no other
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Phase:
 PHASES = (
     Phase(64, 0.85, 0.25, 3_000_000, "copy", 32),
     Phase(256, 0.60, 0.05, 1_500_000, "word", 192),
-    Phase(1024, 0.35, 0.0, 3_000_000, "word", 900),
+    Phase(1024, 0.35, 0.0, 6_000_000, "word", 900),
     Phase(1024, 0.15, 0.0, None, None, 900),
 )
 
@@ -151,11 +153,14 @@ class Rows:
         kind = rng.choice(("word", "digits"))
         statement, question = self._template(rng)
         num_records = rng.randint(2, max(2, length // 12))
+        told_share = rng.uniform(
+            0.3, 0.7
+        )  # of the tokens; questions fill the rest, again and again where there are few records
         pieces, used = [], 0
         asked = []
         for key, value in make_records(rng, num_records, kind):
             ids = self._ids(statement.format(key=key, value=value))
-            if asked and used + len(ids) > 0.7 * length:
+            if asked and used + len(ids) > told_share * length:
                 break
             used += len(ids)
             pieces.append((ids, UNPREDICTABLE_WEIGHT))
@@ -182,9 +187,9 @@ class Rows:
 
     def _questions(self, question: str, asked: list[tuple[str, str]], length: int) -> list[tuple[list[int], float]]:
         pieces, used = [], 0
-        for key, value in asked:
+        for key, value in itertools.cycle(asked):
             prompt, answer = self._ids(question.format(key=key)), self._ids(f" {value}")
-            pieces += [(prompt, UNPREDICTABLE_WEIGHT), (answer, 1.0), (self._ids("\n"), UNPREDICTABLE_WEIGHT)]
+            pieces += [(prompt, UNPREDICTABLE_WEIGHT), (answer, ANSWER_WEIGHT), (self._ids("\n"), UNPREDICTABLE_WEIGHT)]
             used += len(prompt) + len(answer) + 1
             if used > length:
                 break
@@ -192,4 +197,4 @@ class Rows:
 
 
 EPISODES = (Rows._random_copy, Rows._word_copy, Rows._records, Rows._needles)
-EPISODE_SHARES = (0.2, 0.15, 0.45, 0.2)
+EPISODE_SHARES = (0.1, 0.1, 0.55, 0.25)

@@ -213,7 +213,8 @@ def train(run: Run, *, finish: bool, max_tokens: float, max_seconds: float) -> N
         losses.append(run.train_step(rate))
         run.progress.seconds = before + time.monotonic() - begun
         if run.progress.step % LOG_STEPS == 0:
-            _log_step(run, losses, spent, max_seconds, time.monotonic() - begun)
+            elapsed = time.monotonic() - begun
+            _log_step(run, losses, (run.progress.tokens - first) / elapsed, elapsed * (1 - spent) / spent)
             losses.clear()
         if run.progress.step % (EVAL_STEPS if PHASES[run.progress.phase].gate else FINAL_EVAL_STEPS) == 0:
             _evaluate(run, finish)
@@ -232,11 +233,10 @@ def train(run: Run, *, finish: bool, max_tokens: float, max_seconds: float) -> N
         run.save(run.folder / "stable.safetensors")
 
 
-def _log_step(run: Run, losses: list[float], spent: float, max_seconds: float, elapsed: float) -> None:
+def _log_step(run: Run, losses: list[float], tokens_per_second: float, left_seconds: float) -> None:
     progress, phase = run.progress, PHASES[run.progress.phase]
-    left = elapsed / spent * (1 - spent) if spent else max_seconds
     print(f"{run.name} step {progress.step} tokens {progress.tokens / 1e6:.2f}M phase {progress.phase} (T={phase.seq_len}) "
-          f"loss {sum(losses) / len(losses):.3f} {progress.tokens / progress.seconds:.0f} tokens/s left {left / 60:.0f} min", flush=True)  # fmt: skip
+          f"loss {sum(losses) / len(losses):.3f} {tokens_per_second:.0f} tokens/s left {left_seconds / 60:.0f} min", flush=True)  # fmt: skip
 
 
 def _evaluate(run: Run, finish: bool) -> None:

@@ -148,14 +148,14 @@ def _phase_peaks(profile: Any, marks: dict[str, int]) -> dict[str, int]:
     phases = sorted(marks.items(), key=lambda item: item[1])
     peaks = {name: 0 for name, _ in phases}
     live = 0
-    for start_ns, num_bytes in sorted(_memory_events(profile)):
+    for start_ns, num_bytes in sorted(memory_events(profile)):
         live += num_bytes
         current = next((name for name, begin in reversed(phases) if start_ns >= begin), phases[0][0])
         peaks[current] = max(peaks[current], live)
     return peaks
 
 
-def _memory_events(profile: Any) -> Iterator[tuple[int, int]]:
+def memory_events(profile: Any) -> Iterator[tuple[int, int]]:
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             yield event.start_ns(), event.nbytes()
@@ -207,6 +207,10 @@ def _kernels(packed: Any) -> dict[str, list[str]]:
         names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
         label = "as is" if option.grid is None else option.grid.label
         found.setdefault(", ".join(dict.fromkeys(names)), set()).add(label)
+    plan = packed.kv_plan
+    for site, kv in zip(plan.sites, plan.options):
+        name = kv.kernel_name(site, capacity_tokens=plan.capacity_tokens, dtype=plan.dtype)
+        found.setdefault(f"attention {name}", set()).add(kv.label)
     return {kernel: sorted(labels) for kernel, labels in found.items()}
 
 

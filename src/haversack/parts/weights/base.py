@@ -67,6 +67,20 @@ class Transform(WeightPart):
         """The most bytes `transform_input` allocates, its result included."""
 
 
+@dataclass(frozen=True)
+class EvenCodes:
+    """Codes an even step apart: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
+
+    `scale` and `zero` are `(out, groups)` float32; column c belongs to group `c // group_columns`. The nearest code of
+    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    num_codes: int
+    group_columns: int
+
+
 class Grid(WeightPart):
     """The set of values a weight can take, and how codes and scales are stored.
 
@@ -116,6 +130,15 @@ class Grid(WeightPart):
         codes = torch.arange(1 << self.bits, dtype=torch.uint8)
         values = [self.dequantize(code.expand(len(history), 1), scales, column) for code in codes]
         return torch.cat(values, 1)[:, None]
+
+    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes | None:
+        """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""
+        return None
+
+    def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
+        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them. Grids with `even_codes`
+        have it."""
+        raise NotImplementedError(f"{type(self).__name__} has no scale of its own per group")
 
     @abstractmethod
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
