@@ -37,8 +37,22 @@ def run(
     except UnicodeDecodeError:
         raise UsageError("standard input is not text (it is not UTF-8); pipe a plain text in.") from None
 
+    shown = ""
+
+    def stage(what: str) -> None:
+        """A line on a terminal that each stage, and then the text, takes the place of."""
+        nonlocal shown
+        if not json and sys.stderr.isatty():
+            sys.stderr.write(f"\r{what + ' ...' if what else '':{len(shown)}}" + ("" if what else "\r"))
+            sys.stderr.flush()
+            shown = what + " ..."
+
     def show(piece: str) -> None:
+        nonlocal shown
         if not json:
+            if shown:
+                stage("")
+                shown = ""
             sys.stdout.write(piece)
             sys.stdout.flush()
 
@@ -48,6 +62,7 @@ def run(
         max_new_tokens=max_new_tokens,
         cap_bytes=cap_bytes,
         on_text=show,
+        on_stage=stage,
     )
     if json:
         console.print_json(result)
@@ -55,7 +70,8 @@ def run(
     typer.echo("")
     typer.echo(
         f"[{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens; first after "
-        f"{result['seconds_to_first_token']:.2f} s, then {result['tokens_per_second']:.1f} tokens/s; peak "
+        f"{result['seconds_to_first_token']:.2f} s, then {result['tokens_per_second']:.1f} tokens/s by "
+        f"{'the compiled step' if result['loop_reason'] is None else 'transformers'}; peak "
         f"{format_bytes(result['peak_private_bytes'])} private]",
         err=True,
     )

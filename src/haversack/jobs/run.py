@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
 from haversack.formats.packed_folder import PLAN_NAME, PackedFolder, is_packed
 from haversack.jobs import memory
 from haversack.plan.schema import Plan
@@ -16,6 +16,8 @@ from haversack.units import format_bytes
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+    from haversack.engine.decoder.loop import Decoder
 
 
 def check_packed(folder: str | Path) -> PackedFolder:
@@ -62,8 +64,11 @@ def generate(
     max_new_tokens: int | None = None,
     cap_bytes: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Continue a prompt within the plan; the text, token counts, times and the process's private peak.
+    """Continue a prompt within the plan; the text, token counts, times, the loop that ran and the process's private peak.
+
+    `on_stage` is told what is done before the first token.
 
     With `cap_bytes` this process is put under a hard limit first. Raises UsageError for an empty prompt or a senseless
     count, PlanError for a folder that is not packed, DoesNotFitError for a prompt beyond the plan or a cap that is hit.
@@ -79,7 +84,7 @@ def generate(
         memory.set_cap(cap_bytes, needed_bytes=_bytes_at_load(packed))
     with memory.PeakSampler() as sampler:
         try:
-            return _generate(folder, prompt, max_new_tokens, on_text) | {
+            return _generate(folder, prompt, max_new_tokens, on_text, on_stage or (lambda what: None)) | {
                 "peak_private_bytes": sampler.finish(),
                 "cap_bytes": cap_bytes,
             }
@@ -111,24 +116,28 @@ def _bytes_at_load(packed: PackedFolder) -> int:
 
 
 def _generate(
-    folder: str | Path, prompt: str, max_new_tokens: int | None, on_text: Callable[[str], None] | None
+    folder: str | Path,
+    prompt: str,
+    max_new_tokens: int | None,
+    on_text: Callable[[str], None] | None,
+    on_stage: Callable[[str], None],
 ) -> dict[str, Any]:
     import torch
 
+    on_stage("loading the model")
     model, tokenizer = load(folder), open_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     _check_prompt(ids, model, folder)
     room = model.haversack.kv_plan.capacity_tokens + 1 - ids.shape[1]  # the last token is never stored
     streamer = _Streamer(tokenizer, on_text)
+    on_stage("making its decoder")
+    decoder, refusal = open_decoder(model)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    on_stage("reading the prompt")
     started = time.perf_counter()
     with torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(max_new_tokens or room, room),
-            streamer=streamer,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        out = generate_greedily(
+            model, decoder, ids, min(max_new_tokens or room, room), pad_token_id=pad, streamer=streamer
         )
     seconds = time.perf_counter() - started
     new_tokens = out.shape[1] - ids.shape[1]
@@ -139,7 +148,81 @@ def _generate(
         "new_tokens": new_tokens,
         "seconds_to_first_token": first,
         "tokens_per_second": (new_tokens - 1) / (seconds - first) if new_tokens > 1 and seconds > first else 0.0,
+        "loop": loop_name(decoder),
+        "loop_reason": refusal,
     }
+
+
+def open_decoder(model: Any) -> tuple[Decoder | None, str | None]:
+    """A decoder of compiled steps for a packed model; None where it has none, with the reason by name."""
+    from haversack.engine.decoder.attach import attach_decoder
+
+    if asked := _asked_of_generation(model.generation_config):
+        return None, f"the model's generation config asks for {', '.join(asked)}; transformers' own loop decodes it."
+    try:
+        return attach_decoder(model), None
+    except UnsupportedModelError as error:
+        return None, str(error)
+
+
+def loop_name(decoder: Decoder | None) -> str:
+    """Which decode loop runs: compiled steps, or transformers' own."""
+    from haversack.engine.decoder.loop import LOOP
+
+    return "transformers" if decoder is None else LOOP
+
+
+def generate_greedily(
+    model: Any,
+    decoder: Decoder | None,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    pad_token_id: int | None,
+    streamer: Any = None,
+) -> torch.Tensor:
+    """Prompt and greedy tokens, `(batch, prompt + new)`, by a decoder's steps or by `model.generate`."""
+    import torch
+
+    mask = torch.ones_like(ids)
+    if decoder is None:
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            do_sample=False,
+            pad_token_id=pad_token_id,
+        )
+    ends = model.generation_config.eos_token_id
+    if streamer is not None:
+        streamer.put(ids)
+    out, _ = decoder.generate(
+        ids,
+        mask,
+        max_new_tokens,
+        eos_token_ids=ends if isinstance(ends, list) else [] if ends is None else [ends],
+        pad_token_id=pad_token_id or 0,
+        on_tokens=None if streamer is None else streamer.put,
+    )
+    if streamer is not None:
+        streamer.end()
+    return out
+
+
+_PLAIN_GENERATION = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "max_length", "max_new_tokens", "use_cache", "num_beams",
+    "_from_model_config", "cache_implementation", "prefill_chunk_size",
+}  # fmt: skip
+"""What a generation config may set without changing greedy tokens."""
+
+
+def _asked_of_generation(config: Any) -> list[str]:
+    """What a model's generation config asks for that compiled steps do not do (penalties, forced tokens, beams)."""
+    asked = {} if config is None else config.to_diff_dict()
+    extra = [name for name, value in asked.items() if name not in _PLAIN_GENERATION and value not in (None, False)]
+    return extra + (["num_beams"] if (asked.get("num_beams") or 1) > 1 else [])
 
 
 def _check_prompt(ids: torch.Tensor, model: Any, folder: str | Path) -> None:

@@ -103,7 +103,7 @@ class Decoder:
             return forward
 
         for i, layer in enumerate(layers):
-            layer.forward = forward_of(i)  # type: ignore[method-assign]
+            layer.forward = forward_of(i)
         try:
             yield
         finally:

@@ -237,7 +237,7 @@ class _Recorder(TorchDispatchMode):
             node = Node("constant", "parameter", (), tensor.detach())
             self._by_storage[_storage(tensor)] = node
             self.nodes.append(node)
-        return View(node, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        return View(node, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
     def layer_hook(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
