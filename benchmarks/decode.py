@@ -189,26 +189,52 @@ def _held_bytes(store: Any) -> int:
 
 CONTENDERS: dict[str, Callable[[Path, Workload], Measured]] = {
     "haversack": lambda folder, workload: haversack_decode(folder, workload, "compiled step"),
-    "haversack weights, transformers' loop": lambda folder, workload: haversack_decode(folder, workload, "transformers"),
+    "haversack weights, transformers' loop": lambda folder, workload: haversack_decode(
+        folder, workload, "transformers"
+    ),
 }
 
 
 def first_token(folder: Path) -> dict[str, float]:
-    """Seconds of `haversack run` from its start to its first token, with no kernel cache and then with one."""
+    """Seconds from a process's start to its first token, stage by stage: with no kernel cache, and then with one."""
     found = {}
     with tempfile.TemporaryDirectory() as home:
         for name in ("cold", "with the kernel cache"):
-            code = (
-                "import json, sys, time\nstarted = time.perf_counter()\n"
-                "from haversack.jobs.run import first_token_seconds\n"
-                "print(json.dumps(first_token_seconds(sys.argv[1]) | {'process': time.perf_counter() - started}))"
-            )
-            environment = {**os.environ, "XDG_CACHE_HOME": home}
+            started = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=True
+                [sys.executable, "-m", "benchmarks.decode", "--first-token", str(folder)],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "XDG_CACHE_HOME": home},
+                check=True,
             )
-            found[name] = json.loads(done.stdout.splitlines()[-1])
+            found[name] = json.loads(done.stdout.splitlines()[-1]) | {"process": time.perf_counter() - started}
     return found
+
+
+def first_token_once(folder: Path) -> dict[str, float]:
+    """Seconds of each stage up to the first token after a prompt of 64, and to the second, which is the first compiled step."""
+    started = time.perf_counter()
+    import torch
+
+    from haversack.engine.sequence import PlannedSequence
+    from haversack.jobs.run import import_runtime, load, open_decoder
+
+    import_runtime()
+    marks = {"imports": time.perf_counter()}
+    model = load(folder)
+    marks["load"] = time.perf_counter()
+    decoder, _ = open_decoder(model)
+    marks["decoder"] = time.perf_counter()
+    sequence = PlannedSequence(model, model.haversack.kv_plan, decoder=decoder)
+    prompt = torch.randint(SHAPE["vocab_size"], (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    for name, ids in (("first token", prompt), ("second token", [5])):
+        logits = sequence.read(ids)
+        assert logits is not None
+        logits.argmax()
+        marks[name] = time.perf_counter()
+    times = [started, *marks.values()]
+    return {name: now - before for name, now, before in zip(marks, times[1:], times)}
 
 
 def measure(names: Iterable[str], folder: Path, threads: int) -> list[dict[str, Any]]:
@@ -218,7 +244,10 @@ def measure(names: Iterable[str], folder: Path, threads: int) -> list[dict[str, 
         for name in names:
             given = [str(folder), name, json.dumps(asdict(workload)), str(threads)]
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.decode", "--one", *given], stdout=subprocess.PIPE, text=True, check=True
+                [sys.executable, "-m", "benchmarks.decode", "--one", *given],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
             rows.append({"contender": name, **asdict(workload), **json.loads(done.stdout.splitlines()[-1])})
             print(rows[-1], flush=True)
@@ -232,6 +261,9 @@ def main() -> None:
         folder, name, workload, threads = sys.argv[2:6]
         torch.set_num_threads(int(threads))
         print(json.dumps(asdict(CONTENDERS[name](Path(folder), Workload(**json.loads(workload))))))
+        return
+    if sys.argv[1:2] == ["--first-token"]:
+        print(json.dumps(first_token_once(Path(sys.argv[2]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/decode-1b"))

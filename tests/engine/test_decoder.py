@@ -19,7 +19,7 @@ from haversack.engine.kv_cache import KVPlan
 from haversack.engine.reach import neutral_plan, small_copy
 from haversack.errors import UnsupportedModelError
 from haversack.jobs.pack import pack
-from haversack.jobs.run import generate_greedily, load, loop_name, open_decoder
+from haversack.jobs.run import load, loop_name, open_decoder
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
@@ -121,8 +121,8 @@ def test_shipped_models(name, tmp_path):
     ids = torch.randint(5, 4000, (1, 24), generator=torch.Generator().manual_seed(0))
     decoder, refusal = open_decoder(loaded)
     assert refusal is None and loop_name(decoder) == LOOP
-    found = generate_greedily(loaded, decoder, ids, 40, pad_token_id=0)
-    assert torch.equal(found, generate_greedily(loaded, None, ids, 40, pad_token_id=0))
+    found, expected = both(loaded, decoder, ids, torch.ones_like(ids), 40)
+    assert torch.equal(found, expected)
 
 
 def test_finished_sequences_are_padded_and_end_the_loop():
@@ -175,8 +175,24 @@ def test_a_wrong_graph_is_found_by_its_logits(tmp_path, monkeypatch):
         attaching.check_steps(tiny_config("llama"))
 
 
-def test_generation_configs_that_change_tokens_keep_the_other_loop():
+def test_a_sequence_reads_steps_and_rewinds():
+    """Prompts through the model, single tokens by steps, and back again: the logits of transformers' forward throughout."""
+    from haversack.engine.sequence import PlannedSequence
+
     model = planned(small_copy(tiny_config("llama")), KVOption(), 1)
-    model.generation_config.repetition_penalty = 1.3
-    decoder, refusal = open_decoder(model)
-    assert decoder is None and "repetition_penalty" in refusal and loop_name(None) == "transformers"
+    decoder, plan = Decoder(model), model.haversack_kv_plan
+    fast, slow = PlannedSequence(model, plan, decoder=decoder), PlannedSequence(model, plan)
+    for ids, keep in (
+        ([3, 4, 5], 3),
+        ([6], 4),
+        ([7], 4),
+        ([8], 5),
+        ([9, 10], 6),
+        ([11], 7),
+        ([12], 0),
+        ([1, 2], 2),
+        ([3], 3),
+    ):
+        found, expected = fast.read(ids), slow.read(ids)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert fast.rewind(keep) == slow.rewind(keep) == keep and fast.tokens == slow.tokens

@@ -8,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
@@ -16,6 +18,8 @@ OPTIONS = {
     "plain": KVOption(),
     "window": KVOption(SinksAndWindow(4, 700)),
     "two-bit": KVOption(None, QuantizedKV(2, 2, 64, 64)),
+    "heavy": KVOption(HeavyHitters(4, 412, 96, 64)),
+    "heavy-demoted": KVOption(HeavyHitters(4, 412, 96, 64), demote=LowPrecision(2)),
     "window-four-bit": KVOption(SinksAndWindow(4, 700), QuantizedKV(4, 4, 32, 32)),
 }
 SITES = {
@@ -67,16 +71,16 @@ def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens,
 
     def step() -> None:
         for _ in range(64 if new_tokens == 1 else 1):  # in one of them a group of tokens is packed
-            layer.attend(query, keys, values, scaling=0.1, softcap=site.softcap)
-            layer.append(keys, values)
+            layer.step(query, keys, values, scaling=0.1, softcap=site.softcap)
 
     measured = peak_bytes(step)
     output_bytes = query.numel() * query.element_size()
     declared = option.workspace_bytes(site, new_tokens=new_tokens, **sizes)
     assert measured <= declared + output_bytes
-    rows_pack_alone = padded and new_tokens == 1 and "bit" in name  # then a group of one row is packed at a time
-    # float32 slabs may need no copy; else what is declared is not padded, for plans waste it
-    if dtype == torch.bfloat16 and not rows_pack_alone:
+    # One packed group of one row at a time, and rows that stand differently take turns; 1,400 tokens don't fill a demoted block of 1,024;
+    # float32 slabs may need no copy. Else what is declared is not padded, for plans waste it.
+    rows_take_turns = padded and ("heavy" in name or (new_tokens == 1 and "bit" in name))
+    if dtype == torch.bfloat16 and not rows_take_turns and "demoted" not in name:
         assert declared <= 1.5 * (measured - output_bytes)
 
 

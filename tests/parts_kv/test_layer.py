@@ -15,6 +15,9 @@ from haversack.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from haversack.ledger import total_bytes
 from haversack.parts.base import all_parts, part_from_dict
 from haversack.parts.kv.base import KVOption, KVPart
+from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.low_precision import LowPrecision
+from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
@@ -62,8 +65,7 @@ def run(layer, query, keys, values, steps, **kwargs):
     for step in steps:
         part = slice(done, done + step)
         done += step
-        output, lse = layer.attend(query[:, :, part], keys[:, :, part], values[:, :, part], scaling=SCALING, **kwargs)
-        layer.append(keys[:, :, part], values[:, :, part])
+        output, lse = layer.step(query[:, :, part], keys[:, :, part], values[:, :, part], scaling=SCALING, **kwargs)
         outputs.append(output)
         lses.append(lse)
     return torch.cat(outputs, 2), torch.cat(lses, 2)
@@ -108,7 +110,58 @@ OPTIONS = [
     KVOption(SinksAndWindow(4, 30)),
     KVOption(None, QuantizedKV(2, 2, 32, 8)),
     KVOption(SinksAndWindow(4, 70), QuantizedKV(4, 2, 32, 8)),
+    KVOption(HeavyHitters(4, 20, 8, 16)),
+    KVOption(Persistence(0, 40, 0, 8)),
+    KVOption(HeavyHitters(4, 20, 8, 32), demote=LowPrecision(2)),
 ]
+
+
+@pytest.mark.parametrize("selection", [HeavyHitters(4, 20, 8, 16), Persistence(0, 40, 0, 8)], ids=lambda s: s.id)
+def test_heads_choose_the_same_tokens_in_any_chunks(selection):
+    """Blocks are cut by a sequence's own positions, so that prefill's chunks decide nothing."""
+    length, option = 150, KVOption(selection)
+    query, keys, values = tokens(2, length)
+    runs = []
+    for steps in ([length], [7] * 21 + [3], [1] * length):
+        layer = option.build(site(), batch_size=2, capacity_tokens=length, dtype="F32")
+        output, _ = run(layer, query, keys, values, steps)
+        runs.append((output, [layer.held_by_head(row) for row in range(2)]))
+        assert (
+            layer.num_bytes()
+            == layer.max_bytes()
+            < KVOption().stored_bytes(site(), batch_size=2, capacity_tokens=length, dtype="F32")
+        )
+    for output, held in runs[1:]:
+        torch.testing.assert_close(output, runs[0][0], atol=1e-5, rtol=0)
+        assert held == runs[0][1]
+
+
+def test_a_head_keeps_what_was_attended_to():
+    """Three tokens get all the attention of one head, other three of the other head; each keeps its own, sinks and the last."""
+    length, loud = 96, ((20, 33, 47), (21, 50, 51))
+    keys = torch.zeros(1, 2, length, DIM)
+    for head, positions in enumerate(loud):
+        keys[0, head, list(positions), 0] = 40.0
+    query = torch.zeros(1, 4, length, DIM)
+    query[..., 0] = 1.0
+    layer = KVOption(HeavyHitters(2, 6, 8, 16)).build(site(), batch_size=1, capacity_tokens=length, dtype="F32")
+    run(layer, query, keys, torch.zeros_like(keys), [length])
+    for head, positions in enumerate(loud):
+        assert {0, 1, *positions, *range(length - 8, length)} <= set(layer.held_by_head(0)[head])
+        assert len(layer.held_by_head(0)[head]) == 16
+
+
+def test_demoted_tokens_are_still_attended_to():
+    length = 200
+    query, keys, values = tokens(2, length)
+    option = KVOption(HeavyHitters(4, 20, 8, 32), demote=LowPrecision(8))
+    layer = option.build(site(), batch_size=2, capacity_tokens=length, dtype="F32")
+    output, _ = run(layer, query, keys, values, [50, 50, 99, 1])
+    expected, _ = reference(query, keys, values, hidden_for(length))
+    torch.testing.assert_close(output.double(), expected, atol=0.03, rtol=0)  # 8 bits over a range of about 6
+    dropped = KVOption(HeavyHitters(4, 20, 8, 32)).build(site(), batch_size=2, capacity_tokens=length, dtype="F32")
+    without, _ = run(dropped, query, keys, values, [50, 50, 99, 1])
+    assert (without.double() - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda o: "+".join(p.id for p in o.parts))
@@ -124,8 +177,7 @@ def test_padded_rows_are_as_alone(option):
         done += step
         mask = real[:, part]
         q, k, v = query[:, :, part], keys[:, :, part], values[:, :, part]
-        outputs.append(layer.attend(q, k, v, scaling=SCALING, real=mask)[0])
-        layer.append(k, v, mask)
+        outputs.append(layer.step(q, k, v, scaling=SCALING, real=mask)[0])
     together = torch.cat(outputs, 2)
     for row, length in enumerate(lengths):
         alone = option.build(site(), batch_size=1, capacity_tokens=total + 5, dtype="F32")
@@ -137,7 +189,7 @@ def test_padded_rows_are_as_alone(option):
             "keys",
             "values",
         }:  # slots of these that are free hold what was there before
-            assert torch.equal(layer.tensors[name][row], alone.tensors[name][0])
+            torch.testing.assert_close(layer.tensors[name][row], alone.tensors[name][0], atol=1e-5, rtol=0)
         probe = query[row : row + 1, :, -1:]
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)

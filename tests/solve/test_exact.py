@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 
+from haversack.solve.arrays import to_arrays
+from haversack.solve.classes import classes
 from haversack.solve.exact import NoSolutionError, solve
 from haversack.solve.problem import (
     Choice,
@@ -22,7 +24,7 @@ from haversack.solve.problem import (
     together,
 )
 
-NUM_PROBLEMS = 260
+NUM_PROBLEMS, NUM_TWINS = 260, 120
 
 
 def random_problem(seed: int) -> Problem:
@@ -97,6 +99,56 @@ def random_problem(seed: int) -> Problem:
     )
 
 
+def with_twins(seed: int) -> Problem:
+    """A random problem whose groups stand two to four times: on shared accounts, and on accounts of their own in the
+    same places of the same time points. Now and then a twin differs by a byte or is named by a link."""
+    draw = random.Random(seed)
+    base = random_problem(seed)
+    own = set(draw.sample([f"workspace.{i}" for i in range(3)], draw.randint(1, 3)))
+    copies = [draw.randint(2, 4) if i < 2 else 1 for i in range(len(base.groups))][: draw.randint(1, 3)]
+    if sum(copies) > 5:
+        copies = [2, 3]
+    groups, names = [], {account: [account] for account in own}
+    for group, num in zip(base.groups, copies, strict=False):
+        for twin in range(num):
+            names_here = {account: f"{account} of {group.id}.{twin}" for account in own}
+            for account, name in names_here.items():
+                names[account].append(name)
+            odd = draw.random() < 0.15
+            choices = tuple(
+                replace(c, account_bytes={names_here.get(a, a): n + odd for a, n in c.account_bytes.items()})
+                for c in group.choices[:3]
+            )
+            groups.append(Group(f"{group.id}.{twin}", choices))
+
+    def spread(accounts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for account in accounts for name in names.get(account, [account]))
+
+    points = tuple(
+        replace(
+            point,
+            accounts=spread(point.accounts),
+            peak_terms=tuple(replace(term, accounts=spread(term.accounts)) for term in point.peak_terms),
+        )
+        for point in base.time_points
+    )
+    links: tuple[Requires, ...] = ()
+    if draw.random() < 0.4 and len(groups) > 1:
+        a, b = draw.sample(groups, 2)
+        links = draw.choice(
+            [same_choice((a, b)), (Requires(a.id, frozenset({"c0"}), b.id, frozenset({b.choices[-1].id})),)]
+        )
+    problem = Problem(tuple(groups), points, {}, links)
+    held = problem.evaluate([draw.randrange(len(g.choices)) for g in groups])
+    capacity = {t: max(0, n - draw.choice([0, 0, 1])) for t, n in held.peak_bytes.items() if t != "disk"}
+    return replace(
+        problem,
+        capacity_bytes=capacity,
+        max_seconds=held.seconds + draw.randint(0, 2) if draw.random() < 0.5 else None,
+        max_damage=held.damage + draw.randint(0, 3) if draw.random() < 0.3 else None,
+    )
+
+
 def count(problem: Problem, chosen: tuple[int, ...]) -> tuple[float, float, dict[str, int], bool]:
     """Damage, seconds, peak bytes by tier, and whether links and bounds hold: the definition, written out again."""
     taken = {g.id: g.choices[i] for g, i in zip(problem.groups, chosen)}
@@ -146,7 +198,29 @@ def brute_force(problem: Problem, order: str, first_tier: str) -> tuple[bool, tu
 @pytest.mark.parametrize("seed", range(NUM_PROBLEMS))
 @pytest.mark.parametrize("minimise", ["damage", "seconds", "bytes"])
 def test_equals_brute_force(seed: int, minimise: str) -> None:
-    problem = random_problem(seed)
+    check_against_brute_force(random_problem(seed), minimise)
+
+
+@pytest.mark.parametrize("seed", range(5000, 5000 + NUM_TWINS))
+@pytest.mark.parametrize("minimise", ["damage", "seconds", "bytes"])
+def test_twins_equal_brute_force(seed: int, minimise: str) -> None:
+    check_against_brute_force(with_twins(seed), minimise)
+
+
+def test_twins_are_merged_and_linked_ones_are_not() -> None:
+    merged = linked = 0
+    for seed in range(5000, 5000 + NUM_TWINS):
+        problem = with_twins(seed)
+        arrays = to_arrays(problem)
+        found = classes(arrays)
+        merged += max(found.multiplicity) > 1
+        at = {int(arrays.group_of[p]) for link in arrays.links for positions in link for p in positions}
+        linked += bool(at)
+        assert all(len(members) == 1 for members in found.members if set(members) & at)
+    assert merged > NUM_TWINS / 2 and linked > NUM_TWINS / 6
+
+
+def check_against_brute_force(problem: Problem, minimise: str) -> None:
     first_tier = problem.time_points[0].tier
     expected = brute_force(problem, minimise, first_tier)
     if expected is None:

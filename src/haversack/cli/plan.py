@@ -199,7 +199,8 @@ def damage_words(damage: DamageRecord) -> str:
         return f"unknown{known}"
     if damage.nats == 0:
         return "none: everything stays as it is"
-    span = f", {damage.low:.3g} to {damage.high:.3g}" if damage.low is not None and damage.label == "cited" else ""
+    has_span = damage.low is not None and damage.high is not None and damage.low < damage.high
+    span = f", {damage.low:.3g} to {damage.high:.3g}" if has_span else ""
     return f"{damage.nats:.4g} nats per token ({damage.label}{span})"
 
 

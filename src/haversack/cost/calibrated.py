@@ -30,10 +30,10 @@ from haversack.engine.calibrate import (
     SiteStatistics,
     Statistics,
     calibrate,
-    calibration_token_ids,
 )
-from haversack.engine.measure import DamageMeter, token_windows
+from haversack.engine.measure import DamageMeter
 from haversack.engine.quiet import quiet_transformers
+from haversack.engine.windows import TextWindows, text_windows, token_windows
 from haversack.errors import CheckpointError, UsageError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
@@ -56,7 +56,7 @@ class Calibration:
     """What packing and planning need of one calibration pass."""
 
     model: Model
-    token_ids: torch.Tensor
+    windows: TextWindows
     statistics: Statistics
     weight_damages: Mapping[str, Mapping[WeightOption, Damage]]
     kv_damages: Mapping[str, Mapping[KVOption, Damage]]
@@ -87,30 +87,36 @@ def calibrate_model(
     if not text.strip():
         raise UsageError("the calibration text is empty; name a text file of some hundred kilobytes.")
     tell = progress or (lambda what, done, total: None)
-    token_ids, notes = tokenize(model, text, num_tokens=num_tokens, seq_len=seq_len)
-    statistics = calibrate(model, token_ids, cache=cache_folder(), settings=CalibrationSettings(), progress=progress)
+    windows = text_windows(token_ids_of(model, text), num_tokens, min(seq_len, model.max_positions or seq_len))
+    settings = CalibrationSettings()
+    statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=progress)
     table = _Table(statistics.folder / f"damages-{__version__}.jsonl")
     weight_damages = _weight_damages(model, statistics, table, tell)
-    kv_damages = _kv_damages(model, token_ids, kv_capacity_tokens, table, tell)
-    return Calibration(model, token_ids, statistics, weight_damages, kv_damages, tuple(notes))
+    kv_damages = _kv_damages(model, windows.calibration, kv_capacity_tokens, table, tell)
+    return Calibration(model, windows, statistics, weight_damages, kv_damages, windows.notes)
 
 
-def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> tuple[torch.Tensor, list[str]]:
-    """`(sequences, seq_len)` spread over a text, with notes where the text is too short."""
+def token_ids_of(model: Model, text: str) -> list[int]:
+    """A text's token ids. Raises CheckpointError where the folder has no usable tokenizer."""
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():  # it warns of long texts, which are cut here
+        with quiet_transformers():  # it warns of long texts, which are cut later
             tokenizer = AutoTokenizer.from_pretrained(model.folder)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         reason = " ".join(str(error).split())[:160].rstrip(".")
         raise CheckpointError(
             f"{model.folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
             "tokenizer_config.json there."
         ) from None
-    seq_len = min(seq_len, model.max_positions or seq_len)
-    return calibration_token_ids(ids, num_tokens, seq_len)
+
+
+def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> torch.Tensor:
+    """At most `num_tokens` of a text as `(sequences, seq_len)`, spread evenly over it."""
+    ids = token_ids_of(model, text)
+    seq_len = min(seq_len, model.max_positions or seq_len, len(ids))
+    return token_windows(ids, max(1, num_tokens // seq_len), seq_len)
 
 
 class _Table:

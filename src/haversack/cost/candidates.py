@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from haversack.cost.damage import Damage
 from haversack.describe.machine import Machine
@@ -70,6 +70,7 @@ class Serving:
     machine: Machine
     prefill: ActivationProfile
     decode: ActivationProfile
+    _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def read_rate(self) -> float:
@@ -78,6 +79,25 @@ class Serving:
     @property
     def disk_rate(self) -> float:
         return self.machine.rates.disk_read_bytes_per_second or ASSUMED_DISK_BYTES_PER_SECOND
+
+    def sizes(self, site: WeightSite, option: WeightOption) -> tuple[int, int, int]:
+        """Stored bytes of an option at a site, and its workspace in prefill and in decoding: one look per shape, for
+        layers are many and their shapes few."""
+        is_head = site.role == "head"  # which computes the last token alone
+        key = (site.out_features, site.in_features, site.dtype, is_head, option)
+        if key not in self._sizes:
+            workspace = [
+                option.workspace_bytes(
+                    profile.batch_size * (1 if is_head else profile.new_tokens),
+                    site.out_features,
+                    site.in_features,
+                    self.model.dtype,
+                )
+                for profile in (self.prefill, self.decode)
+            ]
+            stored = option.stored_bytes(site.out_features, site.in_features, site.dtype)
+            self._sizes[key] = stored, workspace[0], workspace[1]
+        return self._sizes[key]
 
 
 def weight_candidates(
@@ -89,7 +109,7 @@ def weight_candidates(
     """Every option with a known or stated damage, in every placement that the site admits."""
     out: list[WeightCandidate] = []
     for option, damage in damages.items():
-        stored_bytes = option.stored_bytes(site.out_features, site.in_features, site.dtype)
+        stored_bytes, prefill_workspace, decode_workspace = serving.sizes(site, option)
         for placement in placements:
             if placement.mode == "streamed" and site.layer is None:
                 continue  # the window follows the layers; what lies outside stays
@@ -99,20 +119,14 @@ def weight_candidates(
                     option=option,
                     placement=placement,
                     stored_bytes=stored_bytes,
-                    prefill_bytes=_while_running(serving.prefill, site, option, serving.model.dtype),
-                    decode_bytes=_while_running(serving.decode, site, option, serving.model.dtype),
+                    prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
+                    decode_bytes=serving.decode.at_site[site.id] + decode_workspace,
                     seconds=_read_bytes(site, stored_bytes, serving.workload.users) / serving.read_rate,
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
                 )
             )
     return out
-
-
-def _while_running(profile: ActivationProfile, site: WeightSite, option: WeightOption, dtype: str) -> int:
-    """Live bytes while the site's product runs, with the option's own workspace."""
-    num_tokens = profile.batch_size * (1 if site.role == "head" else profile.new_tokens)
-    return profile.at_site[site.id] + option.workspace_bytes(num_tokens, site.out_features, site.in_features, dtype)
 
 
 def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:

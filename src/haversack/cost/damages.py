@@ -93,4 +93,11 @@ def damage_table(
     """By site id: what calibration found, else what was published."""
     if measured is not None:
         return {site.id: dict(measured[site.id]) for site in model.weights}
-    return {site.id: cited_damages(model, site, options) for site in model.weights}
+    by_share: dict[tuple[bool, int], dict[WeightOption, Damage]] = {}  # sites of one share have one table
+    table = {}
+    for site in model.weights:
+        key = (site.role in _OUTSIDE, site.num_parameters)
+        if key not in by_share:
+            by_share[key] = cited_damages(model, site, options)
+        table[site.id] = by_share[key]
+    return table

@@ -126,8 +126,7 @@ def haversack_attention(
     real = None if attention_mask is None else attention_mask[:, -num_new:]
     if real is not None and bool(real.all()):
         real = None
-    output, _ = layer.attend(query, key, value, scaling=scaling, softcap=softcap, sinks=s_aux, real=real)
-    layer.append(key, value, real)
+    output, _ = layer.step(query, key, value, scaling=scaling, softcap=softcap, sinks=s_aux, real=real)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -25,15 +25,13 @@ from haversack.kernels.activations import rounded_activations, rounding_bytes
 from haversack.kernels.dot_schemes import SCHEMES, DotScheme
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_matmul import MatmulCase
+from haversack.kernels.ir_team import SMALLEST_TURN_BYTES
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
 from haversack.kernels.threads import parallel_address
 
 ROUND_TOKENS = (1, 2, 4)
 """Tokens multiplied with a row while it is read once; other numbers are padded to the next, more run in rounds over
 rows that stay in cache. Eight at once ran out of registers: 62 us where two rounds of four took 47."""
-
-TURN_BYTES = 64 << 10
-"""Packed bytes of one thread's turn: some microseconds of work, and small enough to stay in L2 between rounds."""
 
 MATVEC_MAX_TOKENS = {16: 16, 8: 64}
 """Tokens, by activation bits, up to which codes go straight into dot products; beyond, tiles are dequantized for a
@@ -45,8 +43,8 @@ TILE_BYTES = 2 << 20
 ONEDNN_SCRATCH_BYTES, ONEDNN_SCRATCH_TOKEN_BYTES = 512 << 10, 1 << 10
 """What oneDNN's bfloat16 matmul may allocate for itself: at most 258 KiB and 512 bytes per token were seen."""
 
-_FUNCTION = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_int32)
-_DEQUANTIZE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int32)
+_FUNCTION = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 2, ctypes.c_void_p, ctypes.c_int32)
+_DEQUANTIZE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32)
 
 
 @dataclass(frozen=True)
@@ -116,13 +114,8 @@ class Matvec:
 
     def call_words(self, num_rows: int, num_tokens: int, threads: int) -> dict[str, int]:
         """Arguments of the entry `run`, by name, that follow from the number of rows of all its matrices."""
-        threads = max(1, min(threads, num_rows * self._row_bytes // TURN_BYTES))
-        return {
-            "tokens": num_tokens,
-            "rows_per_turn": _rows_per_turn(num_rows, self._row_bytes, threads),
-            "parallel": parallel_address(),
-            "threads": threads,
-        }
+        threads = max(1, min(threads, num_rows * self._row_bytes // SMALLEST_TURN_BYTES))
+        return {"tokens": num_tokens, "parallel": parallel_address(), "threads": threads}
 
     def __call__(
         self, x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
@@ -134,16 +127,14 @@ class Matvec:
         matrix = (ctypes.c_int64 * ir_run.MATRIX_WORDS)(
             codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), out.data_ptr(), num_rows
         )
-        threads = _num_threads(num_rows * self._row_bytes)
         self._run(
             x.data_ptr(),
             workspace.data_ptr(),
             ctypes.addressof(matrix),
             1,
             num_tokens,
-            _rows_per_turn(num_rows, self._row_bytes, threads),
             parallel_address(),
-            threads,
+            _num_threads(num_rows * self._row_bytes),
         )
         return out
 
@@ -219,7 +210,6 @@ def dequantize_rows(
     """Write rows `index` (int64), or all of them in order, to `out` `(rows, fmt.unit_columns)`, float32 or bfloat16."""
     run = _dequantizer(fmt, _name(out.dtype), target or host_target())
     num_rows = out.shape[0]
-    threads = _num_threads(num_rows * fmt.row_bytes)
     run(
         codes.data_ptr(),
         scales.data_ptr(),
@@ -227,9 +217,8 @@ def dequantize_rows(
         out.data_ptr(),
         0 if index is None else index.data_ptr(),
         num_rows,
-        _rows_per_turn(num_rows, fmt.row_bytes, threads),
         parallel_address(),
-        threads,
+        _num_threads(num_rows * fmt.row_bytes),
     )
 
 
@@ -275,13 +264,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _num_threads(packed_bytes: int) -> int:
     """torch's threads, but one where there is less than a turn of work for each."""
-    return max(1, min(torch.get_num_threads(), packed_bytes // TURN_BYTES))
-
-
-def _rows_per_turn(num_rows: int, row_bytes: int, threads: int) -> int:
-    """Whole blocks of rows, about `TURN_BYTES`, and at least eight turns per thread so that they end together."""
-    rows = min(TURN_BYTES // row_bytes, num_rows // (8 * threads))
-    return max(4, rows // 4 * 4)
+    return max(1, min(torch.get_num_threads(), packed_bytes // SMALLEST_TURN_BYTES))
 
 
 def _widest_vectors(target: Target) -> str:

@@ -1,6 +1,6 @@
 """LLVM IR that writes packed rows as floats, in order: tiles for long inputs, and rows of an embedding.
 
-    dequantize(codes, scales, zeros, out, index, rows, rows_per_turn, parallel, threads)
+    dequantize(codes, scales, zeros, out, index, rows, parallel, threads)
 
 Row i of `out` is row `index[i]` (int64) of the matrix, or row i where `index` is null; rows of `out` are `unit_columns`
 long, so that whole units are written. `(code - zero) * scale` in float32, rounded once where bfloat16 is asked for.
@@ -12,6 +12,7 @@ from haversack.kernels.dot_schemes import VectorsF32
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir import Function, Module, Value
 from haversack.kernels.ir_float import bf16_of, half_to_float
+from haversack.kernels.ir_team import add_team_entry, num_turns_of_rows, rows_of_turn
 from haversack.kernels.llvm import Target
 
 DEQUANTIZE_ARGUMENTS = [
@@ -21,12 +22,7 @@ DEQUANTIZE_ARGUMENTS = [
     ("ptr", "out"),
     ("ptr", "index"),
     ("i64", "rows"),
-    ("i64", "rows_per_turn"),
-    ("ptr", "parallel"),
-    ("i32", "threads"),
 ]
-
-_JOB = ["codes", "scales", "zeros", "out", "index", "rows", "rows_per_turn", "next"]
 
 
 def supports(fmt: PackedFormat) -> bool:
@@ -38,18 +34,35 @@ def dequantize_text(fmt: PackedFormat, dtype: str, target: Target) -> str:
     """The whole module, entry `dequantize`; `dtype` is "float32" or "bfloat16"."""
     module = Module()
     _add_row(module, fmt, dtype, target)
-    _add_work(module, fmt, dtype)
-    f = Function(module, "dequantize", DEQUANTIZE_ARGUMENTS)
-    job = f.value("ptr", f"alloca [{len(_JOB)} x i64], align 64")
-    for i, field in enumerate(_JOB):
-        f.store(f.arguments.get(field, Value("i64", "0")), f.offset(job, 8 * i), 8)
-    parallel, threads = f.arguments["parallel"], f.arguments["threads"]
-    given = f.value("i1", f"icmp ne {parallel}, null")
-    together = f.binary("and", given, f.value("i1", f"icmp sgt {threads}, 1"))
-    f.when(together, lambda: f.do(f"call void {parallel.name}(ptr @work, {job}, {threads}, i32 0)"))
-    f.do(f"call void @work({job})")
-    f.end()
+    _add_row_number(module)
+    add_team_entry(
+        module,
+        "dequantize",
+        DEQUANTIZE_ARGUMENTS,
+        lambda f: {"num_turns": _num_turns(f, fmt)},
+        lambda f, fields, turn: _turn(f, fmt, dtype, fields, turn),
+    )
     return module.text()
+
+
+def _num_turns(f: Function, fmt: PackedFormat) -> Value:
+    threads = f.cast("sext", f.arguments["threads"], "i64")
+    return num_turns_of_rows(f, f.arguments["rows"], fmt.row_bytes, threads)
+
+
+def _turn(f: Function, fmt: PackedFormat, dtype: str, fields: dict[str, Value], turn: Value) -> None:
+    first, last = rows_of_turn(f, fields, fields["rows"], turn)
+    row_bytes = fmt.unit_columns * (4 if dtype == "float32" else 2)
+
+    def row(i: Value, _: list[Value]) -> list[Value]:
+        number = f.value("i64", f"call i64 @row_number({fields['index']}, {i})")
+        codes = f.offset(fields["codes"], f.times(number, fmt.row_bytes))
+        scales = f.offset(fields["scales"], f.times(number, 2 * fmt.num_groups))
+        zeros = f.offset(fields["zeros"], f.times(number, fmt.num_groups))
+        f.do(f"call void @row({codes}, {scales}, {zeros}, {f.offset(fields['out'], f.times(i, row_bytes))})")
+        return []
+
+    f.loop(last, [], row, first=first)
 
 
 def _add_row(module: Module, fmt: PackedFormat, dtype: str, target: Target) -> None:
@@ -86,43 +99,12 @@ def _add_row(module: Module, fmt: PackedFormat, dtype: str, target: Target) -> N
     f.end()
 
 
-def _add_work(module: Module, fmt: PackedFormat, dtype: str) -> None:
-    """`work(job)`: one thread's turns, until there are none left."""
-    f = Function(module, "work", [("ptr", "job")])
-    job = f.arguments["job"]
-    pointers = {"codes", "scales", "zeros", "out", "index"}
-    fields = {
-        n: f.load("ptr" if n in pointers else "i64", f.offset(job, 8 * i), 8) for i, n in enumerate(_JOB) if n != "next"
-    }
-    counter = f.offset(job, 8 * _JOB.index("next"))
-    row_bytes = fmt.unit_columns * (4 if dtype == "float32" else 2)
-    identity = f.value("i1", f"icmp eq {fields['index']}, null")
-
-    def take() -> Value:
-        turn = f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")
-        return f.binary("mul", turn, fields["rows_per_turn"])
-
-    def turn(state: list[Value]) -> list[Value]:
-        end = f.binary("add", state[0], fields["rows_per_turn"])
-        less = f.value("i1", f"icmp slt {end}, {fields['rows'].name}")
-        last = f.value("i64", f"select {less}, {end}, {fields['rows']}")
-
-        def row(i: Value, _: list[Value]) -> list[Value]:
-            number = f.value("i64", f"call i64 @row_number({fields['index']}, {identity}, {i})")
-            codes = f.offset(fields["codes"], f.times(number, fmt.row_bytes))
-            scales = f.offset(fields["scales"], f.times(number, 2 * fmt.num_groups))
-            zeros = f.offset(fields["zeros"], f.times(number, fmt.num_groups))
-            f.do(f"call void @row({codes}, {scales}, {zeros}, {f.offset(fields['out'], f.times(i, row_bytes))})")
-            return []
-
-        f.loop(last, [], row, first=state[0])
-        return [take()]
-
-    f.while_less(take(), fields["rows"], turn)
-    f.end()
-    g = Function(module, "row_number", [("ptr", "index"), ("i1", "identity"), ("i64", "i")], "i64")
-    # A null index is read at its own stack place instead, so that there is one path without a branch.
-    own = g.value("ptr", "alloca i64, align 8")
-    g.store(g.arguments["i"], own, 8)
-    there = g.offset(g.arguments["index"], g.times(g.arguments["i"], 8))
-    g.end(g.load("i64", g.value("ptr", f"select {g.arguments['identity']}, {own}, {there}"), 8))
+def _add_row_number(module: Module) -> None:
+    """`row_number(index, i)`: index[i], or i where `index` is null."""
+    f = Function(module, "row_number", [("ptr", "index"), ("i64", "i")], "i64")
+    index, i = f.arguments["index"], f.arguments["i"]
+    # A null index is read at i's own stack place instead, so that there is one path without a branch.
+    own = f.value("ptr", "alloca i64, align 8")
+    f.store(i, own, 8)
+    identity = f.value("i1", f"icmp eq {index}, null")
+    f.end(f.load("i64", f.value("ptr", f"select {identity}, {own}, {f.offset(index, f.times(i, 8))}"), 8))

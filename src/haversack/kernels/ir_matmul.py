@@ -1,9 +1,9 @@
 """LLVM IR of one packed matmul kernel: a format, a number of tokens, an activation dtype, an instruction set.
 
 Everything known when a model is loaded is a constant of the code (columns, groups, tokens); rows and pointers are
-arguments. Activations were laid out by `ir_prepare`; `ir_run` puts the two together. Four rows are computed together
-where registers allow, so that an activation vector is read once for four rows; the four next rows are prefetched line
-by line.
+arguments. Activations were laid out by `ir_prepare`; `ir_run` puts the two together. One token takes rows one after the
+other, so that memory is read in the order of addresses; with more tokens several rows are computed together, so that an
+activation vector is read once for all of them. Later rows are prefetched line by line, in the order of addresses.
 
 Per row: sum over groups of scale * (sum of centred codes times activations), the inner sum in float32 (or exactly, in
 int32, with 8-bit activations); zero points enter as `scale * (zero - centre) * (sum of the group's activations)`.
@@ -23,9 +23,9 @@ from haversack.kernels.llvm import Target
 MAX_SEGMENT_CHUNKS = 8
 """Chunks unrolled between two scalings."""
 
-PREFETCH_BYTES = 16 << 10
-"""How far ahead codes are asked for, in whole blocks of rows. In the order of addresses, not row beside row: four rows
-read abreast reach 13 GB/s here whatever is computed, one stream of prefetches 20 of the 22 that a plain read does."""
+PREFETCH_BYTES = 8 << 10
+"""How far ahead codes are asked for, in whole blocks of rows. Without, four rows abreast reach 17 of the 41 GB/s that a
+plain read does here, and one row alone 31; with it 32 and 35. 4 and 16 KiB are within 5% of 8."""
 
 SCALE_PREFETCH_ROWS = 16
 """Rows ahead that scales are asked for. They come line by line, too slowly for a CPU to see a stream in them: without
@@ -83,8 +83,12 @@ class MatmulCase:
 
     @property
     def block_rows(self) -> int:
-        """Rows computed together: as many as leave registers for tables, codes and activations."""
-        return 4 if self.tokens <= 2 else 2
+        """Rows computed together. One token: one row, 0.92 of a plain read at 4 bits where four rows abreast reach 0.83;
+        at 2 bits, which computing bounds, two: 0.74 to 0.68. Else as many as leave registers for codes and activations.
+        """
+        if self.tokens == 1:
+            return 2 if self.fmt.bits == 2 else 1
+        return 4 if self.tokens == 2 else 2
 
     # The workspace of one round: activations, start values and scales of int8 activations, group sums; one float32 row.
 
@@ -139,9 +143,10 @@ def supports(fmt: PackedFormat, scheme: DotScheme) -> bool:
 
 
 def add_rows(module: Module, case: MatmulCase) -> None:
-    """`rows(round, codes, scales, zeros, out, stride, valid, first, last)`: those rows, for one round of tokens.
+    """`rows(round, codes, scales, zeros, out, stride, valid, limit, first, last)`: those rows, for one round of tokens.
 
-    `out` is that of the round's first token; `stride` the elements between tokens; `valid` the tokens to write.
+    `out` is that of the round's first token; `stride` the elements between tokens; `valid` the tokens to write; rows
+    from `limit` on are someone else's and not prefetched.
     """
     _add_block(module, case, case.block_rows)
     if case.block_rows > 1:
@@ -182,6 +187,7 @@ _BLOCK_ARGUMENTS = [
     ("ptr", "out"),
     ("i64", "stride"),
     ("i64", "valid"),
+    ("i64", "limit"),
     ("i64", "first"),
 ]
 
@@ -200,14 +206,14 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
     chains = 2 if num_rows * case.tokens <= 4 else 1
     chunk_bytes = len(scheme.activation_columns) * case.tokens * case.terms * case.vector_bytes
     starts = f.offset(arguments["round"], case.activation_bytes)
-    for pointer in scales:
-        for at in range(0, 2 * fmt.num_groups, 64):
-            _prefetch(f, f.offset(pointer, at), SCALE_PREFETCH_ROWS * 2 * fmt.num_groups)
+    ahead = _rows_ahead(f, case, rows[0], num_rows)
+    _prefetch_scales(f, case, scales[0], num_rows)
+    floats = [_scales_as_floats(f, case, pointer) for pointer in scales]
 
     def dots(accumulators: list[Value], chunk: Value | int, units: int) -> list[Value]:
         """Accumulators, ordered row, token, chain, plus the products of one chunk."""
         accumulators = list(accumulators)
-        _prefetch_lines(f, case, codes[0], chunk, num_rows)
+        _prefetch_codes(f, case, codes[0], ahead, chunk, num_rows)
         low_at = f.times(chunk, scheme.chunk_bytes) if isinstance(chunk, Value) else chunk * scheme.chunk_bytes
         operands = []
         for r in range(num_rows):
@@ -245,9 +251,9 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
         """`sums`, ordered row, token, plus a segment's accumulators times its scales."""
         result = []
         for r in range(num_rows):
-            at = 2 * case.chunk_groups
+            at = 4 * case.chunk_groups
             offset = f.times(segment, at) if isinstance(segment, Value) else segment * at
-            scale = _lane_scales(f, case, f.offset(scales[r], offset), groups)
+            scale = _lane_scales(f, case, f.offset(floats[r], offset), groups)
             for t in tokens:
                 first = (r * case.tokens + t) * chains
                 inner = accumulators[first]
@@ -284,7 +290,7 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
             accumulators = dots(start(full_segments), full_chunks, tail_units)
             sums = scaled(sums, accumulators, full_segments, tail_units // case.group_units)
     if not fmt.symmetric:
-        sums = _take_zeros(f, case, sums, rows, scales)
+        sums = _take_zeros(f, case, sums, rows, floats)
     for r in range(num_rows):
         for t in tokens:
             _store(f, case, sums[r * case.tokens + t], rows[r], t)
@@ -297,15 +303,32 @@ def _start_pointer(f: Function, case: MatmulCase, starts: Value, segment: Value 
     return f.offset(f.offset(starts, at), case.start_stride * token)
 
 
+def _scales_as_floats(f: Function, case: MatmulCase, scales: Value) -> Value:
+    """One row's scales in float32, on the stack: converted sixteen at a time, which a chunk's own would not fill."""
+    fmt = case.fmt
+    floats = f.value("ptr", f"alloca [{case.padded_groups} x float], align 64")
+
+    def convert(group: Value | int, width: int) -> list[Value]:
+        at = f.times(group, 2) if isinstance(group, Value) else 2 * group
+        halves = _widened(f, f.load(vector(width, "i16"), f.offset(scales, at), 2))
+        place = f.offset(floats, f.times(group, 4) if isinstance(group, Value) else 4 * group)
+        f.store(half_to_float(f, halves, case.target), place, 64)
+        return []
+
+    full = fmt.num_groups // 16 * 16
+    f.loop(full, [], lambda group, _: convert(group, 16), step=16)
+    if fmt.num_groups > full:
+        convert(full, fmt.num_groups - full)
+    return floats
+
+
 def _lane_scales(f: Function, case: MatmulCase, pointer: Value, groups: int) -> Value:
-    """Sixteen float32 scales, lane by lane, from the `groups` float16 scales of a segment."""
+    """Sixteen scales, lane by lane, from the `groups` scales of a segment."""
     if groups == 1:
-        lanes = f.splat(f.load("i16", pointer, 2), 16)
-    else:
-        loaded = f.load(vector(groups, "i16"), pointer, 2)
-        units = case.group_units
-        lanes = f.shuffle(loaded, None, [min(u // units, groups - 1) for u in case.scheme.lane_units])
-    return half_to_float(f, lanes, case.target)
+        return f.splat(f.load("float", pointer, 4), 16)
+    loaded = f.load(vector(groups, "float"), pointer, 4)
+    units = case.group_units
+    return f.shuffle(loaded, None, [min(u // units, groups - 1) for u in case.scheme.lane_units])
 
 
 def _take_zeros(
@@ -319,17 +342,16 @@ def _take_zeros(
 
     def step(group: Value | int, carried: list[Value], width: int) -> list[Value]:
         result = list(carried)
+        at = f.times(group, 4) if isinstance(group, Value) else 4 * group
         for r in range(len(rows)):
-            at = f.times(group, 2) if isinstance(group, Value) else 2 * group
-            scale = _widened(f, f.load(vector(width, "i16"), f.offset(scales[r], at)))
             zero = _widened(f, f.load(vector(width, "i8"), f.offset(zero_rows[r], group)))
             zero = f.cast("uitofp", f.cast("zext", zero, "<16 x i32>"), "<16 x float>")
-            factor = f.binary("fmul", half_to_float(f, scale, case.target), f.binary("fsub", centre, zero))
+            scale = f.load("<16 x float>", f.offset(scales[r], at), 64)
+            factor = f.binary("fmul", scale, f.binary("fsub", centre, zero))
             for t in range(case.tokens):
                 base = f.offset(group_sums, 4 * case.padded_groups * t)
-                x = f.load("<16 x float>", f.offset(base, f.times(group, 4) if isinstance(group, Value) else 4 * group))
                 slot = r * case.tokens + t
-                result[slot] = multiply_add(f, factor, x, result[slot])
+                result[slot] = multiply_add(f, factor, f.load("<16 x float>", f.offset(base, at)), result[slot])
         return result
 
     full = fmt.num_groups // 16 * 16
@@ -360,17 +382,31 @@ def _store(f: Function, case: MatmulCase, lanes: Value, row: Value, token: int) 
         f.when(f.value("i1", f"icmp sgt {f.arguments['valid']}, {token}"), write)
 
 
-def _prefetch_lines(f: Function, case: MatmulCase, block: Value, chunk: Value | int, num_rows: int) -> None:
+def _rows_ahead(f: Function, case: MatmulCase, row: Value, num_rows: int) -> Value:
+    """Bytes from a block of rows to the one that is asked for meanwhile; none where that belongs to another thread."""
+    blocks = max(1, round(PREFETCH_BYTES / (num_rows * case.fmt.row_bytes)))
+    there = f.value("i1", f"icmp slt {f.binary('add', row, num_rows * blocks)}, {f.arguments['limit'].name}")
+    return f.value("i64", f"select {there}, i64 {num_rows * blocks * case.fmt.row_bytes}, i64 0")
+
+
+def _prefetch_codes(
+    f: Function, case: MatmulCase, block: Value, ahead: Value, chunk: Value | int, num_rows: int
+) -> None:
     """Ask for one chunk's share of a later block of rows, in the order of addresses."""
-    block_bytes = num_rows * case.fmt.row_bytes
     share = num_rows * -(-case.fmt.row_bytes // case.num_chunks)
-    ahead = max(1, round(PREFETCH_BYTES / block_bytes)) * block_bytes
     at = f.offset(block, f.times(chunk, share) if isinstance(chunk, Value) else chunk * share)
     for line in range(0, share, 64):
-        _prefetch(f, at, ahead + line)
+        _prefetch(f, case, f.offset(f.offset(at, ahead), line))
 
 
-def _prefetch(f: Function, pointer: Value, num_bytes: int) -> None:
-    """Ask for the line `num_bytes` ahead, into L2. Never faults."""
+def _prefetch_scales(f: Function, case: MatmulCase, block: Value, num_rows: int) -> None:
+    """Ask for the scales of a later block of rows, which follow each other without a gap."""
+    row_bytes = 2 * case.fmt.num_groups
+    for line in range(0, num_rows * row_bytes, 64):
+        _prefetch(f, case, f.offset(block, SCALE_PREFETCH_ROWS * row_bytes + line))
+
+
+def _prefetch(f: Function, case: MatmulCase, pointer: Value) -> None:
+    """Ask for a line; never faults. For one token it is read once and need not stay in L2, else it may be read again."""
     f.module.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-    f.do(f"call void @llvm.prefetch.p0({f.offset(pointer, num_bytes)}, i32 0, i32 2, i32 1)")
+    f.do(f"call void @llvm.prefetch.p0({pointer}, i32 0, i32 {0 if case.tokens == 1 else 2}, i32 1)")

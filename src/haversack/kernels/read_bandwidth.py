@@ -10,6 +10,7 @@ import torch
 
 from haversack.errors import UsageError
 from haversack.kernels.ir import Function, Module, Value, zeros
+from haversack.kernels.ir_team import add_team_entry
 from haversack.kernels.llvm import compile_text, host_target
 from haversack.kernels.threads import parallel_address
 
@@ -47,43 +48,21 @@ def _reader():
 def _text() -> str:
     """`run(data, turns, total, parallel, threads)`: the sum of all 64-bit words, so that no read can be left out."""
     module = Module()
-    f = Function(module, "work", [("ptr", "job")])
-    data, turns, total = (
-        f.load(t, f.offset(f.arguments["job"], 8 * i), 8) for i, t in enumerate(["ptr", "i64", "ptr"])
-    )
-    counter = f.offset(f.arguments["job"], 24)
-
-    def take() -> Value:
-        return f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")
-
-    def turn(state: list[Value]) -> list[Value]:
-        base = f.offset(data, f.times(state[0], TURN_BYTES))
-
-        def lines(i: Value, sums: list[Value]) -> list[Value]:
-            return [
-                f.binary("add", s, f.load("<8 x i64>", f.offset(f.offset(base, i), 64 * k))) for k, s in enumerate(sums)
-            ]
-
-        sums = f.loop(TURN_BYTES, [zeros("<8 x i64>")] * 8, lines, step=64 * 8)
-        for other in sums[1:]:
-            sums[0] = f.binary("add", sums[0], other)
-        word = f.call("i64", "llvm.vector.reduce.add.v8i64", sums[0])
-        f.do(f"%ignored{state[0].name[1:]} = atomicrmw add {total}, {word} monotonic")
-        return [take()]
-
-    f.while_less(take(), turns, turn)
-    f.end()
-    g = Function(
-        module, "run", [("ptr", "data"), ("i64", "turns"), ("ptr", "total"), ("ptr", "parallel"), ("i32", "threads")]
-    )
-    job = g.value("ptr", "alloca [4 x i64], align 64")
-    for i, field in enumerate(["data", "turns", "total"]):
-        g.store(g.arguments[field], g.offset(job, 8 * i), 8)
-    g.store(Value("i64", "0"), g.offset(job, 24), 8)
-    parallel, threads = g.arguments["parallel"], g.arguments["threads"]
-    given = g.value("i1", f"icmp ne {parallel}, null")
-    together = g.binary("and", given, g.value("i1", f"icmp sgt {threads}, 1"))
-    g.when(together, lambda: g.do(f"call void {parallel.name}(ptr @work, {job}, {threads}, i32 0)"))
-    g.do(f"call void @work({job})")
-    g.end()
+    arguments = [("ptr", "data"), ("i64", "num_turns"), ("ptr", "total")]
+    add_team_entry(module, "run", arguments, lambda f: {}, _turn)
     return module.text()
+
+
+def _turn(f: Function, fields: dict[str, Value], turn: Value) -> None:
+    base = f.offset(fields["data"], f.times(turn, TURN_BYTES))
+
+    def lines(i: Value, sums: list[Value]) -> list[Value]:
+        return [
+            f.binary("add", s, f.load("<8 x i64>", f.offset(f.offset(base, i), 64 * k))) for k, s in enumerate(sums)
+        ]
+
+    sums = f.loop(TURN_BYTES, [zeros("<8 x i64>")] * 8, lines, step=64 * 8)
+    for other in sums[1:]:
+        sums[0] = f.binary("add", sums[0], other)
+    word = f.call("i64", "llvm.vector.reduce.add.v8i64", sums[0])
+    f.value("i64", f"atomicrmw add {fields['total']}, {word} monotonic")

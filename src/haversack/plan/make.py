@@ -23,7 +23,7 @@ from haversack.plan.question import Answer, Question
 from haversack.plan.write import write_answer
 from haversack.recipes.base import candidate_options
 from haversack.solve.bound import bound
-from haversack.solve.exact import Solution, solve
+from haversack.solve.exact import NoSolutionError, Solution, Solver
 from haversack.solve.front import pareto_front, uniform_baselines
 from haversack.solve.problem import Problem, as_tuple
 
@@ -35,6 +35,9 @@ PREFILL_CHUNKS = (512, 128, 32)
 
 EXACT_SECONDS = 60.0
 """Limit of the integer program; the gap it reached by then is in the plan."""
+
+EXACT_CHOICES = 1500
+"""Up to so many choices, equal groups counted once, the integer program takes at most a second."""
 
 FRONT_POINTS = 10
 
@@ -151,27 +154,27 @@ def _solve_with(
 
 
 def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], question: Question) -> Solution:
-    """Exact where damages were weighed on this model. Published ones are the same for every layer: there the relaxation
-    answers in milliseconds with its gap stated, and a proof of optimality would prove nothing about the model."""
-    if question.weight_damages is not None:
-        return solve(problem, what, time_limit_seconds=EXACT_SECONDS)
+    """Exact where damages were weighed on this model, and where equal layers leave little to decide. A window that layers
+    stream through tells equal layers apart: there published damages get the relaxation's answer, its gap stated, for a
+    proof of optimality would prove nothing about the model."""
+    solver = Solver(problem)
+    if question.weight_damages is not None or solver.num_choices <= EXACT_CHOICES:
+        try:
+            return solver.solve(what, time_limit_seconds=EXACT_SECONDS)
+        except NoSolutionError:  # bounds on damage and seconds that no budget meets
+            return dataclasses.replace(_smallest(problem), fits=False)
     started = time.perf_counter()
     found = bound(problem, what)
-    fits = found.chosen is not None
-    if not fits:  # the smallest there is, whatever it loses
-        what = "bytes"
-        found = bound(dataclasses.replace(problem, capacity_bytes={}, max_seconds=None, max_damage=None), what)
     if found.chosen is None or found.objective is None:
-        return solve(problem, what, time_limit_seconds=EXACT_SECONDS)
-    return Solution(
-        found.chosen,
-        what,
-        found.objective,
-        found.lower_bound,
-        fits,
-        problem.evaluate(found.chosen),
-        time.perf_counter() - started,
-    )
+        return dataclasses.replace(_smallest(problem), fits=False)
+    evaluation = problem.evaluate(found.chosen)
+    seconds = time.perf_counter() - started
+    return Solution(found.chosen, what, found.objective, found.lower_bound, True, evaluation, seconds, "relaxation")
+
+
+def _smallest(problem: Problem) -> Solution:
+    """The fewest bytes that any plan takes, whatever it loses."""
+    return Solver(dataclasses.replace(problem, capacity_bytes={}, max_seconds=None, max_damage=None)).solve("bytes")
 
 
 def _front(built: ServingProblem, solution: Solution, question: Question) -> tuple[dict[str, Any], ...]:

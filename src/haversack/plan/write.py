@@ -14,7 +14,6 @@ from haversack.cost.candidates import (
     Serving,
     WeightCandidate,
 )
-from haversack.cost.damage import Damage
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
 from haversack.describe.machine import Machine
@@ -55,7 +54,7 @@ def write_answer(
     if refined is None:
         damage = total_damage([c.damage for c in weights] + [c.damage for c in kv])
     else:
-        damage = Damage(refined.damage, "measured", source="KL of the whole plan on calibration text")
+        damage = refined.damage
     prediction = Prediction(
         timeline=ledger.to_dict(),
         peak_bytes=peak_bytes,
@@ -86,7 +85,7 @@ def write_answer(
         kv=tuple(_kv_record(c, built.kv[c.site.id]) for c in kv),
         prediction=prediction,
         solve=Solve(
-            method=f"{'relaxation' if question.weight_damages is None else 'integer program'}, least {solution.minimised}",
+            method=f"{solution.method}, least {solution.minimised}",
             gap=solution.gap,
             seconds=solution.seconds_to_solve,
             num_groups=len(built.problem.groups),

@@ -62,6 +62,7 @@ class Solution:
     fits: bool
     evaluation: Evaluation
     seconds_to_solve: float
+    method: str = "integer program"
 
     @property
     def gap(self) -> float:
@@ -103,7 +104,13 @@ class Solver:
         self._near = near
         given = [chosen for chosen, _ in self._far] + ([near[0]] if near else [])
         self.arrays: Arrays = to_arrays(problem, never_dominated=given)
-        self._program = Program(self.arrays)
+        self._merge = not given
+        self._program = Program(self.arrays, merge=self._merge)
+
+    @property
+    def num_choices(self) -> int:
+        """What the program decides about: choices that nothing dominates, those of equal groups once."""
+        return self._program.arrays.num_choices
 
     def solve(
         self,
@@ -146,7 +153,7 @@ class Solver:
         if not fits and kind == "peak":
             objective, bound = sum(evaluation.excess_bytes.values()), bound - self.problem.capacity_bytes[limited[0]]
         if minimise == "bytes" or not fits:  # whole bytes: the bound may be rounded up, less what HiGHS tolerates
-            bound = math.ceil(bound - self._program.tolerance(order[0]))
+            bound = max(0, math.ceil(bound - self._program.tolerance(order[0])))
         return Solution(
             chosen=chosen,
             minimised=minimise,
@@ -190,13 +197,13 @@ class Solver:
         difference can't be in any better solution and is dropped for this goal and, as its value is held, for the next.
         """
         upper = {name: value + _slack(name, value) for name, value in limits.items()}
-        plain = self.arrays.num_choices > SMALL_ENOUGH and not any(
+        plain = self.num_choices > SMALL_ENOUGH and not any(
             name.startswith("excess") for name in (*goal.weights, *upper)
         )
         left = None if deadline is None else deadline - time.monotonic()
         greedy = self._reduce(goal, upper, left) if plain else None
         program = self._program
-        presolve = self.arrays.num_choices > SMALL_ENOUGH
+        presolve = self.num_choices > SMALL_ENOUGH
         forbidden = list(self._far)
         for _ in range(MAX_REPAIRS):
             left = None if deadline is None else deadline - time.monotonic()
@@ -217,6 +224,9 @@ class Solver:
             chosen = self.arrays.chosen(answer.flat)
             if self._keeps(self.problem.evaluate(chosen), limits):
                 return answer
+            if program.is_merged:  # a count can't be forbidden without what is better than it in another order
+                program = Program(self.arrays, merge=False)
+                presolve = self.arrays.num_choices > SMALL_ENOUGH
             forbidden.append((chosen, 1))
         raise HaversackError(f"{MAX_REPAIRS} solutions in a row passed a limit by no more than the solver's tolerance.")
 
@@ -241,9 +251,10 @@ class Solver:
         keep = lower + loss <= value + REDUCTION_TOLERANCE * max(1e-12, abs(value), abs(lower))
         keep[flat] = True
         chosen = self.arrays.chosen(flat)
+        self._program.classes.keep_alike(keep, self.arrays.starts)
         if not keep.all():
             self.arrays = self.arrays.restricted(keep)
-            self._program = Program(self.arrays)
+            self._program = Program(self.arrays, merge=self._merge)
         return Answer(self.arrays.flat(chosen), lower, infeasible=False, timed_out=True)
 
     def _contradicts(self, answer: Answer, greedy: Answer, goal: Goal) -> bool:

@@ -12,6 +12,13 @@
 Budgets are upper bounds on the variables C, D and T, so that one matrix serves every question. E_r is zero unless
 bytes over the capacity are asked for.
 
+Groups that are the same are counted (`classes.py`): x_c becomes the number of a class's N groups that take c, B_a the
+sum over its groups' own accounts, and Z_p >= multiplier_p B_a / N, the mean where the largest is meant. The largest is
+stated beside it, with a binary for every number of bytes v that some of the class's choices book beyond others:
+
+    sum of x over choices that book at least v <= N y_v
+    Z_p >= multiplier_p (v_0 + sum over v of (v - the number before it) y_v)
+
 HiGHS accepts a row that is violated by 1e-6 and an x that is off an integer by 1e-6. Bytes are therefore scaled so that
 1e-6 of a unit is below one byte, by powers of two so that they stay exact; values are scaled to order one; and nothing
 is believed before `Problem.evaluate` has counted it in integers.
@@ -35,6 +42,7 @@ from scipy.sparse import coo_array, csr_array, diags_array, hstack, vstack
 
 from haversack.solve.arrays import Arrays
 from haversack.solve.bound import Prices
+from haversack.solve.classes import classes
 
 UNITS_AT_CAPACITY = 2.0**20
 """A capacity is this many units: the 1e-6 that HiGHS tolerates is then 1e-12 of it, below a byte up to 0.9 TiB. Where a
@@ -62,10 +70,15 @@ class Goal:
 
 
 class Program:
-    """Matrix and bounds for one `Arrays`. Rows for distance from given solutions come with each question."""
+    """Matrix and bounds for one `Arrays`. Rows for distance from given solutions come with each question.
 
-    def __init__(self, arrays: Arrays):
-        self.arrays = arrays
+    With `merge`, groups that are the same are counted instead of listed, and no solution can be kept at a distance.
+    """
+
+    def __init__(self, all_arrays: Arrays, *, merge: bool = True):
+        self.all_arrays = all_arrays
+        self.classes = classes(all_arrays, merge=merge)
+        self.arrays = arrays = self.classes.first
         problem = arrays.problem
         n = arrays.num_choices
         names = [*(f"peak:{t}" for t in arrays.tiers), *(f"excess:{t}" for t in arrays.tiers), "damage", "seconds"]
@@ -86,7 +99,7 @@ class Program:
         self.unit[self.position["seconds"]] = _spread(arrays.seconds, arrays)
 
         self.upper = np.full(self.num_variables, np.inf)
-        self.upper[:n] = 1.0
+        self.upper[:n] = self.classes.multiplicity[arrays.group_of]
         self.lower = np.zeros(self.num_variables)
         self.lower[[self.position["damage"], self.position["seconds"]]] = -np.inf
         for tier in arrays.tiers:
@@ -97,6 +110,11 @@ class Program:
         if problem.max_seconds is not None:
             self.upper[self.position["seconds"]] = problem.max_seconds
         self._rows = self._matrix(unit_of_tier)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether some groups are counted instead of listed."""
+        return self.arrays is not self.all_arrays
 
     def solve(
         self,
@@ -110,24 +128,34 @@ class Program:
     ) -> Answer:
         """HiGHS's answer. `upper` replaces bounds of named values.
 
-        `far` are (solution, n): at least n groups must differ; `near` likewise: at most n may.
+        `far` are (solution, n): at least n groups must differ; `near` likewise: at most n may. Not in a merged program.
         """
         matrix, low, high = self._contracted
         extra, extra_low, extra_high = self._distances(far, near)
         if extra is not None:
             matrix = csr_array(_stack(matrix, extra))
             low, high = np.concatenate([low, extra_low]), np.concatenate([high, extra_high])
+        levels, num_levels = self._levels
+        if num_levels:
+            rows, rows_low, rows_high = levels.matrix(self.num_variables + num_levels)
+            wider = hstack([matrix, csr_array((matrix.shape[0], num_levels))], format="csr")
+            matrix = csr_array(vstack([wider, rows], format="csr"))
+            low, high = np.concatenate([low, rows_low]), np.concatenate([high, rows_high])
         top = self._top(upper)
         cost, scale = self._cost(goal)
-        integrality = np.zeros(self.num_variables)
+        integrality = np.zeros(self.num_variables + num_levels)
         integrality[: self.arrays.num_choices] = 1
+        integrality[self.num_variables :] = 1
         options: dict[str, float | bool] = {"mip_rel_gap": 0.0, "presolve": presolve}
         if time_limit_seconds is not None:
             options["time_limit"] = max(0.0, time_limit_seconds)
         result = milp(
-            cost / scale,
+            np.append(cost / scale, np.zeros(num_levels)),
             integrality=integrality,
-            bounds=Bounds(self.lower / self.unit, top / self.unit),
+            bounds=Bounds(
+                np.append(self.lower / self.unit, np.zeros(num_levels)),
+                np.append(top / self.unit, np.ones(num_levels)),
+            ),
             constraints=LinearConstraint(matrix, low, high),
             options=options,
         )
@@ -168,11 +196,72 @@ class Program:
         tier_unit = np.array([self.unit[self.position[f"peak:{name}"]] for name in arrays.tiers])
         return Prices(
             points=scale * dual[at["points"]] / tier_unit[arrays.tier_of],
-            members=dual[at["members"]],
+            members=self._of_all_members(dual[at["members"]]),
             damage=scale * dual[at["damage"]] / self.unit[self.position["damage"]],
             seconds=scale * dual[at["seconds"]] / self.unit[self.position["seconds"]],
             links=scale * dual[at["links"]],
         )
+
+    def _of_all_members(self, duals: np.ndarray) -> np.ndarray:
+        """A class's price of a peak term, in equal parts to the accounts that it stands for."""
+        parts, start = [], 0
+        for (kept, _), (members, _) in zip(self.arrays.terms, self.all_arrays.terms, strict=True):
+            of_account = np.zeros(len(self.arrays.accounts))
+            of_account[kept] = duals[start : start + len(kept)] / self.classes.account_multiplicity[kept]
+            parts.append(of_account[self.classes.stands_for[members]])
+            start += len(kept)
+        return np.concatenate(parts) if parts else np.empty(0)
+
+    @cached_property
+    def _levels(self) -> tuple[_Rows, int]:
+        """Rows that state the largest of a class's own accounts, and the number of binaries y_v behind the variables."""
+        arrays, rows = self.arrays, _Rows()
+        rows.begin("levels")
+        column_of: dict[bytes, int] = {}
+        booked: dict[int, tuple[int, np.ndarray]] = {}  # what a choice of its group books, per account
+        for term, (members, multiplier) in enumerate(arrays.terms):
+            for account in members.tolist():
+                if account not in booked:
+                    booked[account] = self._booked(account)
+            floor = max((int(booked[account][1].min()) for account in members.tolist()), default=0)
+            unit = self.unit[self._term0 + term]
+            for account in members.tolist():
+                if (num := int(self.classes.account_multiplicity[account])) == 1:
+                    continue
+                start, values = booked[account]
+                values = np.maximum(values, floor)
+                numbers = np.unique(values)
+                if len(numbers) == 1:
+                    continue
+                columns = []
+                for number in numbers[1:]:
+                    taken = np.flatnonzero(values >= number) + start
+                    if (key := taken.tobytes()) not in column_of:
+                        column_of[key] = self.num_variables + len(column_of)
+                        rows.add_row(
+                            np.append(taken, column_of[key]), np.append(np.ones(len(taken)), -float(num)), -np.inf, 0.0
+                        )
+                    columns.append(column_of[key])
+                rows.add_row(
+                    np.array([*columns, self._term0 + term]),
+                    np.append(multiplier * np.diff(numbers) / unit, -1.0),
+                    -np.inf,
+                    -multiplier * int(numbers[0]) / unit,
+                )
+        return rows, len(column_of)
+
+    def _booked(self, account: int) -> tuple[int, np.ndarray]:
+        """Where the one group that books on an account starts, and what its choices book; of several groups nothing."""
+        arrays = self.arrays
+        span = slice(arrays.account_bytes.indptr[account], arrays.account_bytes.indptr[account + 1])
+        columns, values = arrays.account_bytes.indices[span], arrays.account_bytes.data[span]
+        groups = np.unique(arrays.group_of[columns])
+        if len(groups) != 1:
+            return 0, np.zeros(1, dtype=np.int64)
+        start, stop = int(arrays.starts[groups[0]]), int(arrays.starts[groups[0] + 1])
+        out = np.zeros(stop - start, dtype=np.int64)
+        out[columns - start] = values
+        return start, out
 
     @cached_property
     def _contracted(self) -> tuple[csr_array, np.ndarray, np.ndarray]:
@@ -223,10 +312,10 @@ class Program:
         )
 
     def _rounded(self, x: np.ndarray) -> np.ndarray:
-        """Per group the position with the largest x, which is within 1e-6 of one."""
-        arrays = self.arrays
-        order = np.lexsort((-x[: arrays.num_choices], arrays.group_of))
-        return order[arrays.starts[:-1]]
+        """One position per group of `all_arrays`: x is within 1e-6 of whole numbers that add up to a class's groups."""
+        counts = np.rint(x[: self.arrays.num_choices]).astype(np.int64)
+        assert (np.add.reduceat(counts, self.arrays.starts[:-1]) == self.classes.multiplicity).all(), "counts add up"
+        return self.classes.spread(counts, self.all_arrays.starts)
 
     def _distances(
         self, far: Iterable[tuple[Sequence[int], int]], near: tuple[Sequence[int], int] | None
@@ -237,6 +326,7 @@ class Program:
             rows.append((near[0], float(groups - near[1]), np.inf))
         if not rows:
             return None, np.empty(0), np.empty(0)
+        assert not self.is_merged, "distances are between groups, and these are merged"
         columns = np.concatenate([self.arrays.flat(chosen) for chosen, _, _ in rows])
         left = columns >= 0
         matrix = coo_array(
@@ -253,8 +343,9 @@ class Program:
             span = slice(by_row.indptr[row], by_row.indptr[row + 1])
             most = np.zeros(arrays.num_groups)
             np.maximum.at(most, arrays.group_of[by_row.indices[span]], by_row.data[span])
-            per_group[row] = most.sum()
-        terms = np.array([multiplier * per_group[members].max() for members, multiplier in arrays.terms])
+            per_group[row] = most @ self.classes.multiplicity
+        each = per_group / self.classes.account_multiplicity
+        terms = np.array([multiplier * each[members].max() for members, multiplier in arrays.terms])
         held = arrays.fixed_bytes + arrays.sums @ per_group + arrays.point_terms @ terms
         units = np.ones(len(arrays.tiers))
         for i, tier in enumerate(arrays.tiers):
@@ -282,9 +373,8 @@ class Program:
         """Rows with their lower and upper sides, all in the units of the variables."""
         arrays, rows = self.arrays, _Rows()
         n = arrays.num_choices
-        rows.add_block(
-            arrays.group_of, np.arange(n), np.ones(n), np.ones(arrays.num_groups), np.ones(arrays.num_groups)
-        )
+        whole = self.classes.multiplicity.astype(float)
+        rows.add_block(arrays.group_of, np.arange(n), np.ones(n), whole, whole)
 
         rows.begin("accounts")
         booked = arrays.account_bytes.tocoo()
@@ -300,12 +390,11 @@ class Program:
         rows.begin("members")
         for term, (members, multiplier) in enumerate(arrays.terms):
             column, count = self._term0 + term, len(members)
+            mean = multiplier / self.classes.account_multiplicity[members]
             rows.add_block(
                 np.tile(np.arange(count), 2),
                 np.concatenate([self._account0 + members, np.full(count, column)]),
-                np.concatenate(
-                    [multiplier * self.unit[self._account0 + members] / self.unit[column], np.full(count, -1.0)]
-                ),
+                np.concatenate([mean * self.unit[self._account0 + members] / self.unit[column], np.full(count, -1.0)]),
                 np.full(count, -np.inf),
                 np.zeros(count),
             )

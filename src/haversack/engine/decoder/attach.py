@@ -60,7 +60,9 @@ def _verdict(config: Any) -> str:
     except HaversackError as error:
         return str(error).rstrip(".")
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
-        return f"a small copy's compiled step does not run ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        return (
+            f"a small copy's compiled step does not run ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        )
     finally:
         logging.set_verbosity(verbosity)
     if difference <= TOLERANCE:

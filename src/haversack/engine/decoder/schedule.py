@@ -174,9 +174,7 @@ def _step(
 ) -> RowStep:
     """One loop nest without axes of length one, and with neighbouring axes joined where all operands allow it."""
     axes = [axis for axis, size in enumerate(sizes) if size != 1] or [len(sizes) - 1]
-    strides = [
-        x if isinstance(x, float) else [_stride(x, axis - len(sizes)) for axis in axes] for x in (*inputs, out)
-    ]
+    strides = [x if isinstance(x, float) else [_stride(x, axis - len(sizes)) for axis in axes] for x in (*inputs, out)]
     lengths = [sizes[axis] for axis in axes]
     at = 0
     last = len(lengths) - (2 if op == "mean" else 1)

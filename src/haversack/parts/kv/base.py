@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import UnsupportedModelError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
-from haversack.parts.base import Part, part_from_dict
+from haversack.parts.base import Part, check_range, part_from_dict
+from haversack.parts.kv.slabs import allocate, selection_slabs
 
 if TYPE_CHECKING:
     import torch
@@ -40,20 +41,28 @@ FEW_QUERIES = 8
 
 @dataclass(frozen=True)
 class Regions:
-    """Which positions a layer holds: the first `sink_tokens`, and the last `recent_tokens` of the others.
+    """Which positions a layer holds: the first `sink_tokens`, the last `recent_tokens`, and `selected_tokens` that each KV head chooses between.
 
-    `drops` says whether older tokens are dropped; if not, `sink_tokens + recent_tokens` is the planned capacity and
-    growth beyond it is refused. A query at position p attends to held tokens at positions k < sink_tokens or
-    k >= p - recent_tokens, whatever the prefill's chunks were.
+    `drops` says whether older tokens are dropped; if not, the total is the planned capacity and growth beyond it is refused. Without selected tokens, a query at
+    position p attends to held tokens at positions k < sink_tokens or k >= p - recent_tokens, whatever the prefill's chunks were. With them, tokens are freed when a
+    block of `block_tokens` positions is complete, and until then a block more is held. Up to `demoted_tokens` freed ones are held in another form.
     """
 
     sink_tokens: int
     recent_tokens: int
     drops: bool
+    selected_tokens: int = 0
+    block_tokens: int = 0
+    demoted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
-        return self.sink_tokens + self.recent_tokens
+        return self.sink_tokens + self.selected_tokens + self.recent_tokens
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens that there is room for, the block that is being filled included."""
+        return self.total_tokens + self.block_tokens
 
 
 class KVPart(Part):
@@ -70,6 +79,56 @@ class Score(KVPart):
     @abstractmethod
     def regions(self, capacity_tokens: int) -> Regions:
         """The positions held of a sequence of at most `capacity_tokens`."""
+
+
+@dataclass(frozen=True)
+class Selection(Score):
+    """Each KV head keeps the tokens that its attention says matter: `selected_tokens` of them, besides sinks and the recent ones.
+
+    Bytes: those of `sink_tokens + selected_tokens + recent_tokens + block_tokens` tokens at any length, and 8 more per token and KV head for its position and its
+    importance. Error: what is freed is lost; none for sequences no longer than what is held. Queries of a group share their head's choice. Importance comes from
+    probabilities that are made a block at a time from the log-sum-exp: the attention matrix never exists.
+    """
+
+    memory: ClassVar[float] = 1.0
+    """What is left of a token's importance when the next block of positions begins."""
+
+    sink_tokens: int = 4
+    selected_tokens: int = 188
+    recent_tokens: int = 64
+    block_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_range(self.id, "sink_tokens", self.sink_tokens, "0 or more", self.sink_tokens >= 0)
+        check_range(self.id, "selected_tokens", self.selected_tokens, "1 or more", self.selected_tokens >= 1)
+        check_range(self.id, "recent_tokens", self.recent_tokens, "0 or more", self.recent_tokens >= 0)
+        check_range(self.id, "block_tokens", self.block_tokens, "1 or more", self.block_tokens >= 1)
+        total = self.sink_tokens + self.selected_tokens + self.recent_tokens
+        whole = f"such that sinks, selected and recent tokens ({total}) are whole blocks of {self.block_tokens}"
+        check_range(self.id, "selected_tokens", self.selected_tokens, whole, total % self.block_tokens == 0)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.sink_tokens}+{self.selected_tokens}+{self.recent_tokens}"
+
+    name: ClassVar[str]
+    """A word for tables."""
+
+    def regions(self, capacity_tokens: int) -> Regions:
+        if capacity_tokens <= self.sink_tokens + self.selected_tokens + self.recent_tokens + self.block_tokens:
+            return Regions(0, capacity_tokens, drops=False)
+        return Regions(self.sink_tokens, self.recent_tokens, True, self.selected_tokens, self.block_tokens)
+
+    @abstractmethod
+    def received(self, probabilities: torch.Tensor, *, held_tokens: int) -> torch.Tensor:
+        """Importance that queries give to tokens: `(batch, kv_heads, groups, queries, tokens)` to `(batch, kv_heads, tokens)`.
+
+        `held_tokens` is how many tokens the queries share their attention between.
+        """
+
+    def priority(self, importance: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """What tokens are kept by, all `(batch, kv_heads, tokens)`; `counts` `(batch, 1, 1)` is the sequence's length."""
+        return importance.clone()
 
 
 class Represent(KVPart):
@@ -96,6 +155,68 @@ class Represent(KVPart):
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
         """A layer whose slabs are the declared tensors."""
+
+    def stored_slots(
+        self, site: AttentionSite, num_slots: int, *, batch_size: int, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        """The tensors of `num_slots` slots that each hold one token of each KV head. Raises UsageError where tokens are stored in groups."""
+        raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
+
+    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+        """Slots in tensors as `stored_slots` declares them."""
+        raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
+
+
+class Demote(KVPart):
+    """What becomes of tokens that no head chooses; without such a part they are dropped."""
+
+    stage: ClassVar[str] = "demote"
+
+    @abstractmethod
+    def demoted_tokens(self, regions: Regions, capacity_tokens: int) -> int:
+        """How many freed tokens of a sequence of at most `capacity_tokens` are held."""
+
+    @abstractmethod
+    def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int) -> tuple[StoredTensor, ...]:
+        """The tensors that hold demoted tokens, whole blocks of them."""
+
+    @abstractmethod
+    def store(self, site: AttentionSite, regions: Regions, tensors: dict[str, torch.Tensor]) -> PackedGroups:
+        """The store in those tensors: groups of `regions.block_tokens` tokens, each head's own."""
+
+
+class PackedGroups(ABC):
+    """A ring of groups of tokens in a packed form: writes whole groups, reads whole groups in float32."""
+
+    group_tokens: int
+    num_groups: int
+    tensors: dict[str, torch.Tensor]
+    code_bits: tuple[int, int] | None = None
+    """Bits of keys and values, where the groups lie in layout `kv-tokens-v1`, which compiled attention reads."""
+
+    @abstractmethod
+    def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Pack `(rows, kv_heads, n * group_tokens, head_dim)` into group slots `first_slot ... first_slot + n - 1`."""
+
+    @abstractmethod
+    def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values in float32 of the group slots `[first_slot, last_slot)` of every row."""
+
+
+class Slots(ABC):
+    """Room for tokens of every KV head that is written in order and moved one by one."""
+
+    @abstractmethod
+    def write(self, rows: slice, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store `(rows, kv_heads, n, head_dim)` in slots `first ... first + n - 1`."""
+
+    @abstractmethod
+    def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of slots `[first, last)` in float32."""
+
+    @abstractmethod
+    def movable(self) -> tuple[torch.Tensor, ...]:
+        """Tensors `(batch, kv_heads, slots, ...)` in which a token moves when its slot does."""
 
 
 class KVLayer(ABC):
@@ -136,6 +257,22 @@ class KVLayer(ABC):
         logits `(batch, heads, q_tokens)` in float32, without the sinks, so that pieces combine. A query that sees no
         token gets zeros and a log-sum-exp of minus infinity.
         """
+
+    def step(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to what is stored and, causally, to the new tokens; then store those. Arguments and results as `attend`'s."""
+        result = self.attend(query, keys, values, scaling=scaling, softcap=softcap, sinks=sinks, real=real)
+        self.append(keys, values, real)
+        return result
 
     @abstractmethod
     def reorder(self, index: torch.Tensor) -> None:
@@ -191,10 +328,11 @@ class KVOption:
 
     score: Score | None = None
     represent: Represent = field(default_factory=_plain)
+    demote: Demote | None = None
 
     @property
     def parts(self) -> tuple[KVPart, ...]:
-        return (self.represent,) if self.score is None else (self.score, self.represent)
+        return tuple(part for part in (self.score, self.demote, self.represent) if part is not None)
 
     @property
     def is_neutral(self) -> bool:
@@ -208,7 +346,7 @@ class KVOption:
     def regions(self, site: AttentionSite, capacity_tokens: int) -> Regions:
         """What is held at this site. A native sliding window of W never needs more than the last W - 1 tokens.
 
-        There the model itself looks at no token further back, so attention sinks are not held either.
+        There the model itself looks at no token further back, so attention sinks and chosen tokens are not held either.
         Raises UnsupportedModelError where attention can't be reached through this site.
         """
         if capacity_tokens < 1:
@@ -218,9 +356,11 @@ class KVOption:
             raise UnsupportedModelError(f"{site.id} {why}; its cache can't be planned, only left to transformers.")
         held = Regions(0, capacity_tokens, drops=False) if self.score is None else self.score.regions(capacity_tokens)
         if site.window_tokens is None:
+            if self.demote is not None and held.selected_tokens:
+                return replace(held, demoted_tokens=self.demote.demoted_tokens(held, capacity_tokens))
             return held
         window = max(1, site.window_tokens - 1)
-        if held.drops:
+        if held.drops and not held.selected_tokens:
             return Regions(0, min(held.recent_tokens, window), drops=True)
         return Regions(0, min(capacity_tokens, window), drops=window < capacity_tokens)
 
@@ -228,7 +368,12 @@ class KVOption:
         self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str
     ) -> tuple[StoredTensor, ...]:
         """Declared tensors for `batch_size` sequences of at most `capacity_tokens` each."""
-        return self.represent.stored(site, self.regions(site, capacity_tokens), batch_size=batch_size, dtype=dtype)
+        regions = self.regions(site, capacity_tokens)
+        if not regions.selected_tokens:
+            return self.represent.stored(site, regions, batch_size=batch_size, dtype=dtype)
+        slots = self.represent.stored_slots(site, regions.slot_tokens, batch_size=batch_size, dtype=dtype)
+        demoted = self.demote.stored(site, regions, batch_size=batch_size) if self.demote else ()
+        return (*slots, *selection_slabs(site, batch_size, regions.slot_tokens), *demoted)
 
     def stored_bytes(self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str) -> int:
         return total_bytes(self.stored(site, batch_size=batch_size, capacity_tokens=capacity_tokens, dtype=dtype))
@@ -238,11 +383,19 @@ class KVOption:
     ) -> int:
         """The most bytes one attend and append of `new_tokens` per sequence allocates, the output excluded."""
         regions = self.regions(site, capacity_tokens)
-        return self.represent.workspace_bytes(site, regions, batch_size=batch_size, new_tokens=new_tokens, dtype=dtype)
+        sizes = {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
+        if regions.selected_tokens:
+            from haversack.parts.kv.selective import selection_workspace_bytes
+
+            return selection_workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
+        return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
         """What attends with one new token per sequence on this machine."""
-        return self.represent.kernel_name(site, self.regions(site, capacity_tokens), dtype=dtype)
+        from haversack.parts.kv.attention import BLOCKWISE
+
+        regions = self.regions(site, capacity_tokens)
+        return BLOCKWISE if regions.selected_tokens else self.represent.kernel_name(site, regions, dtype=dtype)
 
     def build(
         self,
@@ -255,16 +408,32 @@ class KVOption:
     ) -> KVLayer:
         """An empty layer; its slabs equal `stored` to the byte."""
         regions = self.regions(site, capacity_tokens)
-        return self.represent.build(site, regions, batch_size=batch_size, dtype=dtype, device=device)
+        if not regions.selected_tokens:
+            return self.represent.build(site, regions, batch_size=batch_size, dtype=dtype, device=device)
+        from haversack.parts.kv.selective import SelectiveLayer
+
+        assert isinstance(self.score, Selection)
+        declared = self.stored(site, batch_size=batch_size, capacity_tokens=capacity_tokens, dtype=dtype)
+        tensors = allocate(declared, device)
+        return SelectiveLayer(
+            site,
+            regions,
+            self.score,
+            self.represent.slots(tensors),
+            batch_size=batch_size,
+            declared=declared,
+            tensors=tensors,
+            rebuild=lambda rows: self.build(
+                site, batch_size=rows, capacity_tokens=capacity_tokens, dtype=dtype, device=device
+            ),
+            demoted=self.demote.store(site, regions, tensors) if self.demote else None,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"represent": self.represent.to_dict()}
-        if self.score is not None:
-            data["score"] = self.score.to_dict()
-        return data
+        stages = (("score", self.score), ("demote", self.demote), ("represent", self.represent))
+        return {stage: part.to_dict() for stage, part in stages if part is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVOption:
-        score = part_from_dict(data["score"]) if "score" in data else None
-        represent = part_from_dict(data["represent"]) if "represent" in data else _plain()
-        return cls(score=score, represent=represent)  # type: ignore[arg-type]
+        parts = {stage: part_from_dict(data[stage]) for stage in ("score", "represent", "demote") if stage in data}
+        return cls(**parts)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ ring keeps between `plain_tokens` and `plain_tokens + group_tokens - 1`. Each se
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -16,31 +15,13 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
 from haversack.parts.kv.attention import as_block, attend_blocks, decode_form, key_block_tokens
-from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer, Regions
+from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer, PackedGroups, Regions
 
 if TYPE_CHECKING:
     import torch
 
     from haversack.kernels.attention import DecodeAttention
     from haversack.parts.kv.attention import Block
-
-
-class PackedGroups(ABC):
-    """A ring of groups of tokens in a packed form: writes whole groups, reads whole groups in float32."""
-
-    group_tokens: int
-    num_groups: int
-    tensors: dict[str, torch.Tensor]
-    code_bits: tuple[int, int] | None = None
-    """Bits of keys and values, where the groups lie in layout `kv-tokens-v1`, which compiled attention reads."""
-
-    @abstractmethod
-    def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Pack `(rows, kv_heads, n * group_tokens, head_dim)` into group slots `first_slot ... first_slot + n - 1`."""
-
-    @abstractmethod
-    def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in float32 of the group slots `[first_slot, last_slot)` of every row."""
 
 
 class RingLayer(KVLayer):
@@ -58,7 +39,7 @@ class RingLayer(KVLayer):
         ring_tokens: int,
         declared: tuple[StoredTensor, ...],
         tensors: dict[str, torch.Tensor],
-        rebuild: Callable[[int], RingLayer],
+        rebuild: Callable[[int], KVLayer],
         packed: PackedGroups | None = None,
         plain_tokens: int = 0,
     ):
@@ -421,6 +402,7 @@ class RingLayer(KVLayer):
     def resized(self, index: torch.Tensor) -> RingLayer:
         order = [int(i) for i in index]
         other = self.rebuild(len(order))
+        assert isinstance(other, RingLayer)
         for name, tensor in self.tensors.items():
             for row, source in enumerate(order):
                 other.tensors[name][row] = tensor[source]

@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
-from haversack.parts.kv.attention import attention_workspace_bytes, decode_form, decode_kernel_name, key_block_tokens
-from haversack.parts.kv.base import KVLayer, Regions, Represent
+from haversack.parts.kv.attention import (
+    as_block,
+    attention_workspace_bytes,
+    decode_form,
+    decode_kernel_name,
+    key_block_tokens,
+)
+from haversack.parts.kv.base import KVLayer, Regions, Represent, Slots
 from haversack.parts.kv.layer import RingLayer
 from haversack.parts.kv.slabs import allocate, plain_slabs, torch_dtype
 
@@ -30,6 +36,14 @@ class PlainKV(Represent):
 
     def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
         return plain_slabs(site, batch_size, regions.total_tokens, dtype)
+
+    def stored_slots(
+        self, site: AttentionSite, num_slots: int, *, batch_size: int, dtype: str
+    ) -> tuple[StoredTensor, ...]:
+        return plain_slabs(site, batch_size, num_slots, dtype)
+
+    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+        return PlainSlots(tensors)
 
     def workspace_bytes(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
@@ -59,11 +73,6 @@ class PlainKV(Represent):
     def build(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
-        return self._layer(site, regions, batch_size, dtype, device)
-
-    def _layer(
-        self, site: AttentionSite, regions: Regions, batch_size: int, dtype: str, device: str | torch.device
-    ) -> RingLayer:
         declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
         return RingLayer(
             site,
@@ -72,5 +81,22 @@ class PlainKV(Represent):
             ring_tokens=regions.recent_tokens,
             declared=declared,
             tensors=allocate(declared, device),
-            rebuild=lambda rows: self._layer(site, regions, rows, dtype, device),
+            rebuild=lambda rows: self.build(site, regions, batch_size=rows, dtype=dtype, device=device),
         )
+
+
+class PlainSlots(Slots):
+    """Slots in the model's dtype."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.keys, self.values = tensors["keys"], tensors["values"]
+
+    def write(self, rows: slice, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys[rows, :, first : first + keys.shape[2]] = keys
+        self.values[rows, :, first : first + keys.shape[2]] = values
+
+    def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return as_block(self.keys[rows, :, first:last]), as_block(self.values[rows, :, first:last])
+
+    def movable(self) -> tuple[torch.Tensor, ...]:
+        return self.keys, self.values

@@ -9,8 +9,8 @@ from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
 from haversack.parts.kv.attention import attention_workspace_bytes, decode_form, decode_kernel_name, key_block_tokens
-from haversack.parts.kv.base import KVLayer, Regions, Represent
-from haversack.parts.kv.layer import PackedGroups, RingLayer
+from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Represent
+from haversack.parts.kv.layer import RingLayer
 from haversack.parts.kv.slabs import allocate, plain_slabs, torch_dtype
 
 if TYPE_CHECKING:
@@ -77,12 +77,15 @@ class QuantizedKV(Represent):
         plain = plain_slabs(site, batch_size, regions.sink_tokens + ring_tokens, dtype)
         if not num_groups:
             return plain
+        return (*plain, *self.stored_groups(site, batch_size, num_groups))
+
+    def stored_groups(self, site: AttentionSite, batch_size: int, num_groups: int) -> tuple[StoredTensor, ...]:
+        """The packed groups alone."""
         leading = (batch_size, site.num_kv_heads)
         tokens = num_groups * self.group_size
         scales = (num_groups, site.key_head_dim)
         value_scales = (tokens, _num_channel_groups(site.value_head_dim, self.group_size))
         return (
-            *plain,
             StoredTensor("key_codes", "U8", (*leading, tokens, _row_bytes(site.key_head_dim, self.key_bits))),
             StoredTensor("key_scales", "F16", (*leading, *scales)),
             StoredTensor("key_zeros", "F16", (*leading, *scales)),
@@ -144,11 +147,6 @@ class QuantizedKV(Represent):
     def build(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
-        return self._layer(site, regions, batch_size, dtype, device)
-
-    def _layer(
-        self, site: AttentionSite, regions: Regions, batch_size: int, dtype: str, device: str | torch.device
-    ) -> RingLayer:
         ring_tokens, num_groups = self.split(regions)
         declared = self.stored(site, regions, batch_size=batch_size, dtype=dtype)
         tensors = allocate(declared, device)
@@ -159,7 +157,7 @@ class QuantizedKV(Represent):
             ring_tokens=ring_tokens,
             declared=declared,
             tensors=tensors,
-            rebuild=lambda rows: self._layer(site, regions, rows, dtype, device),
+            rebuild=lambda rows: self.build(site, regions, batch_size=rows, dtype=dtype, device=device),
             packed=QuantizedGroups(self, site, num_groups, tensors) if num_groups else None,
             plain_tokens=self.recent_tokens,
         )

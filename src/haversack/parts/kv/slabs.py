@@ -15,7 +15,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a safetensors dtype name."""
     import torch
 
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I32": torch.int32}
     return names[name]
 
 
@@ -26,6 +26,12 @@ def plain_slabs(site: AttentionSite, batch_size: int, num_tokens: int, dtype: st
         StoredTensor("keys", dtype, (*leading, site.key_head_dim)),
         StoredTensor("values", dtype, (*leading, site.value_head_dim)),
     )
+
+
+def selection_slabs(site: AttentionSite, batch_size: int, num_tokens: int) -> tuple[StoredTensor, ...]:
+    """What each KV head knows of the tokens in its slots: their position and how much attention they were given."""
+    shape = (batch_size, site.num_kv_heads, num_tokens)
+    return StoredTensor("positions", "I32", shape), StoredTensor("importance", "F32", shape)
 
 
 def allocate(declared: tuple[StoredTensor, ...], device: str | torch.device) -> dict[str, torch.Tensor]:

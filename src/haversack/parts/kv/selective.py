@@ -1,0 +1,425 @@
+"""The layer whose heads choose their tokens: slots that are filled, scored by what attention gives them, and freed by blocks.
+
+A sequence is cut into blocks of `block_tokens` by its own positions, whatever the chunks and the padding that it comes in. Within a block a query attends to all that is held
+and, causally, to its block. At the block's end each KV head frees as many tokens as the block brought beyond its room: never the first `sink_tokens`, never the last
+`recent_tokens`, and of the others those of lowest priority. So there are slots for one block more than what is held, and no step needs more.
+
+Held tokens fill the first slots of a row in any order, and new ones the slots behind them; all heads of a row hold the same number. What is freed, a block's number of
+tokens at a time, is dropped, or moves as one group to a store in another form, where it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from haversack.describe.site import AttentionSite
+from haversack.errors import UsageError
+from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
+from haversack.parts.kv.attention import as_block, attend_blocks, attention_workspace_bytes, key_block_tokens
+from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Selection, Slots
+
+if TYPE_CHECKING:
+    import torch
+
+    from haversack.parts.kv.attention import Block
+
+EMPTY = -1
+"""Position of a slot that holds nothing."""
+
+
+class SelectiveLayer(KVLayer):
+    """See the module's docstring. `rebuild` makes an empty layer like this one for another batch size."""
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        regions: Regions,
+        selection: Selection,
+        slots: Slots,
+        *,
+        batch_size: int,
+        declared: tuple[StoredTensor, ...],
+        tensors: dict[str, torch.Tensor],
+        rebuild: Callable[[int], KVLayer],
+        demoted: PackedGroups | None = None,
+    ):
+        self.site = site
+        self.regions = regions
+        self.selection = selection
+        self.slots = slots
+        self.batch_size = batch_size
+        self.declared = declared
+        self.tensors = tensors
+        self.rebuild = rebuild
+        self.demoted = demoted
+        self.counts = [0] * batch_size  # real tokens seen, by row
+        self.used = [0] * batch_size  # slots that hold one
+        self.tensors["positions"].fill_(EMPTY)
+
+    # What is held
+
+    def max_bytes(self) -> int:
+        return total_bytes(self.declared)
+
+    def seen_tokens(self) -> tuple[int, ...]:
+        return tuple(self.counts)
+
+    def held_positions(self, row: int) -> tuple[int, ...]:
+        """Positions that any head of the row holds in any form; `held_by_head` tells apart what each has chosen."""
+        if self.demoted is not None:
+            return tuple(range(self.counts[row]))
+        return tuple(sorted({position for head in self.held_by_head(row) for position in head}))
+
+    def held_by_head(self, row: int) -> tuple[tuple[int, ...], ...]:
+        """Positions in the slots of each KV head of sequence `row`, ascending."""
+        held = self.tensors["positions"][row, :, : self.used[row]]
+        return tuple(tuple(sorted(head)) for head in held.tolist())
+
+    # A step: blocks end inside it, so attending and appending take turns
+
+    def step(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        batch_size, num_heads, num_new, _ = query.shape
+        output = query.new_zeros((batch_size, num_new, num_heads, values.shape[-1])).transpose(1, 2)
+        lse = torch.full((batch_size, num_heads, num_new), -torch.inf, device=query.device)
+        for rows, columns in self._pieces(num_new, real):
+            piece = (slice(rows.start, rows.stop), slice(None), columns)
+            part, part_lse = self._attend_rows(
+                rows, query[piece], keys[piece], values[piece], scaling, softcap, sinks, learn=True
+            )
+            output[piece], lse[piece] = part, part_lse
+            self._store(rows, keys[piece], values[piece])
+        return output, lse
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
+        """Tokens that nobody attended from: they are stored, and weigh nothing yet."""
+        for rows, columns in self._pieces(keys.shape[2], real):
+            piece = (slice(rows.start, rows.stop), slice(None), columns)
+            self._store(rows, keys[piece], values[piece])
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        new_keys: torch.Tensor | None = None,
+        new_values: torch.Tensor | None = None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if real is not None and not bool(real.all()):
+            raise UsageError(f"{self.site.id}: padded tokens must be attended and stored in one step.")
+        rows = range(self.batch_size)
+        return self._attend_rows(rows, query, new_keys, new_values, scaling, softcap, sinks, learn=False)
+
+    def _pieces(self, num_new: int, real: torch.Tensor | None) -> Iterator[tuple[range, slice]]:
+        """Rows and columns of new tokens that lie in one block: all rows together where they stand alike."""
+        size = self.regions.block_tokens
+        together = real is None or bool(real.all())
+        if together and len({count % size for count in self.counts}) == 1 and len(set(self.used)) == 1:
+            groups = [range(self.batch_size)]
+        else:
+            groups = [range(row, row + 1) for row in range(self.batch_size)]
+        for rows in groups:
+            # padding stands on the left, or, in a row that has ended, on the right
+            columns = (
+                range(num_new)
+                if real is None
+                else [i for i, is_real in enumerate(real[rows.start].tolist()) if is_real]
+            )
+            if columns and columns[-1] - columns[0] + 1 != len(columns):
+                raise UsageError(f"{self.site.id}: padding lies between real tokens.")
+            done = 0
+            while done < len(columns):
+                left = size - self.counts[rows.start] % size
+                stop = min(done + left, len(columns))
+                yield rows, slice(columns[done], columns[stop - 1] + 1)
+                done = stop
+
+    def _attend_rows(
+        self,
+        rows: range,
+        query: torch.Tensor,
+        new_keys: torch.Tensor | None,
+        new_values: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        *,
+        learn: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        output, lse = attend_blocks(
+            query,
+            lambda start, stop: self._blocks(rows, new_keys, new_values, start, stop, query.shape[2]),
+            num_kv_heads=self.site.num_kv_heads,
+            value_head_dim=self.site.value_head_dim,
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks,
+        )
+        if learn and self.regions.drops:
+            assert new_keys is not None
+            self._learn(rows, query, new_keys, lse, scaling, softcap)
+        return output, lse
+
+    def _blocks(
+        self,
+        rows: range,
+        new_keys: torch.Tensor | None,
+        new_values: torch.Tensor | None,
+        start: int,
+        stop: int,
+        num_queries: int,
+        *,
+        demoted: bool = True,
+    ) -> Iterator[Block]:
+        import torch
+
+        device = self.tensors["positions"].device
+        used = [self.used[row] for row in rows]
+        size = key_block_tokens(num_queries)
+        row_slice = slice(rows.start, rows.stop)
+        if demoted:
+            yield from self._demoted_blocks(rows, size)
+        for first in range(0, max(used), size):
+            last = min(first + size, max(used))
+            hidden = None
+            if min(used) < last:
+                slots = torch.arange(first, last, device=device)
+                hidden = (slots >= torch.tensor(used, device=device)[:, None])[:, None, None, :]
+                hidden = hidden.expand(-1, -1, stop - start, -1)
+            keys, values = self.slots.read(row_slice, first, last)
+            yield keys, values, hidden
+            del keys, values, hidden
+        if new_keys is not None and new_values is not None:
+            columns = torch.arange(stop, device=device)
+            hidden = (columns > columns[start:stop, None])[None, None]
+            yield as_block(new_keys[:, :, :stop]), as_block(new_values[:, :, :stop]), hidden
+
+    def _demoted_blocks(self, rows: range, size: int) -> Iterator[Block]:
+        import torch
+
+        if self.demoted is None:
+            return
+        tokens = self.demoted.group_tokens
+        groups = [(self.counts[row] - self.used[row]) // tokens for row in rows]
+        per_block = max(1, size // tokens)
+        for first in range(0, max(groups), per_block):
+            last = min(first + per_block, max(groups))
+            keys, values = self.demoted.read(first, last)
+            hidden = None
+            if min(groups) < last:
+                ordinals = torch.arange(first * tokens, last * tokens, device=keys.device)
+                hidden = (ordinals >= torch.tensor(groups, device=keys.device)[:, None] * tokens)[:, None, None, :]
+            yield keys[rows.start : rows.stop], values[rows.start : rows.stop], hidden
+            del keys, values, hidden
+
+    def _learn(
+        self,
+        rows: range,
+        query: torch.Tensor,
+        new_keys: torch.Tensor,
+        lse: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        """Add what this piece's queries gave to each token, from the log-sum-exp, a block of probabilities at a time."""
+        import torch
+
+        batch_size, _, num_queries, head_dim = query.shape
+        shape = (batch_size, self.site.num_kv_heads, -1, num_queries)
+        q = (query.detach().float() * scaling).view(*shape, head_dim).flatten(2, 3)
+        shift = lse.detach().view(shape).flatten(2, 3)[..., None]
+        row_slice = slice(rows.start, rows.stop)
+        weights = self.tensors["importance"]
+        place = 0
+        begun = self.counts[rows.start] % self.regions.block_tokens
+        shared = self.used[rows.start] - begun + self.regions.block_tokens  # the same for every piece of a block
+        if begun == 0 and self.selection.memory != 1:
+            weights[row_slice] *= self.selection.memory
+        for keys, _, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
+            scores = torch.matmul(q, keys.transpose(-1, -2))
+            if softcap is not None:
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            scores = scores.sub_(shift).exp_().unflatten(2, (-1, num_queries))
+            if hidden is not None:
+                scores.masked_fill_(hidden.unsqueeze(2), 0.0)
+            length = keys.shape[2]
+            received = self.selection.received(scores, held_tokens=shared)
+            weights[row_slice, :, place : place + length] += received
+            place = place + length
+        # what new tokens gave one another went behind the longest row's slots, where _store puts them
+
+    def _store(self, rows: range, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put new tokens of one block behind the held ones, and free what is too much when the block ends."""
+        import torch
+
+        num_new = keys.shape[2]
+        count, used = self.counts[rows.start], self.used[rows.start]
+        row_slice = slice(rows.start, rows.stop)
+        self.slots.write(row_slice, used, keys.detach(), values.detach())
+        positions = torch.arange(count, count + num_new, dtype=torch.int32, device=keys.device)
+        if len(rows) > 1:
+            counts = torch.tensor([self.counts[row] for row in rows], dtype=torch.int32, device=keys.device)
+            positions = (counts - count)[:, None, None] + positions
+        self.tensors["positions"][row_slice, :, used : used + num_new] = positions
+        for row in rows:
+            self.counts[row] += num_new
+            self.used[row] += num_new
+        if self.counts[rows.start] % self.regions.block_tokens == 0:
+            self._free(rows)
+
+    def _free(self, rows: range) -> None:
+        """Keep `total_tokens` in the first slots: freed ones among them take kept ones from behind."""
+        import torch
+
+        used, keep_tokens = self.used[rows.start], self.regions.total_tokens
+        if used <= keep_tokens:
+            return
+        row_slice = slice(rows.start, rows.stop)
+        positions = self.tensors["positions"][row_slice, :, :used]
+        counts = torch.tensor([self.counts[row] for row in rows], device=positions.device)[:, None, None]
+        priority = self.selection.priority(self.tensors["importance"][row_slice, :, :used], positions, counts)
+        protected = (positions < self.regions.sink_tokens) | (positions >= counts - self.regions.recent_tokens)
+        priority = priority.masked_fill(protected, torch.inf)
+        kept = torch.zeros_like(protected).scatter_(2, priority.topk(keep_tokens, dim=2, sorted=False).indices, True)
+        if self.demoted is not None:
+            self._demote(rows, ~kept)
+        # per head, as many kept ones lie behind the first slots as freed ones lie in them, so the two lists pair up
+        to = (~kept[:, :, :keep_tokens]).nonzero()
+        source = kept[:, :, keep_tokens:].nonzero()
+        to[:, 0] += rows.start
+        source[:, 0] += rows.start
+        source[:, 2] += keep_tokens
+        for tensor in (*self.slots.movable(), self.tensors["positions"], self.tensors["importance"]):
+            tensor[to[:, 0], to[:, 1], to[:, 2]] = tensor[source[:, 0], source[:, 1], source[:, 2]]
+        self.tensors["positions"][row_slice, :, keep_tokens:] = EMPTY
+        self.tensors["importance"][row_slice, :, keep_tokens:] = 0
+        for row in rows:
+            self.used[row] = keep_tokens
+
+    def _demote(self, rows: range, freed: torch.Tensor) -> None:
+        """Pack the freed tokens, in the order of their slots, as one group of each head."""
+        assert self.demoted is not None
+        row_slice = slice(rows.start, rows.stop)
+        index = freed.nonzero()[:, 2].view(*freed.shape[:2], -1)  # (rows, kv_heads, block_tokens)
+        keys, values = self.slots.read(row_slice, 0, freed.shape[2])
+        slot = (self.counts[rows.start] - self.used[rows.start]) // self.demoted.group_tokens
+        keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (keys, values))
+        self.demoted.write(row_slice, slot, keys, values)
+
+    # Batches
+
+    def reorder(self, index: torch.Tensor) -> None:
+        order = [int(i) for i in index]
+        if len(order) != self.batch_size:
+            raise UsageError(f"{self.site.id}: {len(order)} rows were asked of a cache of {self.batch_size}.")
+        if order == list(range(self.batch_size)):
+            return
+        for tensor in self.tensors.values():
+            for head in range(tensor.shape[1]):  # one head's slots are the workspace
+                tensor[:, head] = tensor[:, head].index_select(0, index.to(tensor.device))
+        self.counts = [self.counts[i] for i in order]
+        self.used = [self.used[i] for i in order]
+
+    def resized(self, index: torch.Tensor) -> SelectiveLayer:
+        order = [int(i) for i in index]
+        other = self.rebuild(len(order))
+        assert isinstance(other, SelectiveLayer)
+        for name, tensor in self.tensors.items():
+            for row, source in enumerate(order):
+                other.tensors[name][row] = tensor[source]
+        other.counts = [self.counts[i] for i in order]
+        other.used = [self.used[i] for i in order]
+        return other
+
+    def crop(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            return
+        size = self.regions.block_tokens
+        for count, used in zip(self.counts, self.used):
+            freed = self.regions.drops and count != used
+            if num_tokens > count or (freed and num_tokens > count % size):
+                raise UsageError(
+                    f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; others were freed for them."
+                )
+        for row in range(self.batch_size):
+            self.used[row] -= num_tokens
+            self.counts[row] -= num_tokens
+            self.tensors["positions"][row, :, self.used[row] :] = EMPTY
+            self.tensors["importance"][row, :, self.used[row] :] = 0
+
+    def reset(self) -> None:
+        self.counts = [0] * self.batch_size
+        self.used = [0] * self.batch_size
+        self.tensors["positions"].fill_(EMPTY)
+        self.tensors["importance"].zero_()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {**self.tensors, "rows": torch.tensor([self.counts, self.used])}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        expected = {name: tuple(t.shape) for name, t in self.tensors.items()} | {"rows": (2, self.batch_size)}
+        for name, shape in expected.items():
+            found = tuple(state[name].shape) if name in state else None
+            if found != shape:
+                raise UsageError(f"{self.site.id}: the saved cache's {name} is {found}, but this cache needs {shape}.")
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+        self.counts, self.used = (row.tolist() for row in state["rows"])
+
+
+def selection_workspace_bytes(
+    site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
+) -> int:
+    """The most bytes one step of `new_tokens` allocates beyond its output.
+
+    Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take.
+    """
+    f32, i64 = DTYPE_BYTES["F32"], 8
+    queries = min(new_tokens, regions.block_tokens)
+    block_tokens = min(key_block_tokens(queries), max(regions.slot_tokens, regions.demoted_tokens, queries))
+    heads = batch_size * site.num_kv_heads
+    block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * f32
+    if (
+        regions.demoted_tokens
+    ):  # codes, a plane of them, and scales in float32, while the later of keys and values is made
+        block_bytes += heads * block_tokens * (2 * max(site.key_head_dim, site.value_head_dim) + 4 * f32)
+    attending = attention_workspace_bytes(
+        batch_size=batch_size,
+        num_heads=site.num_heads,
+        num_kv_heads=site.num_kv_heads,
+        key_head_dim=site.key_head_dim,
+        value_head_dim=site.value_head_dim,
+        num_queries=queries,
+        block_tokens=block_tokens,
+        block_bytes=block_bytes,
+    )
+    learning = block_bytes + batch_size * site.num_heads * queries * (
+        2 * block_tokens * f32 + 2 * (site.key_head_dim + 1) * f32
+    )
+    slots = heads * regions.slot_tokens
+    moved = heads * regions.block_tokens
+    head_dims = site.key_head_dim + site.value_head_dim
+    freeing = slots * (2 * f32 + i64 + 4) + moved * (9 * i64 + max(head_dims * DTYPE_BYTES[dtype], 2 * f32))
+    if regions.demoted_tokens:  # what is freed is read, gathered and packed in float32
+        freeing += (slots + 2 * moved) * head_dims * f32
+    rows = batch_size * site.num_heads
+    piece = rows * queries * site.value_head_dim * f32  # a block's output, before it is put where it belongs
+    causal = queries * queries + 2 * queries * i64
+    return rows * new_tokens * f32 + causal + max(attending + piece, learning + piece, freeing)
