@@ -46,29 +46,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     target = llvm.host_target()
-    features = [f[1:] for f in target.features.split(",") if f.startswith(("+avx", "+amx", "+neon"))]
-    report: dict[str, object] = {
-        "target": target.cpu,
-        "features": features,
-        "threads": arguments.threads,
-        "load_average": os.getloadavg()[0],
-        "one_token": [],
-        "batch": [],
-        "long": [],
-    }
+    rows: list[dict[str, object]] = []
     memory = torch.ones(arguments.read, dtype=torch.uint8)
-    for out_features, in_features in SHAPES:
-        contenders = one_token(out_features, in_features, memory, arguments.rotate)
-        rows = measure(contenders, (out_features, in_features), arguments.repeats)
-        report["one_token"] += rows
-        print_rows(rows)
-        report["long"].append(long_input(arguments.long, out_features, in_features, arguments.repeats))
-        print(report["long"][-1])
+    for shape in SHAPES:
+        rows += measure(1, shape, one_token(*shape, memory, arguments.rotate), arguments.repeats)
+        rows += long_input(arguments.long, *shape, arguments.repeats)
     for num_tokens in BATCHES:
-        contenders = batch(num_tokens, *SHAPES[0], memory)
-        report["batch"] += measure(contenders, SHAPES[0], arguments.repeats)
-        print_rows(report["batch"][-len(contenders) :])
-    print(write_results("kernels", report))
+        rows += measure(num_tokens, SHAPES[0], batch(num_tokens, *SHAPES[0], memory), arguments.repeats)
+    notes = (
+        f"{arguments.threads} threads, kernels for {target.cpu}, load {os.getloadavg()[0]:.1f} at the end",
+        f"the read goes over {arguments.read / 2**30:g} GiB, one token's weights over {arguments.rotate / 2**30:g} GiB",
+    )
+    print(write_results("kernels", rows, notes))
 
 
 Contender = tuple[int, Callable[[int], None], int, float | None]
@@ -120,9 +109,8 @@ def batch(num_tokens: int, out_features: int, in_features: int, memory: torch.Te
     contenders = {}
     for activation_bits in (16, 8):
         name, contender = ours(fmt, num_tokens, out_features, memory, rotate_bytes, activation_bits)
-        contenders[f"{num_tokens} tokens, 4 bits, {name}"] = contender
-    theirs = torch_contenders(num_tokens, out_features, in_features, memory, rotate_bytes)
-    contenders |= {f"{num_tokens} tokens, {name}": contender for name, contender in theirs.items()}
+        contenders[f"4 bits, {name}"] = contender
+    contenders |= torch_contenders(num_tokens, out_features, in_features, memory, rotate_bytes)
     return contenders | read_contender(out_features, in_features, memory[: 1 << 30])
 
 
@@ -140,27 +128,28 @@ def read_contender(out_features: int, in_features: int, memory: torch.Tensor) ->
     return {"read": (piece, read, memory.numel() // piece, None)}
 
 
-def measure(contenders: dict[str, Contender], shape: tuple[int, int], repeats: int) -> list[dict[str, object]]:
-    """Rows of a table: every contender's seconds, bytes, rate, and rate over the read's."""
+def measure(
+    num_tokens: int, shape: tuple[int, int], contenders: dict[str, Contender], repeats: int
+) -> list[dict[str, object]]:
+    """Rows of a table: every contender's time, bytes read, rate, and rate over the read's."""
     medians: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, (_, work, copies, _) in contenders.items():
             work(0)
             medians[name].append(statistics.median(timed(work, i) for i in range(copies)))
     rates = {name: contenders[name][0] / statistics.median(times) for name, times in medians.items()}
-    return [
-        {
-            "contender": name,
-            "shape": list(shape),
-            "bytes": num_bytes,
-            "seconds": statistics.median(medians[name]),
-            "bytes_per_second": rates[name],
-            "over_read": rates[name] / rates["read"],
-            "goal": goal,
-            "repeats": medians[name],
-        }
-        for name, (num_bytes, _, _, goal) in contenders.items()
-    ]
+    rows: list[dict[str, object]] = []
+    print(f"\n{num_tokens} tokens, {shape[0]} x {shape[1]}")
+    for name, (num_bytes, _, _, goal) in contenders.items():
+        microseconds = round(1e6 * statistics.median(medians[name]), 1)
+        row = {"tokens": num_tokens, "out_features": shape[0], "in_features": shape[1], "contender": name}
+        row |= {"read_bytes": num_bytes, "microseconds": microseconds, "over_read": rates[name] / rates["read"]}
+        row |= {"goal_over_read": goal} if goal else {}
+        rows.append({**row, "repeats": [round(1e6 * t, 1) for t in medians[name]]})
+        said = f"   goal {goal}" if goal else ""
+        over = f"{rates[name] / 1e9:7.1f} GB/s {row['over_read']:6.2f}{said}"
+        print(f"  {name:36s} {microseconds:8.0f} us {over}", flush=True)
+    return rows
 
 
 def torch_contenders(
@@ -187,7 +176,7 @@ def torch_contenders(
     return found
 
 
-def long_input(num_tokens: int, out_features: int, in_features: int, repeats: int) -> dict[str, object]:
+def long_input(num_tokens: int, out_features: int, in_features: int, repeats: int) -> list[dict[str, object]]:
     """4 bits by tiles against a dense bfloat16 matmul, alternating; goal: 0.6 of its rate."""
     fmt = PackedFormat(4, GROUP_SIZE, in_features, True)
     codes = torch.randint(0, 256, (out_features, fmt.row_bytes), dtype=torch.uint8)
@@ -200,30 +189,17 @@ def long_input(num_tokens: int, out_features: int, in_features: int, repeats: in
         seconds["tiles"].append(timed(lambda _: kernel.matmul(x, codes, scales, None, fmt, 16), 0))
         seconds["dense"].append(timed(lambda _: x @ weight.t(), 0))
     tiles, dense = (statistics.median(seconds[k][1:]) for k in ("tiles", "dense"))
-    return {
-        "tokens": num_tokens,
-        "shape": [out_features, in_features],
-        "kernel": kernel.NAME,
-        "tiles_seconds": tiles,
-        "dense_bf16_seconds": dense,
-        "rate_over_dense": dense / tiles,
-        "best_over_best": min(seconds["dense"]) / min(seconds["tiles"]),
-        "goal": 0.6,
-    }
+    row = {"tokens": num_tokens, "out_features": out_features, "in_features": in_features}
+    row |= {"contender": f"4 bits, {kernel.NAME}", "microseconds": round(1e6 * tiles, 1)}
+    row |= {"dense_bf16_microseconds": round(1e6 * dense, 1), "rate_over_dense": dense / tiles, "goal_over_dense": 0.6}
+    print(row, flush=True)
+    return [row]
 
 
 def timed(work: Callable[[int], object], i: int) -> float:
     started = time.perf_counter()
     work(i)
     return time.perf_counter() - started
-
-
-def print_rows(rows: list[dict[str, object]]) -> None:
-    print(f"\n{rows[0]['shape']}  (out, in)")
-    for row in rows:
-        goal = f"   goal {row['goal']}" if row["goal"] else ""
-        rate = row["bytes_per_second"] / 1e9
-        print(f"  {row['contender']:36s} {1e6 * row['seconds']:8.0f} us {rate:7.1f} GB/s {row['over_read']:6.2f}{goal}")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class CompiledMatvec:
 
     def matvec(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype) -> Matvec:
         """The compiled code for activations of `dtype`, float32 or bfloat16."""
-        return matvec(fmt, _round_tokens(num_tokens), dtype, self.scheme, self.target)
+        return matvec(fmt, num_tokens, dtype, self.scheme, self.target)
 
     def matmul(
         self,

@@ -6,7 +6,7 @@ Only what the kernels here need. Types are LLVM's own spelling (`<16 x float>`),
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 
 class Value(NamedTuple):
@@ -85,7 +85,14 @@ class Function:
         amount = num_bytes.name if isinstance(num_bytes, Value) else num_bytes
         return self.value("ptr", f"getelementptr i8, {pointer}, i64 {amount}")
 
-    def times(self, a: Value, factor: int) -> Value:
+    @overload
+    def times(self, a: Value, factor: int) -> Value: ...
+    @overload
+    def times(self, a: int, factor: int) -> int: ...
+    def times(self, a: Value | int, factor: int) -> Value | int:
+        """A number, known now or when it runs, times a constant."""
+        if isinstance(a, int):
+            return a * factor
         return a if factor == 1 else self.binary("mul nuw nsw", a, factor)
 
     def shuffle(self, a: Value, b: Value | None, mask: Sequence[int]) -> Value:

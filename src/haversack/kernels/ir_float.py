@@ -62,3 +62,9 @@ def bf16_of(f: Function, value: Value, target: Target) -> Value:
     quiet = f.binary("or", bits, const(0x400000))
     chosen = f.value(type_of("i32"), f"select {flags}, {quiet}, {rounded}")
     return f.cast("trunc", f.binary("lshr", chosen, const(16)), type_of("i16"))
+
+
+def sum_of_lanes(f: Function, lanes: Value) -> Value:
+    """The sum of sixteen floats, in any order."""
+    f.module.declare("declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)")
+    return f.value("float", f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {lanes})")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from haversack.kernels.dot_schemes import DotScheme, multiply_add
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
-from haversack.kernels.ir_float import bf16_of, scale_to_float
+from haversack.kernels.ir_float import bf16_of, scale_to_float, sum_of_lanes
 from haversack.kernels.llvm import Target
 
 MAX_SEGMENT_CHUNKS = 8
@@ -252,16 +252,16 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
         """Accumulators, ordered row, token, set, chain, plus the products of one chunk."""
         accumulators = list(accumulators)
         _prefetch_codes(f, case, chunk, num_rows)
-        low_at = f.times(chunk, scheme.chunk_bytes) if isinstance(chunk, Value) else chunk * scheme.chunk_bytes
+        low_at = f.times(chunk, scheme.chunk_bytes)
         operands = []
         for r in range(num_rows):
             low = f.offset(codes[r], low_at)
             above = None
             if high is not None:
                 step = 8 * scheme.chunk_units
-                above = f.offset(high[r], f.times(chunk, step) if isinstance(chunk, Value) else chunk * step)
+                above = f.offset(high[r], f.times(chunk, step))
             operands.append(scheme.operands(f, low, above, units))
-        at = f.times(chunk, chunk_bytes) if isinstance(chunk, Value) else chunk * chunk_bytes
+        at = f.times(chunk, chunk_bytes)
         vectors = f.offset(arguments["round"], at)
         type_ = vector(len(scheme.activation_columns[0]), scheme.activation_element)
         for number, step_operands in enumerate(zip(*operands, strict=True)):
@@ -291,7 +291,7 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
         """`sums`, ordered row, token, plus a segment's accumulators times its scales."""
         result = []
         at = 4 * case.chunk_groups
-        offset = f.times(segment, at) if isinstance(segment, Value) else segment * at
+        offset = f.times(segment, at)
         for slot, total in enumerate(sums):
             for part, lane_groups in enumerate(sets):
                 first = (slot * len(sets) + part) * chains
@@ -337,7 +337,7 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
 
 def _start_pointer(f: Function, case: MatmulCase, starts: Value, segment: Value | int, token: int) -> Value:
     step = 64 * case.tokens
-    at = f.times(segment, step) if isinstance(segment, Value) else segment * step
+    at = f.times(segment, step)
     return f.offset(f.offset(starts, at), 64 * token)
 
 
@@ -348,9 +348,9 @@ def _scales_as_floats(f: Function, case: MatmulCase, scales: Value) -> Value:
     floats = f.value("ptr", f"alloca [{case.padded_groups} x float], align 64")
 
     def convert(group: Value | int, width: int) -> list[Value]:
-        at = f.times(group, size) if isinstance(group, Value) else size * group
+        at = f.times(group, size)
         stored = _widened(f, f.load(vector(width, element), f.offset(scales, at), size))
-        place = f.offset(floats, f.times(group, 4) if isinstance(group, Value) else 4 * group)
+        place = f.offset(floats, f.times(group, 4))
         f.store(scale_to_float(f, stored, fmt.scales, case.target), place, 64)
         return []
 
@@ -395,7 +395,7 @@ def _take_zeros(
 
     def step(group: Value | int, carried: list[Value], width: int) -> list[Value]:
         result = list(carried)
-        at = f.times(group, 4) if isinstance(group, Value) else 4 * group
+        at = f.times(group, 4)
         for r in range(len(rows)):
             zero = _widened(f, f.load(vector(width, "i8"), f.offset(zero_rows[r], group)))
             zero = f.cast("uitofp", f.cast("zext", zero, "<16 x i32>"), "<16 x float>")
@@ -420,8 +420,7 @@ def _widened(f: Function, a: Value) -> Value:
 
 def _store(f: Function, case: MatmulCase, lanes: Value, row: Value, token: int) -> None:
     """Sum the lanes and write the element of one row and token, unless the token is padding of the round."""
-    f.module.declare("declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)")
-    total = f.value("float", f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {lanes})")
+    total = sum_of_lanes(f, lanes)
     size = 4 if case.dtype == "float32" else 2
     element = total if case.dtype == "float32" else bf16_of(f, total, case.target)
 
@@ -438,7 +437,7 @@ def _store(f: Function, case: MatmulCase, lanes: Value, row: Value, token: int) 
 def _prefetch_codes(f: Function, case: MatmulCase, chunk: Value | int, num_rows: int) -> None:
     """Ask for one chunk's share of later rows, in the order of addresses."""
     share = case.asked_bytes(num_rows)
-    at = f.offset(f.arguments["ask"], f.times(chunk, share) if isinstance(chunk, Value) else chunk * share)
+    at = f.offset(f.arguments["ask"], f.times(chunk, share))
     for line in range(0, share, 64):
         _prefetch(f, case, f.offset(at, line))
 

@@ -8,7 +8,7 @@ Sums of groups, for zero points, and start values, for unsigned codes, fall out 
 from __future__ import annotations
 
 from haversack.kernels.ir import Function, Module, Value, vector, zeros
-from haversack.kernels.ir_float import bf16_of, bf16_to_float
+from haversack.kernels.ir_float import bf16_of, bf16_to_float, sum_of_lanes
 from haversack.kernels.ir_matmul import MatmulCase
 
 _F16 = "<16 x float>"
@@ -67,11 +67,6 @@ def _group_columns(case: MatmulCase) -> int:
     return case.num_chunks * case.scheme.chunk_columns if case.whole_row else case.fmt.group_size
 
 
-def _sum(f: Function, lanes: Value) -> Value:
-    f.module.declare("declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)")
-    return f.value("float", f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {lanes})")
-
-
 def _sum_groups(f: Function, case: MatmulCase, sums: Value) -> None:
     columns = _group_columns(case)
 
@@ -82,7 +77,7 @@ def _sum_groups(f: Function, case: MatmulCase, sums: Value) -> None:
             return [f.binary("fadd", carried[0], f.load(_F16, f.offset(base, i), 64))]
 
         total = f.loop(4 * columns, [zeros(_F16)], add, step=64)[0]
-        f.store(_sum(f, total), f.offset(sums, f.times(g, 4)), 4)
+        f.store(sum_of_lanes(f, total), f.offset(sums, f.times(g, 4)), 4)
         return []
 
     f.loop(case.fmt.num_groups, [], group)
@@ -119,7 +114,7 @@ def _quantize_groups(f: Function, case: MatmulCase, scales: Value, sums: Value) 
         total = f.loop(4 * columns, [zeros(_F16)], round_, step=64)[0]
         f.store(scale, f.offset(scales, f.times(g, 4)), 4)
         if case.sum_bytes:
-            f.store(f.binary("fmul", _sum(f, total), scale), f.offset(sums, f.times(g, 4)), 4)
+            f.store(f.binary("fmul", sum_of_lanes(f, total), scale), f.offset(sums, f.times(g, 4)), 4)
         return []
 
     f.loop(case.fmt.num_groups, [], group)

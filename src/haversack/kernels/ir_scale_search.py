@@ -14,6 +14,8 @@ least-squares scale for these codes.
 from __future__ import annotations
 
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
+from haversack.kernels.ir_float import sum_of_lanes
+from haversack.kernels.ir_team import add_record_entry, smaller
 
 LANES, NUM_VECTORS = 16, 4
 UNIT_COLUMNS = LANES * NUM_VECTORS
@@ -33,36 +35,27 @@ JOB = (
     "groups",
     "units",
     "offers",
-    "next",
 )
 """Words of a job. `weight` is `(rows, groups, 64 units)` and `importance` `(groups, 64 units)`, float32; `scale` and
-`zero` are `(offers, rows, groups)`; `best` (int64), `products` and `squares` `(rows, groups)`; `next` is 0."""
+`zero` are `(offers, rows, groups)`; `best` (int64), `products` and `squares` `(rows, groups)`."""
 
-_NUMBERS = ("rows", "groups", "units", "offers", "next")
+_NUMBERS = ("rows", "groups", "units", "offers")
 _FLOATS = vector(LANES, "float")
 
 
 def scale_search_text(num_codes: int) -> str:
     """The whole module, entry `run`, for a grid of codes from 0 to `num_codes - 1`."""
     module = Module()
-    _add_work(module, num_codes)
-    f = Function(module, "run", [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")])
-    a = f.arguments
-    given = f.value("i1", f"icmp ne {a['parallel']}, null")
-    several = f.value("i1", f"icmp sgt {a['threads']}, 1")
-    together = f.binary("and", given, several)
-    f.when(together, lambda: f.do(f"call void {a['parallel'].name}(ptr @work, {a['job']}, {a['threads']}, i32 0)"))
-    f.do(f"call void @work({a['job']})")  # after a team this finds no turn left; without one it does them all
-    f.end()
+    add_record_entry(
+        module,
+        [("i64" if name in _NUMBERS else "ptr", name) for name in JOB],
+        lambda f, at: f.binary("udiv", f.binary("add", at["rows"], TURN_ROWS - 1), TURN_ROWS),
+        lambda f, at, number: _turn(f, num_codes, at, number),
+    )
     return module.text()
 
 
-def _add_work(module: Module, num_codes: int) -> None:
-    f = Function(module, "work", [("ptr", "job")])
-    job = f.arguments["job"]
-    at = {n: f.load("i64" if n in _NUMBERS else "ptr", f.offset(job, 8 * i), 8) for i, n in enumerate(JOB)}
-    counter = f.offset(job, 8 * JOB.index("next"))
-    turns = f.binary("udiv", f.binary("add", at["rows"], TURN_ROWS - 1), TURN_ROWS)
+def _turn(f: Function, num_codes: int, at: dict[str, Value], number: Value) -> None:
     num_places = f.binary("mul", at["rows"], at["groups"])
     group_bytes = f.times(at["units"], 4 * UNIT_COLUMNS)
 
@@ -101,43 +94,35 @@ def _add_work(module: Module, num_codes: int) -> None:
         sums = f.loop(at["units"], start, unit)
         return [_total(f, sums[NUM_VECTORS * s : NUM_VECTORS * (s + 1)]) for s in range(num_sums)]
 
-    def turn(state: list[Value]) -> list[Value]:
-        first = f.times(state[0], TURN_ROWS)
-        beyond = f.binary("add", first, TURN_ROWS)
-        less = f.value("i1", f"icmp slt {beyond}, {at['rows'].name}")
-        last = f.value("i64", f"select {less}, {beyond}, {at['rows']}")
+    first = f.times(number, TURN_ROWS)
+    last = smaller(f, f.binary("add", first, TURN_ROWS), at["rows"])
 
-        def group(place: Value, _: list[Value]) -> list[Value]:
-            number = f.binary("urem", place, at["groups"])
-            weight = f.offset(at["weight"], f.binary("mul", place, group_bytes))
-            importance = f.offset(at["importance"], f.binary("mul", number, group_bytes))
+    def group(place: Value, _: list[Value]) -> list[Value]:
+        of_row = f.binary("urem", place, at["groups"])
+        weight = f.offset(at["weight"], f.binary("mul", place, group_bytes))
+        importance = f.offset(at["importance"], f.binary("mul", of_row, group_bytes))
 
-            def offered(o: Value) -> list[Value]:
-                here = f.times(f.binary("add", f.binary("mul", o, num_places), place), 4)
-                return [f.load("float", f.offset(at[name], here), 4) for name in ("scale", "zero")]
+        def offered(o: Value) -> list[Value]:
+            here = f.times(f.binary("add", f.binary("mul", o, num_places), place), 4)
+            return [f.load("float", f.offset(at[name], here), 4) for name in ("scale", "zero")]
 
-            def offer(o: Value, best: list[Value]) -> list[Value]:
-                error = over_columns(weight, importance, offered(o), 1)[0]
-                better = f.value("i1", f"fcmp olt {error}, {best[0].name}")
-                return [
-                    f.value("float", f"select {better}, {error}, {best[0]}"),
-                    f.value("i64", f"select {better}, {o}, {best[1]}"),
-                ]
+        def offer(o: Value, best: list[Value]) -> list[Value]:
+            error = over_columns(weight, importance, offered(o), 1)[0]
+            better = f.value("i1", f"fcmp olt {error}, {best[0].name}")
+            return [
+                f.value("float", f"select {better}, {error}, {best[0]}"),
+                f.value("i64", f"select {better}, {o}, {best[1]}"),
+            ]
 
-            infinite = Value("float", "0x7FF0000000000000")
-            best = f.loop(at["offers"], [infinite, Value("i64", "0")], offer)[1]
-            products, squares = over_columns(weight, importance, offered(best), 2)
-            f.store(best, f.offset(at["best"], f.times(place, 8)), 8)
-            f.store(products, f.offset(at["products"], f.times(place, 4)), 4)
-            f.store(squares, f.offset(at["squares"], f.times(place, 4)), 4)
-            return []
+        infinite = Value("float", "0x7FF0000000000000")
+        best = f.loop(at["offers"], [infinite, Value("i64", "0")], offer)[1]
+        products, squares = over_columns(weight, importance, offered(best), 2)
+        f.store(best, f.offset(at["best"], f.times(place, 8)), 8)
+        f.store(products, f.offset(at["products"], f.times(place, 4)), 4)
+        f.store(squares, f.offset(at["squares"], f.times(place, 4)), 4)
+        return []
 
-        f.loop(f.binary("mul", last, at["groups"]), [], group, first=f.binary("mul", first, at["groups"]))
-        return [f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")]
-
-    taken = f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")
-    f.while_less(taken, turns, turn)
-    f.end()
+    f.loop(f.binary("mul", last, at["groups"]), [], group, first=f.binary("mul", first, at["groups"]))
 
 
 def _add_product(f: Function, a: Value, b: Value, c: Value) -> Value:
@@ -147,5 +132,4 @@ def _add_product(f: Function, a: Value, b: Value, c: Value) -> Value:
 def _total(f: Function, sums: list[Value]) -> Value:
     """The sum of four vectors' elements."""
     whole = f.binary("fadd", f.binary("fadd", sums[0], sums[1]), f.binary("fadd", sums[2], sums[3]))
-    f.module.declare(f"declare float @llvm.vector.reduce.fadd.v{LANES}f32(float, {_FLOATS})")
-    return f.value("float", f"call reassoc float @llvm.vector.reduce.fadd.v{LANES}f32(float 0.0, {whole})")
+    return sum_of_lanes(f, whole)

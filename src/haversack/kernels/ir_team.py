@@ -55,6 +55,29 @@ def add_team_entry(
     _add_work(module, name, {n: v.type for n, v in fields.items()}, turn)
 
 
+def add_record_entry(
+    module: Module,
+    words: Sequence[tuple[str, str]],
+    num_turns: Callable[[Function, dict[str, Value]], Value],
+    turn: Callable[[Function, dict[str, Value], Value], None],
+) -> None:
+    """`run(record, parallel, threads)`: as `add_team_entry`, with arguments that lie in an array of 64-bit words.
+
+    `words` are their types and names; both functions get them by name.
+    """
+
+    def read(f: Function, record: Value) -> dict[str, Value]:
+        return {name: f.load(type_, f.offset(record, 8 * i), 8) for i, (type_, name) in enumerate(words)}
+
+    add_team_entry(
+        module,
+        "run",
+        [("ptr", "record")],
+        lambda f: {"num_turns": num_turns(f, read(f, f.arguments["record"]))},
+        lambda f, fields, number: turn(f, read(f, fields["record"]), number),
+    )
+
+
 def _add_work(
     module: Module,
     name: str,

@@ -40,7 +40,7 @@ def best_offers(
         "squares": squares,
     }
     units = (width + padding) // UNIT_COLUMNS
-    numbers = {"rows": rows, "groups": groups, "units": units, "offers": scale.shape[0], "next": 0}
+    numbers = {"rows": rows, "groups": groups, "units": units, "offers": scale.shape[0]}
     words = [tensors[name].data_ptr() if name in tensors else numbers[name] for name in JOB]
     job = (ctypes.c_int64 * len(JOB))(*words)
     run = _FUNCTION(_module(num_codes).address("run"))
