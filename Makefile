@@ -5,7 +5,12 @@ STAMP := $(VENV)/.stamp
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: env demo test lint bench reference look docs
+PEERS := llama_cpp xllamacpp llmcompressor auto_round bitsandbytes openvino torchao kvpress transformers
+# The default build of llama.cpp takes its AMX path on machines that have none and dies there, so that the features are named.
+LLAMA_CMAKE := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
+	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
+
+.PHONY: env demo test lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs
 
 env: $(STAMP)
 
@@ -24,11 +29,23 @@ lint: env
 	$(VENV)/bin/mypy
 
 # Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures. All of them take about
-# half an hour on two free cores; `make bench-NAME` runs one.
-bench: bench-kernels bench-process_peak bench-streaming bench-plans
+# BENCH_TOTAL on two free cores, the peers' environments apart; those of bench-quick need no peers and take under 15 minutes. `make bench-NAME` runs one.
+bench: bench-quick peers bench-weights
+
+bench-quick: bench-kernels bench-process_peak bench-streaming
 
 bench-%: env
 	$(PY) -m benchmarks.$*
+
+# Other tools to stand beside, each in an environment of its own, pinned by benchmarks/peers/NAME.txt; called as processes.
+peers: $(PEERS:%=peers-%)
+
+$(PEERS:%=peers-%): peers-%: .peers/%/.stamp
+
+.peers/%/.stamp: benchmarks/peers/%.txt
+	test -x .peers/$*/bin/python || python3 -m venv .peers/$*
+	CMAKE_ARGS="$(LLAMA_CMAKE)" .peers/$*/bin/python -m pip install -q --disable-pip-version-check -r $<
+	touch $@
 
 # Plans, packs, runs and verifies the shipped model A, and draws the page: out/demo-report.html.
 demo: env

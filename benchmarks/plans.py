@@ -50,7 +50,7 @@ def compare(folder: Path) -> list[dict[str, Any]]:
     model = describe_model(folder)
     calibration = calibrate_model(model, data.text("calibration"))
     texts = [
-        tokenize(model, data.text(name), num_tokens=NUM_SEQUENCES // 2 * SEQ_LEN, seq_len=SEQ_LEN)[0]
+        tokenize(model, data.text(name), num_tokens=NUM_SEQUENCES // 2 * SEQ_LEN, seq_len=SEQ_LEN)
         for name in ("foreign-prose", "foreign-code")
     ]
     foreign = DamageMeter(model, torch.cat(texts))

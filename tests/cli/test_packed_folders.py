@@ -87,8 +87,8 @@ def test_prompts_and_counts_beyond_reason(cli, packed):
 def test_run_as_json(cli, packed):
     ran = cli("run", packed, "--prompt", "abc", "--max-new-tokens", "2", "--json")
     assert ran.code == 0 and set(ran.json) == {
-        "text", "prompt_tokens", "new_tokens", "seconds_to_first_token", "tokens_per_second", "peak_private_bytes",
-        "cap_bytes",
+        "text", "finish", "prompt_tokens", "new_tokens", "seconds_to_first_token", "tokens_per_second", "sampling", "notes",
+        "peak_private_bytes", "cap_bytes",
     }  # fmt: skip
     assert ran.json["prompt_tokens"] == 3 and ran.json["new_tokens"] == 2
 

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from tests.engine.tiny import load_whole, random_ids, save_tiny
 
 from haversack.describe.model import describe_model
-from haversack.engine.calibrate import CalibrationSettings, calibrate, calibration_token_ids
+from haversack.engine.calibrate import CalibrationSettings, calibrate
 from haversack.engine.layers import matrix_view
 from haversack.errors import CheckpointError, UsageError
 from haversack.parts.weights.base import WeightTask
@@ -213,14 +213,3 @@ def test_values_that_overflow_are_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="layer 1"):
         calibrate(folder, random_ids(2, 16), cache=tmp_path / "c")
-
-
-def test_short_texts_are_used_and_said():
-    ids, notes = calibration_token_ids(range(10), 64, 16)
-    assert ids.tolist() == [list(range(10))] and "less than a sequence" in notes[0]
-    ids, notes = calibration_token_ids(range(40), 64, 16)
-    assert ids.shape == (2, 16) and "not the 4" in notes[0]
-    ids, notes = calibration_token_ids(range(160), 64, 16)
-    assert notes == [] and [row[0] for row in ids.tolist()] == [0, 32, 80, 112]
-    with pytest.raises(UsageError, match="longer text"):
-        calibration_token_ids([1], 64, 16)

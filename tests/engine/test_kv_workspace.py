@@ -69,17 +69,18 @@ def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens,
     layer.append(random(site.num_kv_heads, 1400), random(site.num_kv_heads, 1400), real)
     query, keys, values = (random(h, new_tokens) for h in (site.num_heads, site.num_kv_heads, site.num_kv_heads))
 
-    def step() -> torch.Tensor:
-        output, _ = layer.step(query, keys, values, scaling=0.1, softcap=site.softcap)
-        return output
+    def step() -> None:
+        for _ in range(64 if new_tokens == 1 else 1):  # in one of them a group of tokens is packed
+            layer.step(query, keys, values, scaling=0.1, softcap=site.softcap)
 
     measured = peak_bytes(step)
     output_bytes = query.numel() * query.element_size()
     declared = option.workspace_bytes(site, new_tokens=new_tokens, **sizes)
     assert measured <= declared + output_bytes
-    # Float32 slabs may need no copy, rows that stand differently take turns, and 1,400 tokens don't fill a demoted block of 1,024.
-    # Else what is declared is not padded, for plans waste it.
-    if dtype == torch.bfloat16 and not (padded and "heavy" in name) and "demoted" not in name:
+    # One packed group of one row at a time, and rows that stand differently take turns; 1,400 tokens don't fill a demoted block of 1,024;
+    # float32 slabs may need no copy. Else what is declared is not padded, for plans waste it.
+    rows_take_turns = padded and ("heavy" in name or (new_tokens == 1 and "bit" in name))
+    if dtype == torch.bfloat16 and not rows_take_turns and "demoted" not in name:
         assert declared <= 1.5 * (measured - output_bytes)
 
 

@@ -33,15 +33,16 @@ def width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
 
 
-def paragraph(text: str, *, indent: str = "") -> None:
+def paragraph(text: str, *, indent: str = "", err: bool = False) -> None:
     """Text wrapped between words; continued lines begin with `indent`."""
-    typer.echo(textwrap.fill(text, width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+    filled = textwrap.fill(text, width(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    typer.echo(filled, err=err)
 
 
-def notes(sentences: Sequence[str]) -> None:
-    """What a user should know beside the figures."""
+def notes(sentences: Sequence[str], *, err: bool = False) -> None:
+    """What a user should know beside the figures, or, on standard error, beside a text."""
     for sentence in sentences:
-        paragraph(f"note: {sentence.rstrip('.')}.", indent="  ")
+        paragraph(f"note: {sentence.rstrip('.')}.", indent="  ", err=err)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
@@ -56,6 +57,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         view.add_row(*(str(cell) for cell in row))
     console = Console(width=width(), highlight=False, soft_wrap=False)
     console.print(view)
+
+
+def passing_line(what: str) -> None:
+    """What is being done, on a terminal's standard error, in place of the line before; an empty one takes it away."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{what + ' ...' if what else ''}")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -85,3 +93,15 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
     with bar:
         yield progress
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Say what is being waited for while it lasts, on a terminal's standard error only."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield

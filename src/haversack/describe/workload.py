@@ -1,4 +1,4 @@
-"""Workloads: what a model shall do, in tokens and users. Serving here; tuning and training are classes of their own.
+"""Workloads: what a model shall do, in tokens and users: serve, tune or train.
 
 A workload says nothing of a model or a machine, so it is checked in two steps: the numbers against themselves when it
 is made, and against a model's positions with `check_positions`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -66,25 +66,165 @@ class ServeWorkload:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ServeWorkload:
         """The workload that `to_dict` wrote. Raises PlanError naming a wrong task or field."""
-        fields = dict(data)
-        if (task := fields.pop("task", None)) != cls.task:
-            raise PlanError(f"the plan's workload has the task {task!r}, but this command reads {cls.task!r}.")
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise PlanError(f"the plan's workload has wrong fields: {error}.") from None
-        except UsageError as error:
-            raise PlanError(f"the plan's workload is wrong: {error}") from None
+        return _from_dict(cls, data)
 
 
-def check_positions(workload: ServeWorkload, max_positions: int | None, model: str) -> None:
+PRECISIONS = {
+    "fp32": "weights, gradients and optimizer state in 32 bits",
+    "bf16": "weights, gradients and optimizer state in 16 bits",
+    "autocast": "32 bits kept, products computed in 16",
+    "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
+}
+OPTIMIZERS = ("adamw", "adamw8bit", "sgdm", "adafactor", "muon")
+ATTENTIONS = ("sdpa", "eager")
+METHODS = ("full", "lora", "qlora")
+ADAPTED = ("attention", "linear")
+RECOMPUTATIONS = ("none", "full")
+
+
+@dataclass(frozen=True)
+class TrainingWorkload:
+    """What tuning and training share: steps of `batch_size` sequences of `seq_len` tokens on each rank.
+
+    `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
+    there are (`PRECISIONS`, `OPTIMIZERS`); `recompute` "full" keeps each layer's input alone and runs the layer again for its
+    backward pass; `attention` is transformers' name of the attention function. Raises UsageError naming the field, its
+    value and what is allowed.
+    """
+
+    batch_size: int
+    seq_len: int
+    accumulation_steps: int = 1
+    precision: str = "bf16"
+    optimizer: str = "adamw"
+    recompute: str = "none"
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        _check_count("batch_size", self.batch_size, minimum=1)
+        _check_count("seq_len", self.seq_len, minimum=2)
+        _check_count("accumulation_steps", self.accumulation_steps, minimum=1)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("recompute", self.recompute, RECOMPUTATIONS)
+        _check_choice("attention", self.attention, ATTENTIONS)
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions a sequence needs."""
+        return self.seq_len
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step on one rank."""
+        return self.batch_size * self.seq_len * self.accumulation_steps
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype that trained weights are kept in, by safetensors' name."""
+        return "F32" if self.precision in ("fp32", "autocast") else "BF16"
+
+    @property
+    def state_dtype(self) -> str:
+        """The dtype of optimizer states that are kept as floats."""
+        return "BF16" if self.precision == "bf16" else "F32"
+
+
+@dataclass(frozen=True)
+class TrainWorkload(TrainingWorkload):
+    """Train every weight, from a config or a checkpoint."""
+
+    task: ClassVar[str] = "train"
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"task": "train", field: value, ...}`, JSON-ready."""
+        return {"task": self.task, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainWorkload:
+        """The workload that `to_dict` wrote. Raises PlanError naming a wrong task or field."""
+        return _from_dict(cls, data)
+
+
+@dataclass(frozen=True)
+class TuneWorkload(TrainingWorkload):
+    """Tune a checkpoint: all of it (`full`), or low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`).
+
+    `lora_rank` and `lora_targets` (the projections around attention, or every linear of the layers) count for adapters
+    alone. Under `master` precision there are no adapters: their states are small in any precision.
+    """
+
+    task: ClassVar[str] = "tune"
+
+    method: str = "lora"
+    lora_rank: int = 16
+    lora_targets: str = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("method", self.method, METHODS)
+        _check_choice("lora_targets", self.lora_targets, ADAPTED)
+        _check_count("lora_rank", self.lora_rank, minimum=1)
+        if self.method != "full" and self.precision == "master":
+            raise UsageError(
+                f"precision is 'master' with method {self.method!r}, but only method 'full' has master weights; "
+                "choose bf16, autocast or fp32."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"task": "tune", field: value, ...}`, JSON-ready."""
+        return {"task": self.task, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TuneWorkload:
+        """The workload that `to_dict` wrote. Raises PlanError naming a wrong task or field."""
+        return _from_dict(cls, data)
+
+
+Workload = ServeWorkload | TuneWorkload | TrainWorkload
+
+
+def workload_from_dict(data: Mapping[str, Any]) -> Workload:
+    """The workload of whichever task `to_dict` wrote. Raises PlanError for another task, or a wrong field."""
+    kinds: tuple[type[Any], ...] = (ServeWorkload, TuneWorkload, TrainWorkload)
+    kind = next((kind for kind in kinds if kind.task == data.get("task")), None)
+    if kind is None:
+        raise PlanError(f"the plan's workload has the task {data.get('task')!r}, which is none of serve, tune, train.")
+    return kind.from_dict(data)
+
+
+def check_positions(workload: Workload, max_positions: int | None, model: str) -> None:
     """Raise UsageError if the workload's context is longer than the positions `model` was made for (None: no limit)."""
-    if max_positions is not None and workload.context_tokens > max_positions:
+    if max_positions is None or workload.context_tokens <= max_positions:
+        return
+    if isinstance(workload, TrainingWorkload):
         raise UsageError(
-            f"{workload.prompt_tokens} prompt and {workload.generate_tokens} generated tokens need "
-            f"{workload.context_tokens} positions, but {model} has {max_positions}; "
-            f"ask for at most {max_positions} tokens in all."
+            f"sequences of {workload.seq_len} tokens were asked, but {model} has {max_positions} positions; ask for at "
+            f"most {max_positions}."
         )
+    raise UsageError(
+        f"{workload.prompt_tokens} prompt and {workload.generate_tokens} generated tokens need "
+        f"{workload.context_tokens} positions, but {model} has {max_positions}; "
+        f"ask for at most {max_positions} tokens in all."
+    )
+
+
+def _from_dict(cls: Any, data: Mapping[str, Any]) -> Any:
+    fields = dict(data)
+    if (task := fields.pop("task", None)) != cls.task:
+        raise PlanError(f"the plan's workload has the task {task!r}, but this command reads {cls.task!r}.")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise PlanError(f"the plan's workload has wrong fields: {error}.") from None
+    except UsageError as error:
+        raise PlanError(f"the plan's workload is wrong: {error}") from None
+
+
+def _check_choice(field: str, value: str, allowed: Iterable[str]) -> None:
+    names = list(allowed)
+    if value not in names:
+        raise UsageError(f"{field} is {value!r}, but must be one of {', '.join(names)}.")
 
 
 def _check_count(field: str, value: int, *, minimum: int) -> None:

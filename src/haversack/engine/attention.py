@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, prepare_pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haversack.errors import UnsupportedModelError
+from haversack.kernels.attention import CacheForm, DecodeAttention
 from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer
 
@@ -140,6 +141,10 @@ def _attend_plain(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to keys of which the last are the queries' own; the same blocks as a planned layer makes."""
+    if query.shape[2] == 1 and real is None and not (torch.is_grad_enabled() and query.requires_grad):
+        found = _attend_compiled(query, key, value, scaling, window, softcap, sinks)
+        if found is not None:
+            return found
     num_queries, num_past = query.shape[2], key.shape[2] - query.shape[2]
     columns = torch.arange(key.shape[2], device=key.device)
 
@@ -169,6 +174,29 @@ def _attend_plain(
         softcap=softcap,
         sinks=sinks,
     )
+
+
+def _attend_compiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """One query per sequence by the kernel that a planned layer uses; None where there is none."""
+    heads = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    form = CacheForm(*heads, query.dtype)
+    if not form.is_supported(key.device.type) or key.dtype != query.dtype:
+        return None
+    slabs = {"keys": key.contiguous(), "values": value.contiguous()}
+    past = key.shape[2] - 1
+    seen = past if window is None else min(past, window - 1)
+    layer = DecodeAttention(form, slabs, sink_tokens=0, ring_tokens=past, recent_tokens=seen, softcap=softcap)
+    new_keys, new_values = (slabs[name][:, :, past:] for name in ("keys", "values"))
+    rows = query.shape[0]
+    return layer(query, new_keys, new_values, [past] * rows, [0] * rows, scaling=scaling, sinks=sinks)
 
 
 register()

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -179,28 +179,6 @@ def calibrate(
     if not (folder / "complete.json").exists():
         _Calibration(model, token_ids, folder, settings, progress or (lambda what, done, total: None)).run()
     return Statistics(folder, model.described)
-
-
-def calibration_token_ids(token_ids: Sequence[int], num_tokens: int, seq_len: int) -> tuple[torch.Tensor, list[str]]:
-    """`(sequences, seq_len)` of at most `num_tokens` from a long text's ids, and notes where the text is too short.
-
-    Windows are spread evenly over the text and do not overlap. A text shorter than one sequence becomes one shorter
-    sequence.
-    """
-    notes = []
-    if len(token_ids) < 2:
-        raise UsageError(f"the calibration text has {len(token_ids)} tokens, but needs 2 or more; name a longer text.")
-    if len(token_ids) < seq_len:
-        notes.append(f"calibration text has {len(token_ids)} tokens, less than a sequence of {seq_len}; used as it is")
-        seq_len = len(token_ids)
-    available = len(token_ids) // seq_len
-    wanted = max(1, num_tokens // seq_len)
-    if available < wanted:
-        notes.append(f"calibration text gives {available} sequences of {seq_len} tokens, not the {wanted} asked for")
-    count = min(wanted, available)
-    windows = [i * available // count for i in range(count)]
-    ids = torch.as_tensor(token_ids, dtype=torch.int64)
-    return torch.stack([ids[w * seq_len : (w + 1) * seq_len] for w in windows]), notes
 
 
 class _Calibration:

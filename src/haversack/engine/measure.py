@@ -45,8 +45,7 @@ class DamageMeter:
 
         assert model.folder is not None, "measuring needs weights"
         attention.register()
-        per_sequence = token_ids.shape[1] * model.vocab_size * 4
-        self.token_ids = token_ids[: max(1, MAX_REFERENCE_BYTES // per_sequence)]
+        self.token_ids = torch.empty(0, dtype=torch.int64)
         self.described = model
         self.checkpoint = Checkpoint.open(model.folder)
         self.chunk_tokens = chunk_tokens
@@ -56,7 +55,15 @@ class DamageMeter:
             ).eval()
         if model.weights and any(site.expert is not None for site in model.weights):
             self.model.set_experts_implementation("eager")
-        self._reference = [self._log_probabilities(row, {}) for row in self.token_ids]
+        self.use(token_ids)
+
+    def use(self, token_ids: torch.Tensor) -> None:
+        """Measure on these tokens from now on."""
+        per_sequence = token_ids.shape[1] * self.described.vocab_size * 4
+        token_ids = token_ids[: max(1, MAX_REFERENCE_BYTES // per_sequence)]
+        if not torch.equal(token_ids, self.token_ids):
+            self.token_ids, self._reference = token_ids, []
+            self._reference = [self._log_probabilities(row, {}) for row in token_ids]
 
     @property
     def num_tokens(self) -> int:
@@ -173,11 +180,3 @@ def paired_bootstrap(
     draws = torch.randint(len(blocks), (num_samples, len(blocks)), generator=generator)
     means = blocks[draws].mean(1)
     return float(means.quantile(0.025)), float(means.quantile(0.975))
-
-
-def token_windows(token_ids: Sequence[int], num_sequences: int, seq_len: int) -> torch.Tensor:
-    """`(sequences, seq_len)`: windows spread evenly over a text, not overlapping."""
-    available = len(token_ids) // seq_len
-    count = max(1, min(num_sequences, available))
-    starts = [i * available // count * seq_len for i in range(count)]
-    return torch.tensor([list(token_ids[start : start + seq_len]) for start in starts])

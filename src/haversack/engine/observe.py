@@ -7,7 +7,8 @@ read the same input (query, key and value) share one second moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,11 +98,12 @@ class SecondMoment:
 
     def add(self, x: torch.Tensor) -> None:
         """`x` is `(tokens, in)`, any dtype; products are computed in float32."""
-        x = x.float()
-        self.num_tokens += x.shape[0]
-        for start in range(0, x.shape[1], _BLOCK_COLUMNS):
-            stop = start + _BLOCK_COLUMNS
-            self.sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        with _exact_bfloat16_products(x.dtype):
+            x = x.float()
+            self.num_tokens += x.shape[0]
+            for start in range(0, x.shape[1], _BLOCK_COLUMNS):
+                stop = start + _BLOCK_COLUMNS
+                self.sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
     def mean(self) -> torch.Tensor:
         """The mean, `(in, in)`, with the blocks below the diagonal filled in; zeros without tokens. In place: call
@@ -110,6 +112,21 @@ class SecondMoment:
             stop = start + _BLOCK_COLUMNS
             self.sum[stop:, start:stop] = self.sum[start:stop, stop:].T
         return self.sum.div_(max(1, self.num_tokens))
+
+
+@contextmanager
+def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Lets oneDNN multiply float32 matrices as bfloat16 with float32 sums, twice as fast (measured with AVX-512 BF16),
+    where that rounds nothing: values that came as bfloat16."""
+    backend: Any = torch.backends.mkldnn
+    settings = backend.matmul
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class GradientMoment:

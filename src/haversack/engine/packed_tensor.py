@@ -41,7 +41,7 @@ class PackedMatrix:
         tensors = self.tensors()
         if self.option.grid is None:
             return F.embedding(index, tensors["weight"]).to(dtype)
-        flat = self.option.grid.rows(index.reshape(-1), tensors, self.in_features)
+        flat = self.option.rows(index.reshape(-1), tensors, self.in_features)
         return flat.to(dtype).reshape(*index.shape, self.in_features)
 
 

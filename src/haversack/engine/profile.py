@@ -50,9 +50,9 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     compute = torch_dtype(dtype or model.dtype)
     skeleton: Any = build_skeleton(model.config, model.name)
     skeleton.to(compute).eval()
-    kinds = _layer_kinds(model)
+    kinds = layer_kinds(model)
     shown = {layer for same in kinds.values() for layer in same}
-    _skip_layers_but(skeleton, model, shown)
+    skip_layers_but(skeleton, model, shown)
     sites = [site for site in model.weights if site.layer is None or site.layer in shown]
     probe = _Probe()
     take_off(skeleton, sites)
@@ -143,7 +143,7 @@ def _register_probe_attention() -> None:
     AttentionMaskInterface.register(PROBE_ATTENTION, _no_mask)
 
 
-def _layer_kinds(model: Model) -> dict[int, tuple[int, ...]]:
+def layer_kinds(model: Model) -> dict[int, tuple[int, ...]]:
     """For each layer, the first two layers with the same sites and the same attention."""
     facts: dict[int, list[Any]] = {layer: [] for layer in range(model.num_layers)}
     for site in model.weights:
@@ -157,7 +157,7 @@ def _layer_kinds(model: Model) -> dict[int, tuple[int, ...]]:
     return {layer: tuple(layers[:2]) for layers in alike.values() for layer in layers}
 
 
-def _skip_layers_but(skeleton: nn.Module, model: Model, kept: set[int]) -> None:
+def skip_layers_but(skeleton: nn.Module, model: Model, kept: set[int]) -> None:
     """Leave the layers `kept`, under their own indices; hidden states pass the others."""
     for module in skeleton.modules():
         for child in module.children():

@@ -7,7 +7,8 @@ that they declare. What is measured later comes from other instruments (the allo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,3 +52,80 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.live_bytes -= self._sizes.pop(key)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run: live bytes by owner at its start, at its highest moment, and at its end."""
+
+    name: str
+    start: Mapping[str, int]
+    peak: Mapping[str, int]
+    end: Mapping[str, int]
+
+    @property
+    def rise_bytes(self) -> int:
+        """What its highest moment holds more than its start."""
+        return sum(self.peak.values()) - sum(self.start.values())
+
+
+WORKSPACE = "workspace"
+"""The owner of what operators allocate inside and free again."""
+
+
+class OwnedBytes(LiveBytes):
+    """Live bytes by owner: a new storage belongs to `owner`, until it is assigned to another. `cut` ends a segment."""
+
+    def __init__(self, workspace: dict[Any, Callable[..., int]] | None = None):
+        super().__init__(workspace)
+        self.owner = ""
+        self.by_owner: dict[str, int] = {}
+        self.segments: list[Segment] = []
+        self._owners: dict[int, str] = {}
+        self._start: dict[str, int] = {}
+        self._peak: dict[str, int] = {}
+        self._peak_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        inside = self._workspace.get(func)
+        if inside is not None:
+            self._note(inside(*args, **(kwargs or {})))
+        return out
+
+    def assign(self, tensor: torch.Tensor, owner: str) -> None:
+        """Book a tensor's storage on another owner, if it was made while this counted."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._owners and self._owners[key] != owner:
+            num_bytes = self._sizes[key]
+            self.by_owner[self._owners[key]] -= num_bytes
+            self._owners[key] = owner
+            self.by_owner[owner] = self.by_owner.get(owner, 0) + num_bytes
+
+    def cut(self, name: str) -> None:
+        """End the segment that began at the last cut, under this name."""
+        self.segments.append(Segment(name, self._start, self._peak, dict(self.by_owner)))
+        self._start = self._peak = dict(self.by_owner)
+        self._peak_bytes = self.live_bytes
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        before = self.live_bytes
+        super()._see(tensor)
+        if self.live_bytes == before:
+            return
+        self._owners[tensor.untyped_storage()._cdata] = self.owner
+        self.by_owner[self.owner] = self.by_owner.get(self.owner, 0) + self.live_bytes - before
+        self._note(0)
+
+    def _note(self, workspace_bytes: int) -> None:
+        if self.live_bytes + workspace_bytes > self._peak_bytes:
+            self._peak_bytes = self.live_bytes + workspace_bytes
+            self._peak = dict(self.by_owner)
+            if workspace_bytes:
+                self._peak[WORKSPACE] = self._peak.get(WORKSPACE, 0) + workspace_bytes
+
+    def _release(self, key: int) -> None:
+        owner = self._owners.pop(key, None)
+        if owner is not None:
+            self.by_owner[owner] -= self._sizes[key]
+        super()._release(key)

@@ -19,6 +19,8 @@ from haversack.jobs import memory
 if TYPE_CHECKING:
     import torch
 
+    from haversack.engine.decoder.loop import Decoder
+
 PROFILED_TOKENS = 8
 """Decode steps under the profiler: every step allocates alike."""
 
@@ -28,18 +30,21 @@ def measure_process(folder: Path) -> dict[str, Any]:
     memory.return_freed_memory()
     import torch
 
+    from haversack.jobs.run import loop_name, open_decoder
+
     _import_runtime()
     imported_private, imported_file = memory.private_bytes(), memory.file_bytes()
     marks: dict[str, int] = {}
     with memory.PeakSampler() as sampler:
         started = time.perf_counter()
         model = _load(folder)
+        decoder, refusal = open_decoder(model)
         load_seconds = time.perf_counter() - started
         load_private = memory.private_bytes()
         workload = model.haversack.plan["workload"]
         prompt = _prompt(folder, model, workload)
         started_ns = time.time_ns()
-        number, _ = _generate(model, prompt, max(1, workload["generate_tokens"]), marks)
+        number, _ = _generate(model, decoder, prompt, max(1, workload["generate_tokens"]), marks)
         ended_ns = time.time_ns()
     decode_seconds = (ended_ns - marks["decode"]) / 1e9
     steps = max(0, number - 1)
@@ -56,6 +61,8 @@ def measure_process(folder: Path) -> dict[str, Any]:
         "seconds_per_step": decode_seconds / steps if steps else 0.0,
         "threads": torch.get_num_threads(),
         "kernels": _kernels(model.haversack),
+        "loop": loop_name(decoder),
+        "loop_reason": refusal,
         "stall_seconds": window.statistics.stall_seconds if window is not None else None,
     }
 
@@ -64,14 +71,19 @@ def measure_tensors(folder: Path) -> dict[str, Any]:
     """Load and run a packed folder's workload under torch's profiler: allocated bytes by phase, residents by owner."""
     import torch
 
+    from haversack.jobs.run import open_decoder
+
     _import_runtime()
     marks = {"load": time.time_ns()}
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model = _load(folder)
+        decoder, _ = open_decoder(model)
         workload = model.haversack.plan["workload"]
         prompt = _prompt(folder, model, workload)
         marks["prefill"] = time.time_ns()
-        _, cache = _generate(model, prompt, max(1, workload["generate_tokens"]), marks, stop_after=PROFILED_TOKENS)
+        _, cache = _generate(
+            model, decoder, prompt, max(1, workload["generate_tokens"]), marks, stop_after=PROFILED_TOKENS
+        )
     return {"residents": _residents(model, cache), "tensor_peaks": _phase_peaks(profile, marks)}
 
 
@@ -108,9 +120,14 @@ def _prompt(folder: Path, model: Any, workload: dict[str, Any]) -> torch.Tensor:
 
 
 def _generate(
-    model: Any, prompt: torch.Tensor, new_tokens: int, marks: dict[str, int], stop_after: int | None = None
+    model: Any,
+    decoder: Decoder | None,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    marks: dict[str, int],
+    stop_after: int | None = None,
 ) -> tuple[int, Any]:
-    """Greedy generation of `new_tokens` per user, stopped `stop_after` tokens but in a cache for all of them; the number
+    """Greedy generation, by compiled steps where there is a decoder, of `new_tokens` per user, stopped `stop_after` tokens but in a cache for all of them; the number
     generated and the cache."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -128,6 +145,20 @@ def _generate(
             marks.setdefault("decode", time.time_ns())
             return scores
 
+    if decoder is not None:
+
+        def mark(tokens: torch.Tensor) -> None:
+            marks.setdefault("decode", time.time_ns())
+
+        with torch.inference_mode():
+            out, cache = decoder.generate(
+                prompt,
+                torch.ones_like(prompt),
+                min(new_tokens, stop_after or new_tokens),
+                capacity_tokens=prompt.shape[1] + new_tokens - 1,
+                on_tokens=mark,
+            )
+        return out.shape[1] - prompt.shape[1], cache
     with torch.inference_mode():
         out = model.generate(
             prompt,
@@ -148,14 +179,14 @@ def _phase_peaks(profile: Any, marks: dict[str, int]) -> dict[str, int]:
     phases = sorted(marks.items(), key=lambda item: item[1])
     peaks = {name: 0 for name, _ in phases}
     live = 0
-    for start_ns, num_bytes in sorted(_memory_events(profile)):
+    for start_ns, num_bytes in sorted(memory_events(profile)):
         live += num_bytes
         current = next((name for name, begin in reversed(phases) if start_ns >= begin), phases[0][0])
         peaks[current] = max(peaks[current], live)
     return peaks
 
 
-def _memory_events(profile: Any) -> Iterator[tuple[int, int]]:
+def memory_events(profile: Any) -> Iterator[tuple[int, int]]:
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             yield event.start_ns(), event.nbytes()
@@ -207,6 +238,10 @@ def _kernels(packed: Any) -> dict[str, list[str]]:
         names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
         label = "as is" if option.grid is None else option.grid.label
         found.setdefault(", ".join(dict.fromkeys(names)), set()).add(label)
+    plan = packed.kv_plan
+    for site, kv in zip(plan.sites, plan.options):
+        name = kv.kernel_name(site, capacity_tokens=plan.capacity_tokens, dtype=plan.dtype)
+        found.setdefault(f"attention {name}", set()).add(kv.label)
     return {kernel: sorted(labels) for kernel, labels in found.items()}
 
 

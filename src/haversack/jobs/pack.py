@@ -7,7 +7,6 @@ One site is in memory at a time: its matrix in float32, its statistics, and what
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from haversack.engine.load import LAYOUTS
 from haversack.errors import CheckpointError, InterruptedJobError, OutputError, PlanError
 from haversack.formats.packed_folder import PackedFolder, PackedFolderWriter, PackedSite, partial_path, unfinished_plan
 from haversack.formats.safetensors_file import explained
+from haversack.jobs.interrupt import stoppable
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.plan.schema import Plan
 
@@ -58,7 +58,7 @@ def pack(
         output, model.folder, plan_text=plan.to_json(), sites=sites, rest=model.rest, layouts=LAYOUTS
     )
     total = sum(site.num_parameters for site in model.weights)
-    with writer, _begun_alike(writer, checkpoint, statistics), _stoppable() as stopped:
+    with writer, _begun_alike(writer, checkpoint, statistics), stoppable() as stopped:
         missing = set(writer.missing_sites)
         done = 0
         for site in model.weights:
@@ -158,25 +158,3 @@ def _begun_alike(writer: PackedFolderWriter, checkpoint: Checkpoint, statistics:
     except CheckpointError:
         writer.discard()
         raise
-
-
-@contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks to stop after the site in hand; a second one stops at once."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: the caller handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -39,13 +39,15 @@ def compare_quality(packed: PackedModel, plan: Plan, tell: Progress) -> list[dic
     texts = ("foreign-prose", "foreign-code")
     for done, name in enumerate(texts):
         tell("measuring quality", done, len(texts))
-        ids, _ = tokenize(model, data.text(name), num_tokens=NUM_SEQUENCES * SEQ_LEN, seq_len=SEQ_LEN)  # type: ignore[arg-type]
+        ids = tokenize(model, data.text(name), num_tokens=NUM_SEQUENCES * SEQ_LEN, seq_len=SEQ_LEN)  # type: ignore[arg-type]
         meter = DamageMeter(model, ids, chunk_tokens=plan.prefill_chunk_tokens)
         kl = meter.kl_per_token(weights, kv)
         before, after = meter.log_likelihood(), meter.log_likelihood(weights, kv)
         rows.append(_row(f"perplexity on {name}, before and after", math.exp(-before), math.exp(-after)))
         promised = plan.prediction.damage
         said = f"{promised.nats:.4g} ({promised.label})" if promised.nats is not None else promised.label
+        if promised.label == "measured" and promised.low is not None and promised.high is not None:
+            said = f"{promised.nats:.4g}, {promised.low:.4g} to {promised.high:.4g} ({promised.label})"
         rows.append({"what": f"KL on {name}, nats per token", "predicted": said, "measured": f"{float(kl.mean()):.4g}"})
         if done == 0:
             rows += _recall(meter, packed, weights, kv)

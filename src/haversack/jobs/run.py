@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
 from haversack.formats.packed_folder import PLAN_NAME, PackedFolder, is_packed
 from haversack.jobs import memory
+from haversack.jobs.answer import Ends, answer
+from haversack.jobs.interrupt import stoppable
 from haversack.plan.schema import Plan
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
+
+    from haversack.engine.choice import Choice
+    from haversack.engine.decoder.loop import Decoder
 
 
 def check_packed(folder: str | Path) -> PackedFolder:
@@ -60,18 +65,42 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int | None = None,
+    choice: Choice | None = None,
     cap_bytes: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Continue a prompt within the plan; the text, token counts, times and the process's private peak.
+    """Continue a prompt within the plan; the text, why it ended, counts, times, the loop that ran, and the process's
+    private peak.
 
-    With `cap_bytes` this process is put under a hard limit first. Raises UsageError for an empty prompt or a senseless
-    count, PlanError for a folder that is not packed, DoesNotFitError for a prompt beyond the plan or a cap that is hit.
+    `choice` says how tokens are chosen, on top of the model's generation config. `on_stage` is told what is done before
+    the first token, and "" when it is there. With `cap_bytes` this process is put
+    under a hard limit first. Raises UsageError for an empty prompt or a senseless count, PlanError for a folder that is
+    not packed, DoesNotFitError for a prompt beyond the plan or a cap that is hit.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty; give --prompt or pipe a text in.")
+    check_new_tokens(max_new_tokens)
+    with within(folder, cap_bytes) as sampler:
+        return _generate(folder, prompt, max_new_tokens, choice, on_text, on_stage or (lambda what: None)) | {
+            "peak_private_bytes": sampler.finish(),
+            "cap_bytes": cap_bytes,
+        }
+
+
+def check_new_tokens(max_new_tokens: int | None) -> None:
+    """Raise UsageError for a senseless count."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens is {max_new_tokens}, but must be at least 1.")
+
+
+@contextmanager
+def within(folder: str | Path, cap_bytes: int | None) -> Iterator[memory.PeakSampler]:
+    """Watch this process's private memory, under a hard limit if there is one; where memory runs out, say so.
+
+    Raises PlanError for a folder that is not packed, UsageError for a cap that what is loaded passes already,
+    DoesNotFitError when the limit is hit.
+    """
     packed = check_packed(folder)
     memory.return_freed_memory()
     if cap_bytes is not None:
@@ -79,10 +108,7 @@ def generate(
         memory.set_cap(cap_bytes, needed_bytes=_bytes_at_load(packed))
     with memory.PeakSampler() as sampler:
         try:
-            return _generate(folder, prompt, max_new_tokens, on_text) | {
-                "peak_private_bytes": sampler.finish(),
-                "cap_bytes": cap_bytes,
-            }
+            yield sampler
         except DoesNotFitError:
             raise
         except (MemoryError, RuntimeError, OSError, ImportError) as error:
@@ -111,40 +137,81 @@ def _bytes_at_load(packed: PackedFolder) -> int:
 
 
 def _generate(
-    folder: str | Path, prompt: str, max_new_tokens: int | None, on_text: Callable[[str], None] | None
+    folder: str | Path,
+    prompt: str,
+    max_new_tokens: int | None,
+    choice: Choice | None,
+    on_text: Callable[[str], None] | None,
+    on_stage: Callable[[str], None],
 ) -> dict[str, Any]:
-    import torch
+    from haversack.engine.sampling import Sampler, end_strings, end_tokens
+    from haversack.engine.sequence import PlannedSequence
 
-    model, tokenizer = load(folder), open_tokenizer(folder)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    _check_prompt(ids, model, folder)
-    room = model.haversack.kv_plan.capacity_tokens + 1 - ids.shape[1]  # the last token is never stored
-    streamer = _Streamer(tokenizer, on_text)
     started = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(
+    on_stage("loading the model")
+    model, tokenizer = load(folder), open_tokenizer(folder)
+    ids = list(tokenizer(prompt)["input_ids"])
+    check_prompt(ids, model, folder)
+    plan = model.haversack.kv_plan
+    room = plan.capacity_tokens + 1 - len(ids)  # the last token is never stored
+    new_tokens = min(max_new_tokens or room, room)
+    sampler = Sampler(model.generation_config, choice)
+    on_stage("compiling a decode step")
+    decoder, refusal = open_decoder(model)
+    on_stage("reading the prompt")
+    ready = time.perf_counter()
+
+    def show(piece: str) -> None:
+        on_stage("")
+        if on_text is not None:
+            on_text(piece)
+
+    with stoppable() as stopped:
+        given = answer(
+            PlannedSequence(model, plan, len(ids) + new_tokens - 1, decoder),
             ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=min(max_new_tokens or room, room),
-            streamer=streamer,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            sampler,
+            tokenizer,
+            max_new_tokens=new_tokens,
+            ends=Ends(end_tokens(model.generation_config, tokenizer), end_strings(model.generation_config)),
+            on_text=show,
+            stopped=stopped,
         )
-    seconds = time.perf_counter() - started
-    new_tokens = out.shape[1] - ids.shape[1]
-    first = streamer.first_token_seconds - started if streamer.first_token_seconds else seconds
     return {
-        "text": tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": new_tokens,
-        "seconds_to_first_token": first,
-        "tokens_per_second": (new_tokens - 1) / (seconds - first) if new_tokens > 1 and seconds > first else 0.0,
+        "text": given.text,
+        "finish": given.finish,
+        "prompt_tokens": len(ids),
+        "new_tokens": len(given.tokens),
+        "seconds_to_load": ready - started,
+        "seconds_to_first_token": given.seconds_to_first_token,
+        "tokens_per_second": given.tokens_per_second,
+        "loop": loop_name(decoder),
+        "loop_reason": refusal,
+        "sampling": sampler.settings,
+        "notes": list(sampler.notes),
     }
 
 
-def _check_prompt(ids: torch.Tensor, model: Any, folder: str | Path) -> None:
-    """Raise DoesNotFitError for more tokens than planned, and where the tokenizer is not the model's own."""
-    num_tokens, capacity = ids.shape[1], model.haversack.kv_plan.capacity_tokens
+def open_decoder(model: Any) -> tuple[Decoder | None, str | None]:
+    """A decoder of compiled steps for a packed model; None where it can have none, with the reason by name."""
+    from haversack.engine.decoder.attach import attach_decoder
+
+    try:
+        return attach_decoder(model), None
+    except UnsupportedModelError as error:
+        return None, str(error)
+
+
+def loop_name(decoder: Decoder | None) -> str:
+    """Which decode loop runs: compiled steps, or transformers' own."""
+    from haversack.engine.decoder.loop import LOOP
+
+    return "transformers" if decoder is None else LOOP
+
+
+def check_prompt(ids: Sequence[int], model: Any, folder: str | Path) -> None:
+    """Raise DoesNotFitError for more tokens than planned, and PlanError where the tokenizer is not the model's own."""
+    num_tokens, capacity = len(ids), model.haversack.kv_plan.capacity_tokens
     if num_tokens == 0:
         raise UsageError("the prompt gives no tokens; write some words.")
     if num_tokens > capacity:
@@ -152,7 +219,7 @@ def _check_prompt(ids: torch.Tensor, model: Any, folder: str | Path) -> None:
             f"the prompt has {num_tokens} tokens, but the plan holds {capacity} per user; "
             "shorten it, or pack with a longer --context."
         )
-    if (highest := int(ids.max())) >= model.haversack.described.vocab_size:
+    if (highest := max(ids)) >= model.haversack.described.vocab_size:
         raise PlanError(
             f"the tokenizer in {folder} gives token {highest}, but the model has {model.haversack.described.vocab_size}; "
             "copy the model's own tokenizer there."
@@ -166,28 +233,3 @@ _SIGNS_OF_EXHAUSTION = ("alloc", "memory", "failed to map", "start new thread")
 def _is_out_of_memory(error: BaseException) -> bool:
     message = str(error).lower()
     return isinstance(error, MemoryError) or any(words in message for words in _SIGNS_OF_EXHAUSTION)
-
-
-class _Streamer:
-    """Receives tokens from `generate` and passes decoded text on, whole words at a time."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None):
-        from transformers import TextStreamer
-
-        class Text(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                if on_text is not None:
-                    on_text(text)
-
-        self.first_token_seconds = 0.0
-        self._inner = Text(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._seen_prompt = False
-
-    def put(self, value: Any) -> None:
-        if self._seen_prompt and not self.first_token_seconds:
-            self.first_token_seconds = time.perf_counter()
-        self._seen_prompt = True
-        self._inner.put(value)
-
-    def end(self) -> None:
-        self._inner.end()

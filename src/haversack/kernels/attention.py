@@ -1,153 +1,213 @@
-"""Decode-time attention straight from stored keys and values, in compiled code; returns output and log-sum-exp.
+"""Attention of one new token per sequence straight from a stored cache, in compiled code.
 
-For few queries that see every stored token (a step of decoding): nothing is expanded, each stored byte is read once per
-eight rows of queries. Error against float64 over the stored values: 2^-18 of the largest |value| per output, from float32
-sums and exp. Layouts: plain `(batch, kv_heads, tokens, head_dim)` in float32, bfloat16 or float16, and packed
-`kv-tokens-v1` (`haversack.parts.kv.quantized`): per-channel keys, per-token values, 2, 4 or 8 bits.
+Nothing is expanded: each stored byte is read once per eight query rows of its head, by all threads, over heads and along
+the context. Error against float64 over the stored values: 2^-18 of the largest |value| per output, from float32 sums and
+exp, then one rounding to the result's dtype. The cache is described by its slabs and two counts per sequence, in the
+words of `haversack.parts.kv.layer`: sinks, a ring, and packed groups (`kv-tokens-v1`) behind it.
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
 from haversack.errors import UsageError
-from haversack.kernels.ir_attention import ATTEND_ARGUMENTS, TENSORS, AttentionCase, attention_text, supports
-from haversack.kernels.llvm import compile_text, host_target
+from haversack.kernels.ir_attention import JOB, MAX_ROWS, TENSORS, AttentionCase, attention_text, supports
+from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
 from haversack.kernels.threads import parallel_address
 
-MAX_ROWS = 8
-"""Query rows of a KV head that are taken together; more go in rounds."""
+NAME = "llvm-attention"
 
-_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_C_TYPES = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32}
+UNITS_PER_THREAD = 2
+"""Units of work that each thread should find, so that they end together: few heads are split along the context."""
 
+NO_LIMIT = 1 << 40
+"""`recent_tokens` where every token is seen."""
 
-def can_attend_plain(key_head_dim: int, value_head_dim: int, dtype: torch.dtype, device_type: str = "cpu") -> bool:
-    """Whether `attend_plain` takes heads of these widths."""
-    name = _FLOATS.get(dtype, "")
-    return device_type == "cpu" and bool(name) and supports(key_head_dim, value_head_dim, name, name)
-
-
-def can_attend_packed(
-    key_head_dim: int, value_head_dim: int, key_bits: int, value_bits: int, device_type: str = "cpu"
-) -> bool:
-    """Whether `attend_packed` takes heads of these widths: a plane of a row is whole vectors of sixteen channels."""
-    return device_type == "cpu" and supports(key_head_dim, value_head_dim, str(key_bits), str(value_bits))
+_WORDS = {name: i for i, name in enumerate(JOB)}
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 
 
-def workspace_bytes(batch_size: int, num_heads: int, num_queries: int, key_head_dim: int) -> int:
-    """What an attend allocates beyond its results: scaled queries in float32, and where there are many, their rounds."""
-    return 3 * 4 * batch_size * num_heads * num_queries * key_head_dim
+@dataclass(frozen=True)
+class CacheForm:
+    """What a kernel is made for: heads that share keys, head widths, dtype, and bits of the packed groups (0: none)."""
 
+    num_heads: int
+    num_kv_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    dtype: torch.dtype
+    key_bits: int = 0
+    value_bits: int = 0
+    group_size: int = 64
 
-def attend_plain(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    num_tokens: int,
-    scaling: float,
-    softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to tokens `0 ... num_tokens - 1` of slabs `(batch, kv_heads, slots, head_dim)`.
+    def is_supported(self, device_type: str = "cpu", target: Target | None = None) -> bool:
+        """Whether `DecodeAttention` attends to it: rows of whole vectors of sixteen channels, in every plane."""
+        dims = (self.key_head_dim, self.value_head_dim)
+        packed = (self.key_bits, self.value_bits, self.group_size)
+        return device_type == "cpu" and supports(*dims, _name(self.dtype), *packed, target or host_target())
 
-    `query` is `(batch, heads, queries, key_head_dim)`. Returns output `(batch, heads, queries, value_head_dim)` and
-    log-sum-exp `(batch, heads, queries)`, float32, so that pieces combine.
-    """
-    form = _FLOATS[keys.dtype]
-    return _attend(query, (keys, None, None, values, None, None), form, form, 64, num_tokens, scaling, softcap)
+    @property
+    def rows(self) -> int:
+        """Query rows of a KV head that are taken together: the most, up to `MAX_ROWS`, that divide them evenly."""
+        groups = self.num_heads // self.num_kv_heads
+        return max(n for n in range(1, MAX_ROWS + 1) if groups % n == 0)
 
-
-def attend_packed(
-    query: torch.Tensor,
-    key_codes: torch.Tensor,
-    key_scales: torch.Tensor,
-    key_zeros: torch.Tensor,
-    value_codes: torch.Tensor,
-    value_scales: torch.Tensor,
-    value_zeros: torch.Tensor,
-    *,
-    num_tokens: int,
-    key_bits: int,
-    value_bits: int,
-    group_size: int,
-    scaling: float,
-    softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to the first `num_tokens` packed tokens, a whole number of groups; shapes as `QuantizedKV.stored` says.
-
-    Returns output and log-sum-exp as `attend_plain` does.
-    """
-    if num_tokens % group_size:
-        raise UsageError(f"packed tokens come in groups of {group_size}; asked to attend to {num_tokens}")
-    tensors = (key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros)
-    return _attend(query, tensors, str(key_bits), str(value_bits), group_size, num_tokens, scaling, softcap)
-
-
-def _attend(
-    query: torch.Tensor,
-    tensors: tuple[torch.Tensor | None, ...],
-    key: str,
-    value: str,
-    group_size: int,
-    num_tokens: int,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch_size, num_heads, num_queries, key_head_dim = query.shape
-    stored_keys, stored_values = tensors[0], tensors[3]
-    assert stored_keys is not None and stored_values is not None
-    num_kv_heads, slots = stored_keys.shape[1], stored_keys.shape[2]
-    if not 1 <= num_tokens <= slots:
-        raise UsageError(f"asked to attend to {num_tokens} tokens of a cache that stores {slots}")
-    for name, tensor in zip(TENSORS, tensors, strict=True):
-        if tensor is not None and not tensor.is_contiguous():
-            raise UsageError(f"{name} must be a contiguous slab")
-    value_head_dim = stored_values.shape[3] * (8 // int(value) if value.isdigit() else 1)
-    rows = num_heads // num_kv_heads * num_queries
-    scaled = query.to(torch.float32) * scaling
-    scaled = scaled.reshape(batch_size * num_kv_heads, rows, key_head_dim)
-    parts = []
-    for first in range(0, rows, MAX_ROWS):
-        part = scaled[:, first : first + MAX_ROWS].contiguous()
-        case = AttentionCase(
-            part.shape[1], key_head_dim, value_head_dim, key, value, group_size, softcap, host_target()
+    def case(self, softcap: float | None = None, target: Target | None = None) -> AttentionCase:
+        return AttentionCase(
+            self.rows,
+            self.num_heads // self.num_kv_heads // self.rows,
+            self.key_head_dim,
+            self.value_head_dim,
+            _name(self.dtype),
+            self.key_bits,
+            self.value_bits,
+            self.group_size,
+            softcap,
+            target or host_target(),
         )
-        parts.append(_run(case, part, tensors, num_tokens))
-    out, lse = parts[0] if len(parts) == 1 else (torch.cat(p, dim=1) for p in zip(*parts))
-    shape = (batch_size, num_heads, num_queries)
-    return out.view(*shape, value_head_dim), lse.view(shape)
+
+    def splits(self, batch_size: int, threads: int) -> int:
+        """Parts of every head's context."""
+        items = batch_size * self.num_heads // self.rows
+        return -(-UNITS_PER_THREAD * threads // items) if threads > 1 else 1
+
+    def workspace_bytes(self, batch_size: int, threads: int | None = None) -> int:
+        """What one attend allocates beyond its output: its units' states, and the log-sum-exps."""
+        threads = threads or torch.get_num_threads()
+        states = batch_size * self.num_heads // self.rows * self.splits(batch_size, threads)
+        return states * self.case().state_bytes + 4 * batch_size * self.num_heads
 
 
-def _run(
-    case: AttentionCase, query: torch.Tensor, tensors: tuple[torch.Tensor | None, ...], num_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    items = query.shape[0]
-    out = query.new_empty(items, case.rows, case.value_head_dim)
-    lse = query.new_empty(items, case.rows)
-    pointers = (ctypes.c_int64 * len(TENSORS))(*(0 if t is None else t.data_ptr() for t in tensors))
-    strides = (ctypes.c_int64 * len(TENSORS))(*(0 if t is None else t.stride(1) * t.element_size() for t in tensors))
-    _kernel(case)(
-        query.data_ptr(),
-        ctypes.addressof(pointers),
-        ctypes.addressof(strides),
-        out.data_ptr(),
-        lse.data_ptr(),
-        items,
-        num_tokens,
-        parallel_address(),
-        min(torch.get_num_threads(), items),
-    )
-    return out, lse
+class DecodeAttention:
+    """Attention to one layer's cache: `tensors` are its slabs by name, `num_groups` the packed groups they have room for.
+
+    `counts` and `packed_until` (one per sequence) say what is stored; see `RingLayer`. The slabs stay where they are as
+    long as this lives.
+    """
+
+    def __init__(
+        self,
+        form: CacheForm,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        sink_tokens: int,
+        ring_tokens: int,
+        recent_tokens: int = NO_LIMIT,
+        num_groups: int = 0,
+        softcap: float | None = None,
+        target: Target | None = None,
+    ):
+        for name, tensor in tensors.items():
+            if not tensor.is_contiguous():
+                raise UsageError(f"{name} must be a contiguous slab")
+        self.form = form
+        self.tensors = dict(tensors)  # kept alive
+        self.case = form.case(softcap, target)
+        self.module = _module(self.case)
+        self._run = _entry(self.module)
+        self.job = (ctypes.c_int64 * len(JOB))()
+        self.set(
+            num_kv_heads=form.num_kv_heads,
+            sink_tokens=sink_tokens,
+            ring_tokens=max(1, ring_tokens),  # a ring of no slots holds no token, but is divided by
+            recent_tokens=recent_tokens,
+            num_groups=max(1, num_groups),
+            slots=tensors["keys"].shape[2],
+            keys=tensors["keys"].data_ptr(),
+            values=tensors["values"].data_ptr(),
+            **{name: tensors[name].data_ptr() for name in TENSORS if name in tensors},
+        )
+
+    def another(self) -> DecodeAttention:
+        """The same kernel and cache with a job of its own: for a caller that sets every word but once."""
+        other = copy.copy(self)
+        other.job = type(self.job)(*self.job)
+        return other
+
+    def set(self, **words: int) -> None:
+        """Fields of the job (see `ir_attention.JOB`)."""
+        for name, value in words.items():
+            self.job[_WORDS[name]] = value
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        new_keys: torch.Tensor | None,
+        new_values: torch.Tensor | None,
+        counts: Sequence[int],
+        packed_until: Sequence[int],
+        *,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `(batch, heads, 1, value_head_dim)` in the query's dtype and log-sum-exp `(batch, heads, 1)`, float32.
+
+        `query` is `(batch, heads, 1, key_head_dim)`, new tokens `(batch, kv_heads, 1, head_dim)`.
+        """
+        batch_size, form = query.shape[0], self.form
+        query = _by_head(query)
+        out = query.new_empty(batch_size, 1, form.num_heads, form.value_head_dim)
+        lse = torch.empty(batch_size, form.num_heads, 1)
+        threads = torch.get_num_threads()
+        splits = form.splits(batch_size, threads)
+        units = batch_size * form.num_heads // form.rows * splits
+        partials = torch.empty(units * self.case.state_bytes, dtype=torch.uint8)
+        rows = (ctypes.c_int64 * (2 * batch_size))(*counts, *packed_until)
+        size = query.element_size()
+        words = {
+            "query": query.data_ptr(),
+            "query_stride": query.stride(0) * size,
+            "out": out.data_ptr(),
+            "out_stride": out.stride(0) * size,
+            "lse": lse.data_ptr(),
+            "logits": 0,
+            "scaling": struct.unpack("<I", struct.pack("<f", scaling))[0],
+            "num_rows": batch_size,
+            "splits": splits,
+            "partials": partials.data_ptr(),
+            "counts": ctypes.addressof(rows),
+            "packed_until": ctypes.addressof(rows) + 8 * batch_size,
+            "new_keys": 0,
+            "new_values": 0,
+        }
+        if sinks is not None:
+            sinks = sinks.detach().to(torch.float32).contiguous()
+            words["logits"] = sinks.data_ptr()
+        if new_keys is not None and new_values is not None:
+            for name, new in (("key", new_keys), ("value", new_values)):
+                if new.stride(3) != 1:
+                    raise UsageError(f"a new {name} must have its channels side by side")
+                words[f"new_{name}s"] = new.data_ptr()
+                words[f"new_{name}_stride"] = new.stride(0) * size
+                words[f"new_{name}_head_stride"] = new.stride(1) * size
+        self.set(**words)
+        self._run(ctypes.addressof(self.job), parallel_address(), threads)
+        return out.transpose(1, 2), lse
+
+
+def _by_head(query: torch.Tensor) -> torch.Tensor:
+    """The query itself where a sequence's heads lie side by side, else a copy in which they do."""
+    query = query.detach()
+    _, _, _, width = query.shape
+    return query if query.stride(3) == 1 and query.stride(1) == width else query.contiguous()
 
 
 @cache
-def _kernel(case: AttentionCase) -> Any:
-    module = compile_text(attention_text(case), case.target)
-    function = ctypes.CFUNCTYPE(None, *(_C_TYPES[t] for t, _ in ATTEND_ARGUMENTS))(module.address("attend"))
-    function.module = module  # type: ignore[attr-defined]  # the code lives as long as the function
-    return function
+def _module(case: AttentionCase) -> CompiledModule:
+    return compile_text(attention_text(case), case.target)
+
+
+def _entry(module: CompiledModule) -> Any:
+    return _RUN(module.address("run"))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

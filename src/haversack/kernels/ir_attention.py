@@ -1,201 +1,461 @@
-"""LLVM IR of decode-time attention over one stored form of keys and values: for any CPU, by plain vectors.
+"""LLVM IR of decode-time attention of one new token per sequence over a stored cache: for any CPU, by plain vectors.
 
-    attend(query, tensors, strides, out, lse, num_items, num_tokens, parallel, threads)
+    attend(job)                        one thread's share of the units, until there are none left
+    combine(job)                       one thread's share of the items, likewise; after every `attend` has ended
+    run(job, parallel, threads)        both, by a team
 
-An *item* is one sequence's KV head, with the `rows` query rows that share it (heads of its group times queries); threads
-take turns of items. Per block of tokens: keys' scales are folded into the queries once (per-channel keys share them over
-the block), so that a score is a dot product with bare codes; values' scales are folded into the probabilities, so that
-the output sums bare codes. Between blocks a running maximum, sum and output (streaming softmax, Milakov and Gimelshein
-2018, arXiv 1805.02867). Everything is float32; exp is a polynomial of degree 6, 2^-22 of its value.
+An *item* is one sequence's KV head with up to eight of the query rows that share it; a *unit* is one of its `splits`
+parts along the context (Dao et al. 2023, "Flash-Decoding"), so that few heads still use every core. A unit leaves a
+running maximum, sum and output (streaming softmax, Milakov and Gimelshein 2018, arXiv 1805.02867), which `combine` puts
+together. Per block of packed tokens, keys' scales are folded into the queries once (per-channel keys share them over the
+block), so that a score is a dot product with bare codes; values' scales are folded into the probabilities, so that the
+output sums bare codes. Everything is float32; exp is a polynomial of degree 6, 2^-22 of its value.
+
+What a sequence sees is worked out here from its two counts, as `haversack.parts.kv.layer` says: packed groups, sinks, the
+ring, and the new token, which is not stored yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from haversack.kernels.dot_schemes import multiply_add
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
-from haversack.kernels.ir_float import bf16_to_float, half_to_float
+from haversack.kernels.ir_float import bf16_of, bf16_to_float, half_to_float
 from haversack.kernels.llvm import Target
 
 _F16 = "<16 x float>"
 PLAIN_BLOCK_TOKENS = 64
 """Tokens between two rescalings where keys and values lie in floats."""
 
-TENSORS = ("key_codes", "key_scales", "key_zeros", "value_codes", "value_scales", "value_zeros")
-"""Order of the pointers, and of the strides between items in bytes, that `attend` takes."""
+MAX_ROWS = 8
+"""Query rows of a KV head that are taken together: as many as leave registers for keys."""
 
-ATTEND_ARGUMENTS = [
-    ("ptr", "query"),
-    ("ptr", "tensors"),
-    ("ptr", "strides"),
-    ("ptr", "out"),
-    ("ptr", "lse"),
-    ("i64", "num_items"),
-    ("i64", "num_tokens"),
-    ("ptr", "parallel"),
-    ("i32", "threads"),
-]
-_JOB = ["query", "tensors", "strides", "out", "lse", "num_items", "num_tokens", "next"]
+TENSORS = ("key_codes", "key_scales", "key_zeros", "value_codes", "value_scales", "value_zeros")
+
+JOB = (
+    "next_unit", "next_item",
+    "query", "query_stride", "new_keys", "new_key_stride", "new_key_head_stride",
+    "new_values", "new_value_stride", "new_value_head_stride",
+    "out", "out_stride", "lse", "logits", "scaling", "num_rows", "num_kv_heads", "splits", "partials",
+    "counts", "packed_until", "sink_tokens", "ring_tokens", "recent_tokens",
+    "keys", "values", "slots", "num_groups", *TENSORS,
+)  # fmt: skip
+"""64-bit words of a job. Strides are bytes between sequences, or between their heads. `scaling` is a float's bits; `lse`
+`(rows, heads)` and the sinks' `logits` `(heads,)`, both float32, may be null, and so may the new tokens. `counts` and
+`packed_until` are one 64-bit integer per sequence. Slabs are contiguous, as their parts declare them, `slots` long."""
+
+_COUNTS = {n for n in JOB if n.endswith(("stride", "tokens")) or n.startswith("num_")} | {"splits", "slots"}
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One kernel. `key` and `value` are "2", "4" or "8" (bits) or "float32", "bfloat16", "float16".
+    """One kernel: `rows` query rows share a KV head at a time, of `row_rounds` times as many.
 
-    Packed keys and values are in layout `kv-tokens-v1`, a token's row in planes, with float16 scales and zeros: per
-    channel and `group_size` tokens for keys, per token and `group_size` channels for values.
+    `dtype` ("float32", "bfloat16", "float16") is that of queries, new tokens, slabs and output. With bits, tokens that
+    left the ring are packed in layout `kv-tokens-v1`: a token's row in planes, with float16 scales and zeros per channel
+    and `group_size` tokens for keys, per token and `group_size` channels for values.
     """
 
     rows: int
+    row_rounds: int
     key_head_dim: int
     value_head_dim: int
-    key: str
-    value: str
+    dtype: str
+    key_bits: int
+    value_bits: int
     group_size: int
     softcap: float | None
     target: Target
 
     @property
-    def block_tokens(self) -> int:
-        return self.group_size if self.key.isdigit() else PLAIN_BLOCK_TOKENS
+    def is_packed(self) -> bool:
+        return self.key_bits > 0
 
     @property
     def value_groups(self) -> int:
-        """Groups of channels with a scale of their own; one, without a scale, for floats."""
-        return -(-self.value_head_dim // self.group_size) if self.value.isdigit() else 1
+        """Groups of channels with a scale of their own."""
+        return -(-self.value_head_dim // self.group_size)
+
+    @property
+    def state_bytes(self) -> int:
+        """What a unit leaves: a maximum and a sum per row, in eight lanes each, and the rows' outputs."""
+        return 64 + 4 * self.rows * self.value_head_dim
 
 
-def supports(key_head_dim: int, value_head_dim: int, key: str, value: str) -> bool:
-    """Rows of whole vectors of sixteen, in every plane."""
+@dataclass(frozen=True)
+class _Block:
+    """How the tokens of one block lie: "float32", "bfloat16", "float16" or bits, and how many at most."""
 
-    def whole(channels: int, form: str) -> bool:
-        return channels % (16 * 8 // int(form) if form.isdigit() else 16) == 0
+    key: str
+    value: str
+    tokens: int
+    value_groups: int
 
-    return key.isdigit() == value.isdigit() and whole(key_head_dim, key) and whole(value_head_dim, value)
+
+def supports(
+    key_head_dim: int, value_head_dim: int, dtype: str, key_bits: int, value_bits: int, group_size: int, target: Target
+) -> bool:
+    """Rows of whole vectors of sixteen, in every plane; float16 where the CPU converts it."""
+
+    def whole(channels: int, bits: int) -> bool:
+        return channels % (16 * 8 // bits if bits else 16) == 0
+
+    converts = dtype != "float16" or target.has("f16c") or target.has("avx512f") or target.has("neon")
+    return (
+        dtype in ("float32", "bfloat16", "float16")
+        and converts
+        and (key_bits > 0) == (value_bits > 0)
+        and group_size % 16 == 0
+        and whole(key_head_dim, key_bits)
+        and whole(value_head_dim, value_bits)
+    )
 
 
 def attention_text(case: AttentionCase) -> str:
-    """The whole module, entry `attend`."""
+    """The whole module, entries `attend`, `combine` and `run`."""
     module = Module()
-    _add_item(module, case)
-    _add_work(module, case)
-    f = Function(module, "attend", ATTEND_ARGUMENTS)
-    job = f.value("ptr", f"alloca [{len(_JOB)} x i64], align 64")
-    for i, field in enumerate(_JOB):
-        f.store(f.arguments.get(field, Value("i64", "0")), f.offset(job, 8 * i), 8)
-    parallel, threads = f.arguments["parallel"], f.arguments["threads"]
+    plain = _Block(case.dtype, case.dtype, PLAIN_BLOCK_TOKENS, 1)
+    _add_block(module, case, plain, "plain_block")
+    if case.is_packed:
+        packed = _Block(str(case.key_bits), str(case.value_bits), case.group_size, case.value_groups)
+        _add_block(module, case, packed, "packed_block")
+    _add_unit(module, case)
+    _add_combined_item(module, case)
+    _add_turns(
+        module,
+        "attend",
+        "next_unit",
+        "unit",
+        lambda f, job: f.binary("mul", _num_items(f, case, job), _word(f, job, "splits")),
+    )
+    _add_turns(module, "combine", "next_item", "combined_item", lambda f, job: _num_items(f, case, job))
+    f = Function(module, "run", [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")])
+    job, parallel, threads = f.arguments["job"], f.arguments["parallel"], f.arguments["threads"]
+    for counter in ("next_unit", "next_item"):
+        f.store(Value("i64", "0"), f.offset(job, 8 * JOB.index(counter)), 8)
     given = f.value("i1", f"icmp ne {parallel}, null")
     together = f.binary("and", given, f.value("i1", f"icmp sgt {threads}, 1"))
-    f.when(together, lambda: f.do(f"call void {parallel.name}(ptr @work, {job}, {threads}, i32 0)"))
-    f.do(f"call void @work({job})")
+    f.when(together, lambda: f.do(f"call void {parallel.name}(ptr @attend, {job}, {threads}, i32 0)"))
+    f.do(f"call void @attend({job})")  # after a team this finds no unit left
+    f.do(f"call void @combine({job})")
     f.end()
     return module.text()
 
 
-def _add_work(module: Module, case: AttentionCase) -> None:
-    """`work(job)`: one thread's items, until there are none left."""
-    f = Function(module, "work", [("ptr", "job")])
+def _word(f: Function, job: Value, name: str) -> Value:
+    type_ = "i64" if name in _COUNTS else "float" if name == "scaling" else "ptr"
+    return f.load(type_, f.offset(job, 8 * JOB.index(name)), 8)
+
+
+def _num_items(f: Function, case: AttentionCase, job: Value) -> Value:
+    heads = f.binary("mul", _word(f, job, "num_rows"), _word(f, job, "num_kv_heads"))
+    return f.times(heads, case.row_rounds)
+
+
+def _add_turns(module: Module, name: str, counter: str, work: str, count: Callable[[Function, Value], Value]) -> None:
+    """`name(job)`: call `work(job, number)` for numbers taken from `counter`, until there are none left."""
+    f = Function(module, name, [("ptr", "job")])
     job = f.arguments["job"]
-    counts = {"num_items", "num_tokens"}
-    fields = {n: f.load("i64" if n in counts else "ptr", f.offset(job, 8 * i), 8) for i, n in enumerate(_JOB[:-1])}
-    counter = f.offset(job, 8 * _JOB.index("next"))
+    place = f.offset(job, 8 * JOB.index(counter))
 
     def take() -> Value:
-        return f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")
+        return f.value("i64", f"atomicrmw add {place}, i64 1 monotonic")
 
-    def item(state: list[Value]) -> list[Value]:
-        number = state[0]
-        given = []
-        for i in range(len(TENSORS)):
-            base = f.load("ptr", f.offset(fields["tensors"], 8 * i), 8)
-            stride = f.load("i64", f.offset(fields["strides"], 8 * i), 8)
-            given.append(f.offset(base, f.binary("mul", number, stride)))
-        query = f.offset(fields["query"], f.times(number, 4 * case.rows * case.key_head_dim))
-        out = f.offset(fields["out"], f.times(number, 4 * case.rows * case.value_head_dim))
-        lse = f.offset(fields["lse"], f.times(number, 4 * case.rows))
-        f.do(f"call void @item({query}, {', '.join(map(str, given))}, {out}, {lse}, {fields['num_tokens']})")
+    def turn(state: list[Value]) -> list[Value]:
+        f.do(f"call void @{work}({job}, {state[0]})")
         return [take()]
 
-    f.while_less(take(), fields["num_items"], item)
+    f.while_less(take(), count(f, job), turn)
     f.end()
 
 
-def _add_item(module: Module, case: AttentionCase) -> None:
-    """`item(query, <tensors>, out, lse, num_tokens)`: one KV head of one sequence."""
-    arguments = [
-        ("ptr", "query"),
-        *(("ptr", n) for n in TENSORS),
-        ("ptr", "out"),
-        ("ptr", "lse"),
-        ("i64", "num_tokens"),
+def _add_unit(module: Module, case: AttentionCase) -> None:
+    """`unit(job, number)`: one part of one item's tokens, into its place among the partial results."""
+    f = Function(module, "unit", [("ptr", "job"), ("i64", "number")])
+    job, number = f.arguments["job"], f.arguments["number"]
+    splits = _word(f, job, "splits")
+    item, split = f.binary("udiv", number, splits), f.binary("urem", number, splits)
+    row, kv_head, first_head = _item_place(f, case, job, item)
+    size = _float_bytes(case.dtype)
+    state = f.offset(_word(f, job, "partials"), f.times(number, case.state_bytes))
+    _clear_state(f, case, state)
+    query = f.value("ptr", f"alloca [{case.rows * case.key_head_dim} x float], align 64")
+    source = f.offset(_word(f, job, "query"), f.binary("mul", row, _word(f, job, "query_stride")))
+    source = f.offset(source, f.times(first_head, case.key_head_dim * size))
+    scaling = f.splat(_word(f, job, "scaling"), 16)
+
+    def scale(i: Value, _: list[Value]) -> list[Value]:
+        x = _load_floats(f, case.dtype, f.offset(source, f.times(i, size)), case.target)
+        f.store(f.binary("fmul", x, scaling), f.offset(query, f.times(i, 4)), 64)
+        return []
+
+    f.loop(case.rows * case.key_head_dim, [], scale, step=16)
+
+    slab = f.binary("add", f.binary("mul", row, _word(f, job, "num_kv_heads")), kv_head)  # of all slabs' heads
+    sinks, ring = _word(f, job, "sink_tokens"), _word(f, job, "ring_tokens")
+    count = f.load("i64", f.offset(_word(f, job, "counts"), f.times(row, 8)), 8)
+    seen = f.binary("sub", count, sinks)  # ordinals below this have been stored, unless negative
+    oldest = _at_least(f, f.binary("sub", seen, _word(f, job, "recent_tokens")), 0)
+    slots = f.binary("mul", slab, _word(f, job, "slots"))
+    key_bytes, value_bytes = case.key_head_dim * size, case.value_head_dim * size
+    keys = f.offset(_word(f, job, "keys"), f.times(slots, key_bytes))
+    values = f.offset(_word(f, job, "values"), f.times(slots, value_bytes))
+
+    def part(length: Value, which: Value) -> Value:
+        """Where part `which` of `splits` begins in a row of `length`."""
+        return f.binary("udiv", f.binary("mul", length, which), splits)
+
+    def plain(slot: Value, length: Value, before_end: Value | None = None) -> None:
+        """`length` tokens from `slot` on; after `before_end` of them, from the ring's first slot."""
+        given = []
+        for base, width in ((keys, key_bytes), (values, value_bytes)):
+            start = f.offset(base, f.times(slot, width))
+            behind = start
+            if before_end is not None:  # so that token t of the block lies t rows after either
+                behind = f.offset(base, f.times(f.binary("sub", sinks, before_end), width))
+            given += [start, behind]
+        turn = length if before_end is None else before_end
+        f.do(f"call void @plain_block({query}, {', '.join(map(str, given))}, {turn}, {length}, {state})")
+
+    after = f.binary("add", split, 1)
+    first_plain = oldest
+    if case.is_packed:
+        first_plain = _packed_groups(f, case, job, query, state, row, slab, oldest, part, split, after)
+    first_plain = _larger_int(f, first_plain, f.binary("sub", seen, ring))
+    # sinks go before the ring where it begins at its first slot: then blocks are those of a cache without sinks
+    num_sinks = _smaller_int(f, sinks, count)
+    begins = f.value("i1", f"icmp eq {f.binary('urem', first_plain, ring)}, 0")
+    together = f.value("i64", f"select {begins}, {num_sinks}, i64 0")
+    length = f.binary("add", _at_least(f, f.binary("sub", seen, first_plain), 0), together)
+    end = part(length, after)
+
+    def stretch(carried: list[Value]) -> list[Value]:
+        """A block of the ring, around its end if need be, so that blocks are those of an endless cache."""
+        within = f.binary("urem", f.binary("add", first_plain, carried[0]), ring)
+        slot = f.value("i64", f"select {begins}, {carried[0]}, {f.binary('add', sinks, within)}")
+        length = _smaller(f, f.binary("sub", end, carried[0]), PLAIN_BLOCK_TOKENS)
+        left = f.value("i64", f"select {begins}, {length}, {f.binary('sub', ring, within)}")
+        plain(slot, length, left)
+        return [f.binary("add", carried[0], length)]
+
+    f.while_less(part(length, split), end, stretch)
+    alone = f.binary("sub", num_sinks, together)
+    first_part = f.value("i1", f"icmp eq {split}, 0")
+    f.when(first_part, lambda: _sinks_and_new(f, job, query, state, row, kv_head, alone, plain))
+    f.end()
+
+
+def _sinks_and_new(
+    f: Function,
+    job: Value,
+    query: Value,
+    state: Value,
+    row: Value,
+    kv_head: Value,
+    num_sinks: Value,
+    plain: Callable[[Value, Value], None],
+) -> None:
+    """The first tokens, and the one that is not stored yet."""
+
+    def sinks(first: Value, _: list[Value]) -> list[Value]:
+        plain(first, _smaller(f, f.binary("sub", num_sinks, first), PLAIN_BLOCK_TOKENS))
+        return []
+
+    f.loop(num_sinks, [], sinks, step=PLAIN_BLOCK_TOKENS)
+    new_keys = _word(f, job, "new_keys")
+
+    def new() -> None:
+        places = []
+        for name, base in (("key", new_keys), ("value", _word(f, job, "new_values"))):
+            at = f.offset(base, f.binary("mul", row, _word(f, job, f"new_{name}_stride")))
+            places.append(f.offset(at, f.binary("mul", kv_head, _word(f, job, f"new_{name}_head_stride"))))
+        given = f"{places[0]}, {places[0]}, {places[1]}, {places[1]}"
+        f.do(f"call void @plain_block({query}, {given}, i64 1, i64 1, {state})")
+
+    f.when(f.value("i1", f"icmp ne {new_keys}, null"), new)
+
+
+def _packed_groups(
+    f: Function,
+    case: AttentionCase,
+    job: Value,
+    query: Value,
+    state: Value,
+    row: Value,
+    slab: Value,
+    oldest: Value,
+    part: Callable[[Value, Value], Value],
+    split: Value,
+    after: Value,
+) -> Value:
+    """This part of the packed groups; returns the first ordinal that is not packed, or not seen before it."""
+    size, num_groups = case.group_size, _word(f, job, "num_groups")
+    until = f.load("i64", f.offset(_word(f, job, "packed_until"), f.times(row, 8)), 8)
+    oldest_packed = _larger_int(f, oldest, f.binary("sub", until, f.times(num_groups, size)))
+    first = f.binary("udiv", oldest_packed, size)
+    groups = _at_least(f, f.binary("sub", f.binary("udiv", until, size), first), 0)
+    row_bytes = [
+        _row_bytes(str(case.key_bits), case.key_head_dim),
+        _row_bytes(str(case.value_bits), case.value_head_dim),
     ]
-    f = Function(module, "item", arguments)
-    a, rows, size = f.arguments, range(case.rows), case.block_tokens
-    folded = f.value("ptr", f"alloca [{case.rows * case.key_head_dim} x float], align 64")  # queries times key scales
-    scores = f.value("ptr", f"alloca [{case.rows * size} x float], align 64")
-    weights = f.value("ptr", f"alloca [{case.rows * case.value_groups * size} x float], align 64")
+    group_bytes = [
+        size * row_bytes[0], 2 * case.key_head_dim, 2 * case.key_head_dim,
+        size * row_bytes[1], 2 * size * case.value_groups, 2 * size * case.value_groups,
+    ]  # fmt: skip
+    begin = f.binary("mul", slab, num_groups)
+    bases = [_word(f, job, name) for name in TENSORS]
+
+    def group(g: Value, _: list[Value]) -> list[Value]:
+        slot = f.binary("add", begin, f.binary("urem", g, num_groups))
+        given = [f.offset(base, f.times(slot, n)) for base, n in zip(bases, group_bytes, strict=True)]
+        skip = _at_least(f, f.binary("sub", oldest_packed, f.times(g, size)), 0)
+        f.do(f"call void @packed_block({query}, {', '.join(map(str, given))}, {skip}, {state})")
+        return []
+
+    f.loop(f.binary("add", first, part(groups, after)), [], group, first=f.binary("add", first, part(groups, split)))
+    return _larger_int(f, oldest, until)
+
+
+def _item_place(f: Function, case: AttentionCase, job: Value, item: Value) -> tuple[Value, Value, Value]:
+    """Sequence, KV head and first query head of an item."""
+    num_kv_heads = _word(f, job, "num_kv_heads")
+    head = f.binary("udiv", item, case.row_rounds)
+    row, kv_head = f.binary("udiv", head, num_kv_heads), f.binary("urem", head, num_kv_heads)
+    within = f.binary("urem", item, f.times(num_kv_heads, case.row_rounds))
+    return row, kv_head, f.times(within, case.rows)
+
+
+def _clear_state(f: Function, case: AttentionCase, state: Value) -> None:
+    lowest = "0xC7EFFFFFE0000000"  # the most negative finite number: shrinking from it gives zero
+    f.store(splat_constant("<8 x float>", lowest), state, 4)
+    f.store(zeros("<8 x float>"), f.offset(state, 32), 4)
 
     def clear(i: Value, _: list[Value]) -> list[Value]:
-        f.store(zeros(_F16), f.offset(a["out"], i))
+        f.store(zeros(_F16), f.offset(f.offset(state, 64), i), 4)
         return []
 
     f.loop(4 * case.rows * case.value_head_dim, [], clear, step=64)
-    lowest = Value("float", "0xC7EFFFFFE0000000")  # the most negative finite number: shrinking from it gives zero
-    start = [lowest] * case.rows + [Value("float", "0.0")] * case.rows
 
-    def block(first: Value, carried: list[Value]) -> list[Value]:
-        """Tokens `first ... first + size - 1`; `carried` is the maxima, then the sums, of the rows."""
-        left = f.binary("sub", a["num_tokens"], first)
-        count = _smaller(f, left, size)
-        constants = _fold_keys(f, case, folded, first)
-        _write_scores(f, case, folded, scores, first, count)
-        maxima, sums = [], []
-        group_weights: list[list[Value]] = []
-        for r in rows:
-            row = f.offset(scores, 4 * size * r)
-            top, total, shrink = _softmax_row(f, case, row, constants[r], carried[r], carried[case.rows + r])
-            maxima.append(top)
-            sums.append(total)
-            group_weights.append(_fold_values(f, case, row, weights, r, first, shrink))
-        _add_values(f, case, weights, group_weights, first, count)
-        return [*maxima, *sums]
 
-    carried = f.loop(a["num_tokens"], start, block, step=size)
-    for r in rows:
-        top, total = carried[r], carried[case.rows + r]
-        inverse = f.splat(f.value("float", f"fdiv float 1.0, {total.name}"), 16)
-        for c in range(0, case.value_head_dim, 16):
-            place = f.offset(a["out"], 4 * (r * case.value_head_dim + c))
-            f.store(f.binary("fmul", f.load(_F16, place), inverse), place)
-        f.store(f.binary("fadd", top, _log(f, total)), f.offset(a["lse"], 4 * r), 4)
+def _add_combined_item(module: Module, case: AttentionCase) -> None:
+    """`combined_item(job, item)`: its units' states to output rows and log-sum-exps."""
+    f = Function(module, "combined_item", [("ptr", "job"), ("i64", "item")])
+    job, item = f.arguments["job"], f.arguments["item"]
+    splits = _word(f, job, "splits")
+    row, _, first_head = _item_place(f, case, job, item)
+    states = f.offset(_word(f, job, "partials"), f.times(f.binary("mul", item, splits), case.state_bytes))
+    size, width = _float_bytes(case.dtype), case.value_head_dim
+    out = f.offset(_word(f, job, "out"), f.binary("mul", row, _word(f, job, "out_stride")))
+    out = f.offset(out, f.times(first_head, width * size))
+    heads = f.times(f.times(_word(f, job, "num_kv_heads"), case.row_rounds), case.rows)
+    number = f.binary("add", f.binary("mul", row, heads), first_head)
+    lse, logits = _word(f, job, "lse"), _word(f, job, "logits")
+    lowest = Value("float", "0xC7EFFFFFE0000000")
+    for r in range(case.rows):
+
+        def highest(s: Value, carried: list[Value], r: int = r) -> list[Value]:
+            top = f.load("float", f.offset(f.offset(states, f.times(s, case.state_bytes)), 4 * r), 4)
+            return [_larger(f, top, carried[0])]
+
+        top = f.loop(splits, [lowest], highest)[0]
+
+        def add(s: Value, carried: list[Value], r: int = r, top: Value = top) -> list[Value]:
+            state = f.offset(states, f.times(s, case.state_bytes))
+            own = f.load("float", f.offset(state, 4 * r), 4)
+            share = exponential(f, f.splat(f.binary("fsub", own, top), 16))
+            total = f.load("float", f.offset(state, 32 + 4 * r), 4)
+            one = f.value("float", f"extractelement {share}, i32 0")
+            rows = [
+                multiply_add(f, f.load(_F16, f.offset(state, 64 + 4 * (r * width + 16 * c)), 4), share, lanes)
+                for c, lanes in enumerate(carried[1:])
+            ]
+            return [multiply_add_scalar(f, total, one, carried[0]), *rows]
+
+        total, *lanes = f.loop(splits, [Value("float", "0.0"), *[zeros(_F16)] * (width // 16)], add)
+
+        def write_lse(r: int = r, top: Value = top, total: Value = total) -> None:
+            place = f.offset(lse, f.times(f.binary("add", number, r), 4))
+            f.store(f.binary("fadd", top, _log(f, total)), place, 4)
+
+        f.when(f.value("i1", f"icmp ne {lse}, null"), write_lse)
+        given = f.value("i1", f"icmp ne {logits}, null")
+        # without sinks this reads the maximum itself, whose share is then not added
+        safe = f.value(
+            "ptr",
+            f"select {given}, {f.offset(logits, f.times(f.binary('add', first_head, r), 4))}, {f.offset(states, 4 * r)}",
+        )
+        logit = f.load("float", safe, 4)
+        logit = f.value("float", f"select {given}, {logit}, {lowest}")
+        new_top = _larger(f, logit, top)
+        shrink = exponential(f, f.splat(f.binary("fsub", top, new_top), 16))
+        extra = exponential(f, f.splat(f.binary("fsub", logit, new_top), 16))
+        extra = f.value("float", f"extractelement {extra}, i32 0")
+        extra = f.value("float", f"select {given}, {extra}, float 0.0")
+        one = f.value("float", f"extractelement {shrink}, i32 0")
+        tiny = Value("float", "0x3810000000000000")
+        bottom = _larger(f, multiply_add_scalar(f, total, one, extra), tiny)
+        inverse = f.binary("fdiv", shrink, f.splat(bottom, 16))
+        for c, value in enumerate(lanes):
+            _store_floats(
+                f, case.dtype, f.binary("fmul", value, inverse), f.offset(out, size * (r * width + 16 * c)), case.target
+            )
     f.end()
 
 
-def _fold_keys(f: Function, case: AttentionCase, folded: Value, first: Value) -> list[Value]:
-    """Queries times the block's key scales into `folded`; per row the sum of queries times key zeros."""
-    nothing = Value("float", "0.0")
-    query = f.arguments["query"]
-    if not case.key.isdigit():
+def _add_block(module: Module, case: AttentionCase, block: _Block, name: str) -> None:
+    """`plain_block(query, keys, keys', values, values', turn, count, state)`: `count` tokens, from `turn` on counted from
+    the second pointers; or `packed_block(query, <tensors>, skip, state)`: a whole group but its first `skip` tokens.
+    Pointers are those of the block's first token."""
+    packed = name == "packed_block"
+    if packed:
+        arguments = [*(("ptr", n) for n in TENSORS), ("i64", "skip")]
+    else:
+        halves = ("key_codes", "key_codes_behind", "value_codes", "value_codes_behind")
+        arguments = [*(("ptr", n) for n in halves), ("i64", "turn"), ("i64", "count")]
+    f = Function(module, name, [("ptr", "query"), *arguments, ("ptr", "state")])
+    a, rows, size = f.arguments, range(case.rows), block.tokens
+    first = a["skip"] if packed else Value("i64", "0")
+    count = Value("i64", str(size)) if packed else a["count"]
+    folded, constants = a["query"], [Value("float", "0.0")] * case.rows
+    if packed:
+        folded = f.value(
+            "ptr", f"alloca [{case.rows * case.key_head_dim} x float], align 64"
+        )  # queries times key scales
+        constants = _fold_keys(f, case, folded)
+    scores = f.value("ptr", f"alloca [{case.rows * size} x float], align 64")
+    weights = scores
+    if packed:
+        weights = f.value("ptr", f"alloca [{case.rows * block.value_groups * size} x float], align 64")
+    _write_scores(f, case, block, folded, scores, first, count)
+    group_weights: list[list[Value]] = []
+    for r in rows:
+        row = f.offset(scores, 4 * size * r)
+        tops, totals = f.offset(a["state"], 4 * r), f.offset(a["state"], 32 + 4 * r)
+        top, total, shrink = _softmax_row(
+            f, case, block, row, constants[r], f.load("float", tops, 4), f.load("float", totals, 4)
+        )
+        f.store(top, tops, 4)
+        f.store(total, totals, 4)
+        group_weights.append(_fold_values(f, case, block, row, weights, r, shrink))
+    _add_values(f, case, block, weights, group_weights, first, count)
+    f.end()
 
-        def copy(i: Value, _: list[Value]) -> list[Value]:
-            f.store(f.load(_F16, f.offset(query, i)), f.offset(folded, i), 64)
-            return []
 
-        f.loop(4 * case.rows * case.key_head_dim, [], copy, step=64)
-        return [nothing] * case.rows
-    group = f.binary("udiv", first, case.group_size)
-    at = f.times(group, 2 * case.key_head_dim)
+def _fold_keys(f: Function, case: AttentionCase, folded: Value) -> list[Value]:
+    """Queries times the group's key scales into `folded`; per row the sum of queries times key zeros."""
+    a = f.arguments
 
     def fold(i: Value, carried: list[Value]) -> list[Value]:
         """Channels i ... i + 15."""
-        half = f.binary("add", at, f.times(i, 2))
-        scale = half_to_float(f, f.load("<16 x i16>", f.offset(f.arguments["key_scales"], half), 2), case.target)
-        zero = half_to_float(f, f.load("<16 x i16>", f.offset(f.arguments["key_zeros"], half), 2), case.target)
+        half = f.times(i, 2)
+        scale = half_to_float(f, f.load("<16 x i16>", f.offset(a["key_scales"], half), 2), case.target)
+        zero = half_to_float(f, f.load("<16 x i16>", f.offset(a["key_zeros"], half), 2), case.target)
         result = []
         for r in range(case.rows):
             where = f.binary("add", f.times(i, 4), 4 * r * case.key_head_dim)
-            q = f.load(_F16, f.offset(query, where))
+            q = f.load(_F16, f.offset(a["query"], where), 64)
             f.store(f.binary("fmul", q, scale), f.offset(folded, where), 64)
             result.append(multiply_add(f, q, zero, carried[r]))
         return result
@@ -204,34 +464,34 @@ def _fold_keys(f: Function, case: AttentionCase, folded: Value, first: Value) ->
     return [_sum(f, s) for s in sums]
 
 
-def _write_scores(f: Function, case: AttentionCase, folded: Value, scores: Value, first: Value, count: Value) -> None:
-    """Dot products of every row with the block's keys; minus infinity where the block has no token."""
-    size = case.block_tokens
-    for i in range(0, case.rows * size, 16):
+def _write_scores(
+    f: Function, case: AttentionCase, block: _Block, folded: Value, scores: Value, first: Value, count: Value
+) -> None:
+    """Dot products of every row with the block's keys `first ... count - 1`; minus infinity at the others."""
+    for i in range(0, case.rows * block.tokens, 16):
         f.store(splat_constant(_F16, "0xFFF0000000000000"), f.offset(scores, 4 * i), 64)
-    row_bytes = _row_bytes(case.key, case.key_head_dim)
-    base = f.offset(f.arguments["key_codes"], f.times(first, row_bytes))
+    row_bytes = _row_bytes(block.key, case.key_head_dim)
 
     def token(t: Value, _: list[Value]) -> list[Value]:
         sums = [zeros(_F16)] * case.rows
-        for channel, numbers in _numbers(f, case, case.key, f.offset(base, f.times(t, row_bytes)), row_bytes):
+        for channel, numbers in _numbers(f, case, block.key, _token_row(f, "key_codes", t, row_bytes), row_bytes):
             for r in range(case.rows):
                 q = f.load(_F16, f.offset(folded, 4 * (r * case.key_head_dim + channel)), 64)
                 sums[r] = multiply_add(f, numbers, q, sums[r])
         for r in range(case.rows):
-            f.store(_sum(f, sums[r]), f.offset(f.offset(scores, 4 * size * r), f.times(t, 4)), 4)
+            f.store(_sum(f, sums[r]), f.offset(f.offset(scores, 4 * block.tokens * r), f.times(t, 4)), 4)
         return []
 
-    f.loop(count, [], token)
+    f.loop(count, [], token, first=first)
 
 
 def _softmax_row(
-    f: Function, case: AttentionCase, row: Value, constant: Value, top: Value, total: Value
+    f: Function, case: AttentionCase, block: _Block, row: Value, constant: Value, top: Value, total: Value
 ) -> tuple[Value, Value, Value]:
     """Scores to unnormalised probabilities in place; the new maximum and sum, and what the old ones shrink by."""
     shift = f.splat(constant, 16)
     parts = []
-    for i in range(0, case.block_tokens, 16):
+    for i in range(0, block.tokens, 16):
         score = f.binary("fadd", f.load(_F16, f.offset(row, 4 * i), 64), shift)
         parts.append(_capped(f, score, case.softcap) if case.softcap else score)
     highest = parts[0]
@@ -252,20 +512,18 @@ def _softmax_row(
 
 
 def _fold_values(
-    f: Function, case: AttentionCase, row: Value, weights: Value, r: int, first: Value, shrink: Value
+    f: Function, case: AttentionCase, block: _Block, row: Value, weights: Value, r: int, shrink: Value
 ) -> list[Value]:
     """Probabilities times value scales into `weights`; shrink the output so far; per group of channels what its zeros add.
 
     The zeros' part is the sum over tokens of probability times zero: one number for all channels of the group.
     """
-    size, groups, v = case.block_tokens, case.value_groups, f.arguments
+    size, groups, v = block.tokens, block.value_groups, f.arguments
+    packed = block.value.isdigit()
     added = [zeros(_F16)] * groups
-    for i in range(0, size, 16):
+    for i in range(0, size, 16) if packed else ():
         probability = f.load(_F16, f.offset(row, 4 * i), 64)
-        if not case.value.isdigit():
-            f.store(probability, f.offset(weights, 4 * (r * size + i)), 64)
-            continue
-        at = f.times(f.binary("add", first, i), 2 * groups)
+        at = 2 * groups * i
         loaded = [f.load(vector(16 * groups, "i16"), f.offset(v[n], at), 2) for n in ("value_scales", "value_zeros")]
         for g in range(groups):
             mask = [lane * groups + g for lane in range(16)]
@@ -274,42 +532,59 @@ def _fold_values(
             f.store(f.binary("fmul", probability, scale), place, 64)
             added[g] = multiply_add(f, probability, zero, added[g])
     spread = f.splat(shrink, 16)
-    totals = [f.splat(_sum(f, lanes), 16) if case.value.isdigit() else zeros(_F16) for lanes in added]
+    totals = [f.splat(_sum(f, lanes), 16) if packed else zeros(_F16) for lanes in added]
     for c in range(0, case.value_head_dim, 16):
-        place = f.offset(v["out"], 4 * (r * case.value_head_dim + c))
-        group = c // case.group_size if case.value.isdigit() else 0
-        f.store(multiply_add(f, f.load(_F16, place), spread, totals[group]), place)
+        place = f.offset(v["state"], 64 + 4 * (r * case.value_head_dim + c))
+        group = c // case.group_size if packed else 0
+        f.store(multiply_add(f, f.load(_F16, place, 4), spread, totals[group]), place, 4)
     return totals
 
 
 def _add_values(
-    f: Function, case: AttentionCase, weights: Value, totals: list[list[Value]], first: Value, count: Value
+    f: Function,
+    case: AttentionCase,
+    block: _Block,
+    weights: Value,
+    totals: list[list[Value]],
+    first: Value,
+    count: Value,
 ) -> None:
     """Output rows plus weights times the block's values, sixteen bytes of every token's row at a time."""
-    size, groups = case.block_tokens, case.value_groups
-    row_bytes = _row_bytes(case.value, case.value_head_dim)
-    base = f.offset(f.arguments["value_codes"], f.times(first, row_bytes))
-    step = 16 if case.value.isdigit() else 16 * _float_bytes(case.value)
+    size, groups, packed = block.tokens, block.value_groups, block.value.isdigit()
+    row_bytes = _row_bytes(block.value, case.value_head_dim)
+    base = f.arguments["value_codes"]
+    step = 16 if packed else 16 * _float_bytes(block.value)
     for piece in range(0, row_bytes, step):
-        channels = [c for c, _ in _numbers(None, case, case.value, base, row_bytes, piece)]
+        channels = [c for c, _ in _numbers(None, case, block.value, base, row_bytes, piece)]
         places = [
-            f.offset(f.arguments["out"], 4 * (r * case.value_head_dim + c)) for r in range(case.rows) for c in channels
+            f.offset(f.arguments["state"], 64 + 4 * (r * case.value_head_dim + c))
+            for r in range(case.rows)
+            for c in channels
         ]
 
         def token(t: Value, sums: list[Value], piece: int = piece, channels: list[int] = channels) -> list[Value]:
-            numbers = _numbers(f, case, case.value, f.offset(base, f.times(t, row_bytes)), row_bytes, piece)
+            numbers = _numbers(f, case, block.value, _token_row(f, "value_codes", t, row_bytes), row_bytes, piece)
             result = []
             for r in range(case.rows):
                 for k, (channel, values) in enumerate(numbers):
-                    group = channel // case.group_size if case.value.isdigit() else 0
+                    group = channel // case.group_size if packed else 0
                     at = f.offset(weights, 4 * (r * groups + group) * size)
                     weight = f.splat(f.load("float", f.offset(at, f.times(t, 4)), 4), 16)
                     result.append(multiply_add(f, values, weight, sums[r * len(channels) + k]))
             return result
 
-        sums = f.loop(count, [f.load(_F16, p) for p in places], token)
+        sums = f.loop(count, [f.load(_F16, p, 4) for p in places], token, first=first)
         for place, value in zip(places, sums, strict=True):
-            f.store(value, place)
+            f.store(value, place, 4)
+
+
+def _token_row(f: Function, name: str, token: Value, row_bytes: int) -> Value:
+    """Where a token of the block lies."""
+    base = f.arguments[name]
+    if "turn" in f.arguments:
+        before = f.value("i1", f"icmp slt {token}, {f.arguments['turn'].name}")
+        base = f.value("ptr", f"select {before}, {base}, {f.arguments[name + '_behind']}")
+    return f.offset(base, f.times(token, row_bytes))
 
 
 def _numbers(
@@ -324,14 +599,7 @@ def _numbers(
         width = 16 * _float_bytes(form)
         for at in range(0, row_bytes, width) if piece is None else [piece]:
             channel = at // _float_bytes(form)
-            if f is None:
-                found.append((channel, row))
-            elif form == "float32":
-                found.append((channel, f.load(_F16, f.offset(row, at), 4)))
-            else:
-                bits = f.load("<16 x i16>", f.offset(row, at), 2)
-                floats = bf16_to_float(f, bits) if form == "bfloat16" else half_to_float(f, bits, case.target)
-                found.append((channel, floats))
+            found.append((channel, row if f is None else _load_floats(f, form, f.offset(row, at), case.target)))
         return found
     bits_per_code = int(form)
     for at in range(0, row_bytes, 16) if piece is None else [piece]:
@@ -346,6 +614,23 @@ def _numbers(
                 code = f.binary("and", code, splat_constant(codes.type, (1 << bits_per_code) - 1))
             found.append((channel, f.cast("sitofp", f.cast("zext", code, "<16 x i32>"), _F16)))
     return found
+
+
+def _load_floats(f: Function, dtype: str, pointer: Value, target: Target) -> Value:
+    """Sixteen numbers of `dtype` as float32."""
+    if dtype == "float32":
+        return f.load(_F16, pointer, 4)
+    bits = f.load("<16 x i16>", pointer, 2)
+    return bf16_to_float(f, bits) if dtype == "bfloat16" else half_to_float(f, bits, target)
+
+
+def _store_floats(f: Function, dtype: str, value: Value, pointer: Value, target: Target) -> None:
+    """Sixteen float32 as numbers of `dtype`, to nearest even."""
+    if dtype == "bfloat16":
+        value = bf16_of(f, value, target)
+    elif dtype == "float16":
+        value = f.cast("fptrunc", value, "<16 x half>")
+    f.store(value, pointer, _float_bytes(dtype))
 
 
 def exponential(f: Function, x: Value) -> Value:
@@ -401,6 +686,21 @@ def _larger(f: Function, a: Value, b: Value) -> Value:
     bool_type = "i1" if a.type == "float" else "<16 x i1>"
     more = f.value(bool_type, f"fcmp ogt {a}, {b.name}")
     return f.value(a.type, f"select {more}, {a}, {b}")
+
+
+def _at_least(f: Function, a: Value, limit: int) -> Value:
+    less = f.value("i1", f"icmp slt {a}, {limit}")
+    return f.value("i64", f"select {less}, i64 {limit}, {a}")
+
+
+def _larger_int(f: Function, a: Value, b: Value) -> Value:
+    less = f.value("i1", f"icmp slt {a}, {b.name}")
+    return f.value("i64", f"select {less}, {b}, {a}")
+
+
+def _smaller_int(f: Function, a: Value, b: Value) -> Value:
+    less = f.value("i1", f"icmp slt {a}, {b.name}")
+    return f.value("i64", f"select {less}, {a}, {b}")
 
 
 def _smaller(f: Function, a: Value, limit: int) -> Value:

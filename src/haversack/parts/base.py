@@ -59,7 +59,7 @@ class Part(ABC):
         return {"part": self.id, **dataclasses.asdict(self)}
 
 
-def check_range(part: str, field: str, value: float, allowed: str, ok: bool) -> None:
+def check_range(part: str, field: str, value: object, allowed: str, ok: bool) -> None:
     """Raise a UsageError that names the part, the field, the value and what is allowed, unless `ok`."""
     if not ok:
         raise UsageError(f"{part}: {field} is {value!r}, but must be {allowed}.")

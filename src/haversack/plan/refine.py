@@ -1,12 +1,16 @@
 """Whole plans measured, and the search corrected by what was measured.
 
-Damages of single sites add up only roughly. So the solver's answer is packed in memory and its KL measured on some
-calibration text; the errors are fitted, the problem solved again nearby, and the best *measured* plan wins. Evaluations
-are bounded, logged in a file beside the calibration, and resumed from it.
+Damages of single sites add up only roughly. So the solver's answer is packed in memory and its KL measured on windows of
+the calibration text that no statistics saw; the errors are fitted, the problem solved again nearby, and the best
+*measured* plan wins. Evaluations are bounded, logged in a file beside the calibration, and resumed from it.
+
+What is promised is measured last, on windows that the search did not see either: the mean over easy to hard text, with
+the range of its windows, since damage follows the difficulty of a text and nobody knows which text will come.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +19,7 @@ from functools import cached_property
 import torch
 
 from haversack.cost.calibrated import Calibration
+from haversack.cost.damage import Damage
 from haversack.cost.serving import ServingProblem
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
@@ -28,15 +33,14 @@ MAX_ENCODED_BYTES = 2 * 2**30
 """Packed sites kept for the next evaluation, which shares most of them."""
 
 SOLVE_SECONDS = 20.0
-NUM_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
 class Refined:
-    """The best measured solution; `damage` is its KL in nats per token, `trials` all that were measured, in order."""
+    """The best measured solution; `damage` is its KL on windows that chose nothing, `trials` all that were measured."""
 
     solution: Solution
-    damage: float
+    damage: Damage
     trials: tuple[Trial, ...]
 
 
@@ -52,7 +56,7 @@ class PlanMeter:
 
     @cached_property
     def _meter(self) -> DamageMeter:
-        return DamageMeter(self.calibration.model, self.calibration.token_ids[:NUM_SEQUENCES])
+        return DamageMeter(self.calibration.model, self.calibration.windows.search)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -61,7 +65,7 @@ class PlanMeter:
 
     def refine(self, built: ServingProblem, solution: Solution) -> Refined:
         """Search around a solution, in at most `evaluations` measurements; never worse than it, as measured."""
-        state_file = self.calibration.statistics.folder / f"plans-{_digest(built, solution)}.json"
+        state_file = self.calibration.statistics.folder / f"plans-{self._digest(built, solution)}.json"
         state = json.loads(state_file.read_text()) if state_file.exists() else None
 
         def record(trials: dict) -> None:
@@ -81,14 +85,29 @@ class PlanMeter:
         )
         best = corrected.best
         evaluation = built.problem.evaluate(best.chosen)
-        return Refined(replace(solution, chosen=best.chosen, evaluation=evaluation), best.measured, corrected.trials)
+        damage = self.judge(built, best.chosen)
+        return Refined(replace(solution, chosen=best.chosen, evaluation=evaluation), damage, corrected.trials)
+
+    def judge(self, built: ServingProblem, chosen: Sequence[int]) -> Damage:
+        """KL of one solution on the windows that no search saw, with the range of its windows."""
+        self._meter.use(self.calibration.windows.judge)
+        return promised(self._kl(built, chosen))
 
     def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float:
-        """KL in nats per token of one solution."""
+        """KL in nats per token of one solution, on the windows of the search."""
+        self._meter.use(self.calibration.windows.search)
+        return float(self._kl(built, chosen).mean())
+
+    def _kl(self, built: ServingProblem, chosen: Sequence[int]) -> torch.Tensor:
         weights, kv = built.candidates(built.problem.describe(chosen))
         changed = {c.site.id: (c.option, self.tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
         caches = {c.site.id: c.option for c in kv if not c.option.is_neutral}
-        return float(self._meter.kl_per_token(changed, caches).mean())
+        return self._meter.kl_per_token(changed, caches)
+
+    def _digest(self, built: ServingProblem, solution: Solution) -> str:
+        capacity = built.problem.capacity_bytes.get("device", 0)
+        text = hashlib.sha256(self.calibration.windows.search.numpy().tobytes()).hexdigest()[:8]
+        return f"{solution_hash(built.problem, solution.chosen)}-{capacity}-{text}"
 
     def tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
         key = (site.id, option)
@@ -105,6 +124,10 @@ class PlanMeter:
         return self._encoded[key]
 
 
-def _digest(built: ServingProblem, solution: Solution) -> str:
-    capacity = built.problem.capacity_bytes.get("device", 0)
-    return f"{solution_hash(built.problem, solution.chosen)}-{capacity}"
+def promised(kl: torch.Tensor) -> Damage:
+    """What to promise from nats at every token `(windows, tokens)`: the mean, and the least and the most of a window."""
+    each = kl.mean(1).clamp_min(0)
+    source = (
+        f"KL of the whole plan on {kl.numel()} tokens of held-back calibration text; the range is that of its windows"
+    )
+    return Damage(float(each.mean()), "measured", float(each.min()), float(each.max()), source)

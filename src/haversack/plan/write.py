@@ -14,7 +14,6 @@ from haversack.cost.candidates import (
     Serving,
     WeightCandidate,
 )
-from haversack.cost.damage import Damage
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
 from haversack.describe import mxfp4
@@ -56,7 +55,7 @@ def write_answer(
     if refined is None:
         damage = total_damage([c.damage for c in weights] + [c.damage for c in kv])
     else:
-        damage = Damage(refined.damage, "measured", source="KL of the whole plan on calibration text")
+        damage = refined.damage
     prediction = Prediction(
         timeline=ledger.to_dict(),
         peak_bytes=peak_bytes,

@@ -1,7 +1,7 @@
 """What a recipe is, and where they are found.
 
 A recipe names options as a paper does. Each module of this package that holds a module-level `RECIPE` is one; nothing lists
-them by hand. The planner's candidates are the union of all recipes' options.
+them by hand. The planner's candidates are the union of the options of all recipes that are `candidates`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Recipe:
 
     `options` builds the options (`WeightOption`, `KVOption`, `Placement`) that the recipe offers for its resident, from
     fewest to most bytes. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
-    true.
+    true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
+    those which another recipe beats at equal bytes stay out.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Recipe:
     options: Callable[[], tuple[Any, ...]]
     published: str = ""
     catalogue: tuple[str, ...] = ()
+    candidates: bool = True
 
 
 @cache
@@ -52,10 +54,10 @@ def all_recipes() -> dict[str, Recipe]:
 
 @cache
 def candidate_options(resident: str) -> tuple[Any, ...]:
-    """All distinct options that recipes offer for a resident."""
+    """All distinct options that recipes offer to the planner for a resident."""
     distinct: dict[str, Any] = {}
     for recipe in all_recipes().values():
-        if recipe.resident == resident:
+        if recipe.resident == resident and recipe.candidates:
             for option in recipe.options():
                 distinct.setdefault(json.dumps(option.to_dict(), sort_keys=True), option)
     return tuple(distinct.values())

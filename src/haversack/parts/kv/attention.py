@@ -1,4 +1,7 @@
-"""Softmax attention over blocks of keys and values, in bounded workspace (the seam behind which kernels come).
+"""Softmax attention over blocks of keys and values, in bounded workspace; and what compiled kernels attend to instead.
+
+One query per sequence over a form that `decode_form` knows goes to `haversack.kernels.attention`; everything else is
+attended to here, block by block.
 
 Streaming softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135): a running maximum,
 a running sum and a running output, rescaled when the maximum grows. Everything is computed in float32. Grouped heads
@@ -10,17 +13,46 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
+from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES
 from haversack.parts.kv.base import FEW_QUERIES, KEY_BLOCK_TOKENS, KEY_BLOCK_TOKENS_PREFILL, QUERY_BLOCK_TOKENS
 
 if TYPE_CHECKING:
     import torch
 
+    from haversack.kernels.attention import CacheForm
+
     Block: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
     """Keys `(batch, kv_heads, tokens, head_dim)`, values, and which are hidden `(batch|1, kv_heads|1, queries, tokens)`."""
 
     Blocks: TypeAlias = Callable[[int, int], Iterator[Block]]
     """Yields the blocks that the queries `[start, stop)` may attend to, each in float32."""
+
+
+BLOCKWISE = "blockwise"
+"""Name of the attention in this file, beside `haversack.kernels.attention.NAME`."""
+
+
+def decode_form(
+    site: AttentionSite,
+    dtype: torch.dtype,
+    key_bits: int = 0,
+    value_bits: int = 0,
+    group_size: int = 64,
+    device_type: str = "cpu",
+) -> CacheForm | None:
+    """What compiled attention of one query per sequence is made for; None where there is no kernel for it here."""
+    from haversack.kernels.attention import CacheForm
+
+    heads = (site.num_heads, site.num_kv_heads, site.key_head_dim, site.value_head_dim)
+    form = CacheForm(*heads, dtype, key_bits, value_bits, group_size)
+    return form if form.is_supported(device_type) else None
+
+
+def decode_kernel_name(form: CacheForm | None) -> str:
+    from haversack.kernels.attention import NAME
+
+    return BLOCKWISE if form is None else NAME
 
 
 def key_block_tokens(num_queries: int) -> int:

@@ -147,6 +147,10 @@ class Represent(KVPart):
         """The most bytes that attending with, and then appending, `new_tokens` allocates beyond the output."""
 
     @abstractmethod
+    def kernel_name(self, site: AttentionSite, regions: Regions, *, dtype: str) -> str:
+        """What attends with one new token per sequence on this machine: a compiled kernel, or "blockwise"."""
+
+    @abstractmethod
     def build(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
@@ -187,6 +191,8 @@ class PackedGroups(ABC):
     group_tokens: int
     num_groups: int
     tensors: dict[str, torch.Tensor]
+    code_bits: tuple[int, int] | None = None
+    """Bits of keys and values, where the groups lie in layout `kv-tokens-v1`, which compiled attention reads."""
 
     @abstractmethod
     def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -383,6 +389,13 @@ class KVOption:
 
             return selection_workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
         return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
+
+    def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
+        """What attends with one new token per sequence on this machine."""
+        from haversack.parts.kv.attention import BLOCKWISE
+
+        regions = self.regions(site, capacity_tokens)
+        return BLOCKWISE if regions.selected_tokens else self.represent.kernel_name(site, regions, dtype=dtype)
 
     def build(
         self,

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
-from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
+from haversack.parts.kv.attention import as_block, attend_blocks, decode_form, key_block_tokens
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer, PackedGroups, Regions
 
 if TYPE_CHECKING:
     import torch
 
+    from haversack.kernels.attention import DecodeAttention
     from haversack.parts.kv.attention import Block
 
 
@@ -54,6 +55,7 @@ class RingLayer(KVLayer):
         self.counts = [0] * batch_size  # real tokens seen, by row
         self.packed_until = [0] * batch_size  # ordinals below are in the packed groups, or dropped
         self.real_since_padding = 0  # columns that were real in every row: how far a crop may go
+        self._decoders: dict[float | None, DecodeAttention | None] = {}  # compiled attention by softcap
 
     # What is held
 
@@ -97,6 +99,18 @@ class RingLayer(KVLayer):
             elif num_real[row]:
                 index = real[row].nonzero().squeeze(-1)
                 self._write(rows, keys[rows].index_select(2, index), values[rows].index_select(2, index))
+
+    def packs_at_next_append(self) -> bool:
+        """Whether one more token in every sequence makes a group leave the ring."""
+        if self.packed is None:
+            return False
+        size, before = self.packed.group_tokens, self.regions.sink_tokens + self.plain_tokens - 1
+        return any((n - before) // size * size > until for n, until in zip(self.counts, self.packed_until))
+
+    def note_appended(self) -> None:
+        """One real token of every sequence was written to its slot by other code (`kernels.ir_tape`); no group left."""
+        self.counts = [count + 1 for count in self.counts]
+        self.real_since_padding += 1
 
     def _write(self, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new real tokens of rows that all have seen the same number."""
@@ -179,6 +193,11 @@ class RingLayer(KVLayer):
         import torch
 
         num_queries, device = query.shape[2], query.device
+        if num_queries == 1 and real is None and not (torch.is_grad_enabled() and query.requires_grad):
+            decoder = self.decoder(softcap)
+            if decoder is not None and query.dtype == self.tensors["keys"].dtype:
+                stored = (self.counts, self.packed_until)
+                return decoder(query, new_keys, new_values, *stored, scaling=scaling, sinks=sinks)
         uniform = real is None and len(set(self.counts)) == 1
         counts = torch.tensor(self.counts[:1] if uniform else self.counts, dtype=torch.int32, device=device)[:, None]
         if real is None:
@@ -204,6 +223,31 @@ class RingLayer(KVLayer):
             scaling=scaling,
             softcap=softcap,
             sinks=sinks,
+        )
+
+    def decoder(self, softcap: float | None = None) -> DecodeAttention | None:
+        """Compiled attention of one query per sequence to this layer; None where blocks are attended to one by one."""
+        if softcap not in self._decoders:
+            self._decoders[softcap] = self._make_decoder(softcap)
+        return self._decoders[softcap]
+
+    def _make_decoder(self, softcap: float | None) -> DecodeAttention | None:
+        slab = self.tensors["keys"]
+        bits = (0, 0) if self.packed is None else self.packed.code_bits
+        size = 64 if self.packed is None else self.packed.group_tokens
+        form = None if bits is None else decode_form(self.site, slab.dtype, *bits, size, slab.device.type)
+        if form is None:
+            return None
+        from haversack.kernels.attention import DecodeAttention
+
+        return DecodeAttention(
+            form,
+            self.tensors,
+            sink_tokens=self.regions.sink_tokens,
+            ring_tokens=self.ring_tokens,
+            recent_tokens=self.regions.recent_tokens,
+            num_groups=0 if self.packed is None else self.packed.num_groups,
+            softcap=softcap,
         )
 
     def _packed_blocks(self, positions: torch.Tensor, size: int, uniform: bool) -> Iterator[Block]:

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
-from haversack.parts.kv.attention import as_block, attention_workspace_bytes, key_block_tokens
+from haversack.parts.kv.attention import (
+    as_block,
+    attention_workspace_bytes,
+    decode_form,
+    decode_kernel_name,
+    key_block_tokens,
+)
 from haversack.parts.kv.base import KVLayer, Regions, Represent, Slots
 from haversack.parts.kv.layer import RingLayer
-from haversack.parts.kv.slabs import allocate, plain_slabs
+from haversack.parts.kv.slabs import allocate, plain_slabs, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +48,9 @@ class PlainKV(Represent):
     def workspace_bytes(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
     ) -> int:
+        form = decode_form(site, torch_dtype(dtype)) if new_tokens == 1 else None
+        if form is not None:
+            return form.workspace_bytes(batch_size)
         block_tokens = min(key_block_tokens(new_tokens), max(regions.total_tokens, new_tokens))
         heads = batch_size * site.num_kv_heads
         block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * DTYPE_BYTES["F32"]
@@ -57,6 +66,9 @@ class PlainKV(Represent):
             block_tokens=block_tokens,
             block_bytes=block_bytes,
         )
+
+    def kernel_name(self, site: AttentionSite, regions: Regions, *, dtype: str) -> str:
+        return decode_kernel_name(decode_form(site, torch_dtype(dtype)))
 
     def build(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 from haversack.describe.site import AttentionSite
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.kv.attention import attention_workspace_bytes, key_block_tokens
+from haversack.parts.kv.attention import attention_workspace_bytes, decode_form, decode_kernel_name, key_block_tokens
 from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Represent
 from haversack.parts.kv.layer import RingLayer
-from haversack.parts.kv.slabs import allocate, plain_slabs
+from haversack.parts.kv.slabs import allocate, plain_slabs, torch_dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from haversack.kernels.attention import CacheForm
 
 BITS = (8, 4, 2)
 GROUP_SIZES = (32, 64)
@@ -96,6 +98,9 @@ class QuantizedKV(Represent):
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
     ) -> int:
         ring_tokens, num_groups = self.split(regions)
+        form = self._decode_form(site, num_groups, dtype) if new_tokens == 1 else None
+        if form is not None:
+            return max(form.workspace_bytes(batch_size), self._pack_bytes(site, num_groups, batch_size))
         held = max(regions.sink_tokens + ring_tokens, num_groups * self.group_size, new_tokens)
         block_tokens = min(key_block_tokens(new_tokens), held)
         heads = batch_size * site.num_kv_heads
@@ -121,6 +126,23 @@ class QuantizedKV(Represent):
             block_tokens=block_tokens,
             block_bytes=block_bytes,
         )
+
+    def kernel_name(self, site: AttentionSite, regions: Regions, *, dtype: str) -> str:
+        return decode_kernel_name(self._decode_form(site, self.split(regions)[1], dtype))
+
+    def _decode_form(self, site: AttentionSite, num_groups: int, dtype: str) -> CacheForm | None:
+        bits = (self.key_bits, self.value_bits) if num_groups else (0, 0)
+        return decode_form(site, torch_dtype(dtype), *bits, self.group_size)
+
+    def _pack_bytes(self, site: AttentionSite, num_groups: int, batch_size: int) -> int:
+        """What packing one group that leaves the ring takes: its tokens as they are, and in float32 three times."""
+        if not num_groups:
+            return 0
+        heads, f32 = batch_size * site.num_kv_heads, DTYPE_BYTES["F32"]
+        widest = max(site.key_head_dim, site.value_head_dim)
+        copies = heads * self.group_size * (site.key_head_dim + site.value_head_dim) * f32
+        statistics = 8 * f32 * heads * max(widest, self.group_size)
+        return copies + heads * self.group_size * widest * (2 * f32 + 2) + statistics
 
     def build(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
@@ -152,6 +174,7 @@ class QuantizedGroups(PackedGroups):
     def __init__(self, part: QuantizedKV, site: AttentionSite, num_groups: int, tensors: dict[str, torch.Tensor]):
         self.part = part
         self.site = site
+        self.code_bits = (part.key_bits, part.value_bits)
         self.group_tokens = part.group_size
         self.num_groups = num_groups
         self.tensors = tensors

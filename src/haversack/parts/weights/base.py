@@ -56,7 +56,29 @@ class Transform(WeightPart):
 
     @abstractmethod
     def transform_input(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The input `(..., in_features)` in the transformed basis."""
+        """The input `(..., in_features)` in the transformed basis, in its own dtype."""
+
+    @abstractmethod
+    def restore_rows(self, rows: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rows `(n, in_features)` of the transformed matrix, float32, back in the matrix's own basis."""
+
+    @abstractmethod
+    def workspace_bytes(self, num_tokens: int, in_features: int, dtype: str) -> int:
+        """The most bytes `transform_input` allocates, its result included."""
+
+
+@dataclass(frozen=True)
+class EvenCodes:
+    """Codes an even step apart: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
+
+    `scale` and `zero` are `(out, groups)` float32; column c belongs to group `c // group_columns`. The nearest code of
+    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    num_codes: int
+    group_columns: int
 
 
 class Grid(WeightPart):
@@ -70,6 +92,11 @@ class Grid(WeightPart):
     stage: ClassVar[str] = "grid"
 
     group_size: int
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits of a code."""
 
     def num_groups(self, in_features: int) -> int:
         """Groups of columns per row, the last one possibly padded."""
@@ -93,13 +120,33 @@ class Grid(WeightPart):
     ) -> torch.Tensor:
         """Values, float32, of codes."""
 
+    def branches(self, history: torch.Tensor, scales: Mapping[str, torch.Tensor], column: int) -> torch.Tensor:
+        """The value of every code at a column, float32 `(rows, paths, codes)`, after paths `(rows, paths)` of codes.
+
+        A path is an int64 with the newest code in its lowest bits. Grids without memory answer `(rows, 1, codes)`.
+        """
+        import torch
+
+        codes = torch.arange(1 << self.bits, dtype=torch.uint8)
+        values = [self.dequantize(code.expand(len(history), 1), scales, column) for code in codes]
+        return torch.cat(values, 1)[:, None]
+
+    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes | None:
+        """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""
+        return None
+
+    def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
+        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them. Grids with `even_codes`
+        have it."""
+        raise NotImplementedError(f"{type(self).__name__} has no scale of its own per group")
+
     @abstractmethod
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored tensors, named and shaped as `stored` declares."""
 
     @abstractmethod
     def matmul(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
-        """`x W^T` for `x` `(..., in_features)`, straight from the stored tensors, through the kernel registry."""
+        """`x W^T` for `x` `(..., in_features)`, straight from the stored tensors."""
 
     @abstractmethod
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
@@ -139,6 +186,14 @@ class Correction(WeightPart):
     @abstractmethod
     def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         """What to add to the grid's product, `(..., out_features)`."""
+
+    @abstractmethod
+    def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """What to add to the grid's rows, `(len(index), in_features)` float32."""
+
+    @abstractmethod
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The most bytes `contribute` allocates, its result included."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +236,12 @@ class WeightOption:
 
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input of `dtype`."""
-        return 0 if self.grid is None else self.grid.workspace_bytes(num_tokens, out_features, in_features, dtype)
+        if self.grid is None:
+            return 0
+        transformed = sum(t.workspace_bytes(num_tokens, in_features, dtype) for t in self.transforms)
+        running = [self.grid.workspace_bytes(num_tokens, out_features, in_features, dtype)]
+        running += [c.workspace_bytes(num_tokens, out_features, in_features, dtype) for c in self.corrections]
+        return transformed + max(running)
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `linear` runs through on this machine."""
@@ -242,28 +302,25 @@ class WeightOption:
             x = transform.transform_input(x, _strip(tensors, f"transform{i}."))
         y = self.grid.matmul(x, tensors, out_features)
         for i, correction in enumerate(self.corrections):
-            y = y + correction.contribute(x, _strip(tensors, f"correct{i}."), out_features)
+            y += correction.contribute(x, _strip(tensors, f"correct{i}."), out_features)
         return y
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether single rows can be read back, as an embedding needs: nothing but a grid, or neutral."""
-        return not self.transforms and not self.corrections
-
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
-        """Rows `(len(index), in_features)`: float32 from a grid, the stored dtype if neutral. `has_rows` must hold."""
-        assert self.has_rows, "transforms and corrections have no row lookup"
+        """Rows `(len(index), in_features)`: float32 from a grid, the stored dtype if neutral."""
         if self.grid is None:
             return tensors["weight"][index]
-        return self.grid.rows(index, tensors, in_features)
+        rows = self.grid.rows(index, tensors, in_features)
+        for i, correction in enumerate(self.corrections):
+            rows += correction.rows(index, _strip(tensors, f"correct{i}."), in_features)
+        for i, transform in reversed(list(enumerate(self.transforms))):
+            rows = transform.restore_rows(rows, _strip(tensors, f"transform{i}."))
+        return rows
 
     def dense(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
         """The whole matrix that the stored tensors stand for, `(out, in)`, float32 unless neutral."""
         import torch
 
-        if self.has_rows:
-            return self.rows(torch.arange(out_features), tensors, in_features)
-        return self.linear(torch.eye(in_features), tensors, out_features).T.contiguous()
+        return self.rows(torch.arange(out_features), tensors, in_features)
 
 
 def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

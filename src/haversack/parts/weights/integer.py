@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from haversack.errors import CheckpointError
 from haversack.ledger import StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.weights.base import Grid
+from haversack.parts.weights.base import EvenCodes, Grid
 
 if TYPE_CHECKING:
     import torch
 
 _F16_MAX = 65504.0
-_BLOCK_ELEMENTS = 2**18
-"""Elements that the search handles at once: its temporaries stay in a core's cache, and its workspace stays at 4 MiB
+_BLOCK_ELEMENTS = 2**19
+"""Elements that the search handles at once: a copy of them and what is offered to their groups take at most 6 MiB,
 however large the matrix is."""
 
 _SMALLEST_SHRINK = {2: 0.30, 3: 0.45, 4: 0.55, 8: 0.92}
@@ -100,7 +100,7 @@ class IntegerGrid(Grid):
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Scales `(out, groups)` float16, and zero points uint8 if asymmetric, of `weight` `(out, in)`.
 
-        `importance` `(in,)` weighs squared errors; a group whose importance is zero is weighed evenly. Workspace: 4
+        `importance` `(in,)` weighs squared errors; a group whose importance is zero is weighed evenly. Workspace: 6
         MiB.
         """
         import torch
@@ -139,6 +139,18 @@ class IntegerGrid(Grid):
         for columns, scale, zero in self._column_runs(codes.shape[1], scales, first_column):
             values[:, columns] = (codes[:, columns].float() - zero) * scale
         return values
+
+    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes:
+        import torch
+
+        scale = scales["scales"].float()
+        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.symmetric else scales["zeros"].float()
+        return EvenCodes(scale, zero, 2**self.bits, self.group_size or 2**31)
+
+    def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
+        stored = _round_to_f16(scale)
+        scales["scales"][:, group] = stored
+        return stored
 
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
@@ -242,33 +254,29 @@ class IntegerGrid(Grid):
         import torch
 
         low, high = weight.amin(-1).clamp_max_(0), weight.amax(-1).clamp_min_(0)
-        work = torch.empty_like(weight)
-        best_scale, best_zero = self._cover(low, high, 1.0)
         if not self.search:
-            return best_scale, best_zero
-        best_error = self._error(weight, importance, best_scale, best_zero, work)
-
-        def offer(scale: torch.Tensor, zero: torch.Tensor) -> None:
-            nonlocal best_scale, best_zero, best_error
-            error = self._error(weight, importance, scale, zero, work)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-
+            return self._cover(low, high, 1.0)
         steps, smallest = _NUM_SHRINKS[self.bits], _SMALLEST_SHRINK[self.bits]
-        for step in range(1, steps):
-            shrink = 1.0 - (1.0 - smallest) * step / (steps - 1)
-            offer(*self._cover(low, high, shrink))
+        shrinks = [1.0 - (1.0 - smallest) * step / (steps - 1) for step in range(steps)]
+        offers = [self._cover(low, high, shrink) for shrink in shrinks]
         if self.symmetric and self.bits <= 3:  # the extra code may serve the other side better
-            for step in range(0, steps, 2):
-                scale, zero = self._cover(low, high, 1.0 - (1.0 - smallest) * step / (steps - 1))
-                offer(-scale, zero)
-        self._codes(weight, best_scale, best_zero, work).sub_(best_zero[..., None])
-        weighted = work * importance
-        refit = (weighted * weight).sum(-1) / (weighted * work).sum(-1).clamp_min(1e-30)
-        offer(_round_to_f16(refit), best_zero)
-        return best_scale, best_zero
+            offers += [(-scale, zero) for scale, zero in offers[::2]]
+        chosen, products, squares = self._best(weight, importance, offers)
+        refit = _round_to_f16(products / squares.clamp_min(1e-30))
+        kept = [torch.stack(each).gather(0, chosen[None])[0] for each in zip(*offers, strict=True)]
+        offers = [(kept[0], kept[1]), (refit, kept[1])]
+        chosen, _, _ = self._best(weight, importance, offers)
+        return torch.where(chosen == 1, refit, kept[0]), kept[1]
+
+    def _best(
+        self, weight: torch.Tensor, importance: torch.Tensor, offers: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        import torch
+
+        from haversack.kernels.scale_search import best_offers
+
+        scales, zeros = (torch.stack(each) for each in zip(*offers, strict=True))
+        return best_offers(weight, importance, scales, zeros, 2**self.bits)
 
     def _cover(self, low: torch.Tensor, high: torch.Tensor, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zero points that cover `shrink` times the range from `low` to `high`."""
@@ -285,25 +293,6 @@ class IntegerGrid(Grid):
         scale = _round_to_f16((high - low) * (shrink / (levels - 1)))
         inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
         return scale, (-low * shrink * inverse).round_().clamp_(0, levels - 1)
-
-    def _codes(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
-        torch.mul(weight, inverse[..., None], out=out)
-        return out.round_().add_(zero[..., None]).clamp_(0, 2**self.bits - 1)
-
-    def _error(
-        self,
-        weight: torch.Tensor,
-        importance: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor,
-        work: torch.Tensor,
-    ) -> torch.Tensor:
-        """Importance-weighted squared error per group, `(rows, groups)`."""
-        self._codes(weight, scale, zero, work).sub_(zero[..., None]).mul_(scale[..., None]).sub_(weight)
-        return work.square_().mul_(importance).sum(-1)
 
     def _column_runs(
         self, num_columns: int, scales: Mapping[str, torch.Tensor], first_column: int

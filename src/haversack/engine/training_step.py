@@ -1,0 +1,119 @@
+"""A plain training step: forward, loss, backward, update, over batches that are given. Measured and traced alike.
+
+Everything that decides bytes is the workload's: precision, optimizer, recomputation, attention, adapters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from haversack.describe.model import Model
+from haversack.describe.workload import TrainingWorkload, TuneWorkload
+from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
+from haversack.engine.optimizers import MUON_EXCLUDED, MasterWeights, Stepper, make_optimizer
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+class TrainingStep:
+    """A model made ready for a workload, and its optimizer.
+
+    `model` is a causal language model in the workload's `weights_dtype`; it is changed: adapters are put in, layers are told to
+    recompute.
+    """
+
+    def __init__(self, model: Any, described: Model, workload: TrainingWorkload):
+        self.model = model
+        self.workload = workload
+        dtype = DTYPES[workload.weights_dtype]
+        if isinstance(workload, TuneWorkload) and workload.method != "full":
+            adapt(
+                model,
+                described,
+                rank=workload.lora_rank,
+                targets=workload.lora_targets,
+                packed=workload.method == "qlora",
+                dtype=dtype,
+            )
+        if workload.recompute == "full":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the newer name is not in every version that we run on
+                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.train()
+        self.begin(described)
+
+    def begin(self, described: Model) -> None:
+        """Make the optimizer anew, over the weights that the model has now."""
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = self._make_optimizer(described)
+
+    def micro_step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Loss and gradients of one batch of token ids `(batch_size, seq_len)`; the loss, detached."""
+        loss = self.loss(ids)
+        loss.backward()
+        return loss.detach()
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        """The mean negative log-likelihood of the next token, in nats, without padding."""
+        with self._autocast(ids.device.type):
+            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
+        return out.loss
+
+    def update(self) -> None:
+        """One step of the optimizer; gradients are dropped."""
+        self.optimizer.step()
+
+    def run(self, batches: list[torch.Tensor]) -> float:
+        """One step over its micro-batches; the last one's loss."""
+        loss = torch.zeros(())
+        for ids in batches:
+            loss = self.micro_step(ids)
+        self.update()
+        return float(loss)
+
+    def residents(self) -> dict[str, list[torch.Tensor]]:
+        """What stays from step to step, by owner."""
+        adapters = [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
+        own = {id(tensor) for tensor in adapters}
+        packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
+        own |= {id(tensor) for tensor in packed}
+        rows = {
+            "weights": [p for p in self.model.parameters() if id(p) not in own]
+            + [b for b in self.model.buffers() if id(b) not in own],
+            "packed weights": packed,
+            "adapters": adapters,
+            "master weights": self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else [],
+            "optimizer states": self.optimizer.state_tensors(),
+        }
+        return {owner: tensors for owner, tensors in rows.items() if tensors}
+
+    def _autocast(self, device: str) -> AbstractContextManager[Any]:
+        if self.workload.precision != "autocast":
+            return nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16)
+
+    def _make_optimizer(self, described: Model) -> Stepper:
+        matrices = muon_matrices(self.model, described)
+        taken = {id(parameter) for parameter in matrices}
+        name = self.workload.optimizer
+        if self.workload.precision == "master":
+            return MasterWeights(
+                self.trained,
+                lambda master, parameter: make_optimizer(name, [master], [master] if id(parameter) in taken else []),
+            )
+        return make_optimizer(name, self.trained, matrices)
+
+
+def muon_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:
+    """The trained matrices inside the layers: all but embeddings, the head, vectors and stacks."""
+    outside = {(site.module, site.parameter) for site in described.weights if site.role in MUON_EXCLUDED}
+    outside |= {
+        (name, site.parameter) for site in described.weights if site.role in MUON_EXCLUDED for name in site.tied_modules
+    }
+    excluded = {id(getattr(model.get_submodule(module), parameter)) for module, parameter in outside}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in excluded]

@@ -1,0 +1,312 @@
+"""One training step traced through the model's own code on tensors without memory, cut into segments at layer borders.
+
+Few layers of each kind run; `compose` strings their segments together to any depth. A segment's bytes are booked by owner: what it adds
+for good, and what lives at its highest moment. New architectures need no formula.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from haversack.describe.checkpoint import dtype_name, torch_dtype
+from haversack.describe.model import Model
+from haversack.describe.skeleton import build_skeleton
+from haversack.describe.workload import TrainingWorkload
+from haversack.engine.adapters import PackedLinear
+from haversack.engine.kernel_workspace import workspace_of_kernels
+from haversack.engine.profile import layer_kinds, skip_layers_but
+from haversack.engine.quiet import quiet_transformers
+from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
+from haversack.engine.training_step import TrainingStep, muon_matrices
+from haversack.errors import UsageError
+from haversack.ledger import DTYPE_BYTES
+
+ACTIVATIONS, GRADIENTS, LOGITS = "activations", "gradients", "logits and loss"
+FORWARD, BACKWARD = "forward", "backward"
+EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD, UPDATE = "embed", "loss", "loss backward", "embed backward", "update"
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """One trained tensor: its shape, its dtype by safetensors' name, and whether Muon takes it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    is_matrix: bool
+
+
+@dataclass(frozen=True)
+class TrainingTrace:
+    """Segments of one micro-step and of the update, with what stays.
+
+    `resident_bytes` by owner (weights, packed weights, adapters, master weights) and `trained` are of the whole model,
+    all layers; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
+    `drops_like[layer]` the one whose bytes go like its own when the loss is there (the one before the last layer loses its
+    output then).
+    """
+
+    num_layers: int
+    resident_bytes: Mapping[str, int]
+    trained: tuple[TrainedTensor, ...] = field(repr=False)
+    packed: tuple[tuple[int, int], ...] = field(repr=False)
+    stands_for: Mapping[int, int] = field(repr=False)
+    drops_like: Mapping[int, int] = field(repr=False)
+    segments: Mapping[str, Segment] = field(repr=False)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all trained tensors."""
+        return sum(DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trained)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of an earlier batch are there when the micro-step begins."""
+        return self.segments[EMBED].start.get(GRADIENTS, 0) > 0
+
+    @property
+    def update_bytes(self) -> int:
+        """What the update holds for a moment beside weights, gradients and states."""
+        return self.segments[UPDATE].rise_bytes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The highest moment of a segment of the whole model: bytes by owner beside what stays (`workspace`: what the
+    segment holds for itself)."""
+
+    name: str
+    owners: Mapping[str, int]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.owners.values())
+
+
+def compose(trace: TrainingTrace) -> list[Moment]:
+    """The moments of one micro-step over all layers, in order."""
+    layers = range(trace.num_layers)
+    names = [(EMBED, EMBED)]
+    names += [(f"{FORWARD} {i}", f"{FORWARD} {trace.stands_for[i]}") for i in layers]
+    names += [(LOSS, LOSS), (LOSS_BACKWARD, LOSS_BACKWARD)]
+    names += [(f"{BACKWARD} {i}", f"{BACKWARD} {trace.stands_for[i]}") for i in reversed(layers)]
+    names += [(EMBED_BACKWARD, EMBED_BACKWARD)]
+    moments = []
+    held = {GRADIENTS: trace.gradient_bytes if trace.accumulates else 0}
+    for name, traced in names:
+        segment = trace.segments.get(traced)
+        if segment is None:
+            continue  # a frozen embedding has no backward pass
+        own = LOGITS if traced in (LOSS, LOSS_BACKWARD) else WORKSPACE
+        at_peak = _changes(segment.start, segment.peak)
+        grown = at_peak.pop(GRADIENTS, 0)
+        rest = sum(at_peak.values())
+        moments.append(Moment(name, _add(held, {GRADIENTS: grown, own: rest})))
+        changes = _changes(segment.start, segment.end)
+        if traced == LOSS:  # the end of autocast drops every layer's copies of weights
+            skipped = [trace.drops_like[i] for i in layers if trace.stands_for[i] != i]
+            changes[ACTIVATIONS] = sum(changes.get(f"{ACTIVATIONS} {i}", 0) for i in skipped)
+        lump: dict[str, int] = {}
+        for owner, num_bytes in changes.items():
+            kind = ACTIVATIONS if owner.startswith(ACTIVATIONS) else owner
+            lump[kind] = lump.get(kind, 0) + num_bytes
+        held = _add(held, lump)
+    return moments
+
+
+def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool = False) -> TrainingTrace:
+    """Trace one step of `workload`; with `all_layers`, every layer runs (slow: for checking the composition).
+
+    Takes about a second for layers of any width; allocates nothing. Assumes sequences without padding.
+    """
+    with quiet_transformers():
+        skeleton: Any = build_skeleton(model.config, model.name)
+        skeleton.to(torch_dtype(workload.weights_dtype))
+        _set_attention(skeleton, model, workload)
+        step = TrainingStep(skeleton, model, workload)
+    resident = {owner: sum(t.nbytes for t in tensors) for owner, tensors in step.residents().items()}
+    matrices = {id(p) for p in muon_matrices(skeleton, model)}
+    trained = tuple(TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in step.trained)
+    packed = tuple((len(m.codes), m.in_features) for m in skeleton.modules() if isinstance(m, PackedLinear))
+    kinds = layer_kinds(model)
+    shown = set(range(model.num_layers)) if all_layers else {i for same in kinds.values() for i in same}
+    shown.add(model.num_layers - 1)
+    skip_layers_but(skeleton, model, shown)
+    stands_for = {i: i if i in shown else kinds[i][-1] for i in range(model.num_layers)}
+    drops_like = {i: i if i in shown else kinds[i][0] for i in range(model.num_layers)}
+    segments = _run(step, model, sorted(shown))
+    return TrainingTrace(model.num_layers, resident, trained, packed, stands_for, drops_like, segments)
+
+
+def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> None:
+    try:
+        skeleton.set_attn_implementation(workload.attention)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"{model.name} can't run with attention {workload.attention!r} ({reason}); choose another."
+        ) from None
+
+
+def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Segment]:
+    """Segments of a step whose model, on meta, is filled with fakes; states and, while gradients accumulate, gradients
+    are there from its beginning."""
+    live = OwnedBytes(workspace_of_kernels())
+    workload = step.workload
+    with FakeTensorMode(), _plain_data(), live:
+        live.owner = "weights"
+        step.model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
+        step.model.tie_weights()
+        step.begin(model)
+        ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
+        layers = _layers(step.model, model)
+        for parameter in step.trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
+        _make_gradients(step, live)
+        _update(step, live)
+        if workload.accumulation_steps > 1:
+            _make_gradients(step, live)
+        live.cut("before")
+        live.segments.clear()
+        _one_step(step, ids, live, layers, shown)
+        _update(step, live)
+    return {segment.name: segment for segment in live.segments}
+
+
+def _make_gradients(step: TrainingStep, live: OwnedBytes) -> None:
+    live.owner = GRADIENTS
+    for parameter in step.trained:
+        parameter.grad = torch.empty_like(parameter)
+
+
+def _update(step: TrainingStep, live: OwnedBytes) -> None:
+    live.owner = "update"
+    step.update()
+    live.cut(UPDATE)
+
+
+def _one_step(
+    step: TrainingStep, ids: torch.Tensor, live: OwnedBytes, layers: Mapping[int, nn.Module], shown: Sequence[int]
+) -> None:
+    """One micro-step, cut where layers begin and end, forward and backward."""
+    handles = []
+    entered: list[int] = []
+
+    def enter(layer: int, hidden: torch.Tensor) -> None:
+        if layer in entered:
+            return  # it runs again, for its backward pass
+        _end_forward(live, entered, shown)
+        entered.append(layer)
+        live.owner = f"{ACTIVATIONS} {layer}"
+        before = shown.index(layer) - 1
+        if hidden.requires_grad:
+            done = f"{BACKWARD} {shown[before + 1]}"
+            handles.append(hidden.register_hook(lambda grad: leave(done, shown[before] if before >= 0 else None)))
+
+    def leave(done: str, following: int | None) -> None:
+        live.cut(done)
+        live.owner = f"{ACTIVATIONS} {following}" if following is not None else EMBED
+
+    def finish(hidden: torch.Tensor) -> None:
+        _end_forward(live, entered, shown)
+        live.owner = LOGITS
+        if hidden.requires_grad:
+            handles.append(hidden.register_hook(lambda grad: leave(LOSS_BACKWARD, shown[-1])))
+
+    for layer in shown:
+        handles.append(layers[layer].register_forward_pre_hook(_on_input(layer, enter), with_kwargs=True))
+    handles.append(layers[shown[-1]].register_forward_hook(_on_output(finish, entered)))
+    live.owner = EMBED
+    loss = step.loss(ids)
+    live.cut(LOSS)
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    last = live.segments[-1].name
+    if last == LOSS:
+        name = LOSS_BACKWARD
+    elif last == f"{BACKWARD} {shown[0]}":
+        name = EMBED_BACKWARD
+    else:  # a frozen embedding: the first layer's input asks for no gradient
+        name = f"{BACKWARD} {shown[0]}"
+    live.cut(name)
+
+
+def _end_forward(live: OwnedBytes, entered: Sequence[int], shown: Sequence[int]) -> None:
+    live.cut(f"{FORWARD} {entered[-1]}" if entered else EMBED)
+
+
+def _on_input(layer: int, enter: Any) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        enter(layer, args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _on_output(finish: Any, entered: Sequence[int]) -> Any:
+    seen: list[bool] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not seen:
+            seen.append(True)
+            finish(output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+def _layers(skeleton: nn.Module, model: Model) -> dict[int, nn.Module]:
+    for module in skeleton.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == model.num_layers:
+                return dict(enumerate(child))
+    raise AssertionError("a described model has a list of its layers")
+
+
+@contextmanager
+def _plain_data() -> Iterator[None]:
+    """Code that looks at values sees sequences without padding, one in each row, and code that asks whether it is traced hears no: it
+    must take the way that it takes with real data."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(_TrueValues())
+        yield
+
+
+class _TrueValues(TorchDispatchMode):
+    """Answers 1 (true) wherever a number is read from a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            return _grouped_product(*args[:3])  # the CPU computes it, but torch's fake refuses all but bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+def _grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """What `_grouped_mm` makes of rows by expert: `(m, n)` with stacked matrices, `(experts, m, n)` of two flat ones."""
+    if a.ndim == 2 and b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    assert a.ndim == b.ndim == 2, "rows by expert times matrices, or times rows by expert"
+    return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
+
+
+def _changes(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    rows = {owner: after.get(owner, 0) - before.get(owner, 0) for owner in {**before, **after}}
+    return {owner: num_bytes for owner, num_bytes in rows.items() if num_bytes}
+
+
+def _add(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {owner: one.get(owner, 0) + other.get(owner, 0) for owner in {**one, **other}}

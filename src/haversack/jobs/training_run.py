@@ -1,0 +1,136 @@
+"""A training workload in a process of its own, measured by instruments that predict nothing.
+
+`python -m haversack.jobs.training_run process CONFIG WORKLOAD` asks the operating system for the process's pages;
+`... tensors CONFIG WORKLOAD` reads the allocator's own reports (torch's profiler). CONFIG is a model's config.json or its
+folder, WORKLOAD a JSON file as `to_dict` writes it. Either prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haversack.jobs import memory
+from haversack.jobs.measured_run import memory_events
+
+if TYPE_CHECKING:
+    import torch
+
+    from haversack.describe.workload import TrainingWorkload
+
+MEASURED_STEPS = 2
+"""The first step makes the optimizer's states, the second has them from its beginning: every later one is alike."""
+
+_WARM_UP = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
+
+
+def measure_process(source: str, workload: TrainingWorkload) -> dict[str, Any]:
+    """Build and train: private pages after imports and at their peak, and seconds of the last step."""
+    memory.return_freed_memory()
+    _import_runtime(workload)
+    imported = memory.private_bytes()
+    with memory.PeakSampler() as sampler:
+        step, batches = _prepare(source, workload)
+        for _ in range(MEASURED_STEPS):
+            started = time.perf_counter()
+            loss = step.run(batches)
+            seconds = time.perf_counter() - started
+    return {
+        "imported_private_bytes": imported,
+        "peak_private_bytes": sampler.peak_bytes,
+        "seconds_per_step": seconds,
+        "loss": loss,
+    }
+
+
+def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
+    """Build and train under torch's profiler: the most bytes allocated, when, and what stays by owner."""
+    import torch
+
+    _import_runtime(workload)
+    marks: dict[str, int] = {}
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        marks["load"] = time.time_ns()
+        step, batches = _prepare(source, workload)
+        for number in range(MEASURED_STEPS):
+            marks[f"step {number}"] = time.time_ns()
+            for ids in batches:
+                step.micro_step(ids)
+            marks[f"update {number}"] = time.time_ns()
+            step.update()
+    peaks = dict.fromkeys(marks, 0)
+    order = sorted(marks.items(), key=lambda item: item[1])
+    live = 0
+    for moment, num_bytes in sorted(memory_events(profile)):
+        live += num_bytes
+        phase = next((name for name, begin in reversed(order) if moment >= begin), order[0][0])
+        peaks[phase] = max(peaks[phase], live)
+    return {
+        "tensor_peaks": peaks,
+        "residents": {
+            owner: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+            for owner, tensors in step.residents().items()
+        },
+    }
+
+
+def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[Any, list[torch.Tensor]]:
+    """The training step, and the seeded random batches of one step."""
+    import torch
+
+    from haversack.describe.model import describe_model
+    from haversack.engine.training_step import DTYPES, TrainingStep
+
+    described = describe_model(source)
+    model = open_model(described, DTYPES[workload.weights_dtype], workload.attention)
+    generator = torch.Generator().manual_seed(0)
+    shape = (workload.batch_size, workload.seq_len)
+    batches = [
+        torch.randint(described.vocab_size, shape, generator=generator) for _ in range(workload.accumulation_steps)
+    ]
+    return TrainingStep(model, described, workload), batches
+
+
+def open_model(described: Any, dtype: torch.dtype, attention: str) -> Any:
+    """The model with its folder's weights, or with random ones where there is a config alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    if described.folder is not None and any(described.folder.glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(described.folder, dtype=dtype, attn_implementation=attention)
+    config = CONFIG_MAPPING[described.model_type].from_dict(dict(described.config))
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+
+def _import_runtime(workload: TrainingWorkload) -> None:
+    """What training imports is the runtime's, so a small model of another kind trains before the first look."""
+    import dataclasses
+
+    small = dataclasses.replace(workload, batch_size=1, seq_len=2)
+    step, batches = _prepare(_WARM_UP, small)
+    step.run(batches)
+
+
+def main(arguments: list[str]) -> None:
+    from haversack.describe.workload import TrainingWorkload, workload_from_dict
+
+    instrument = {"process": measure_process, "tensors": measure_tensors}[arguments[0]]
+    workload = workload_from_dict(json.loads(Path(arguments[2]).read_text()))
+    assert isinstance(workload, TrainingWorkload)
+    print(json.dumps(instrument(arguments[1], workload)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

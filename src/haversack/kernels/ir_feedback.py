@@ -1,0 +1,122 @@
+"""LLVM IR of second-order feedback within one block of columns: round a column, pass its error on to the next.
+
+    run(job, parallel, threads)
+
+`job` is an array of 64-bit words, in the order of `JOB`; matrices are `(columns, rows)` float32 with `rows` a multiple
+of `TURN_ROWS`, so that a column of the packed matrix is contiguous and a vector holds as many rows of it. A team of
+threads takes turns of `TURN_ROWS` rows, through all columns of the block: rows don't depend on each other. For column
+k, in group g of the grid:
+
+    wanted = target[k] - sum_{j<k} feedback[k, j] change[j]        code = clamp(rint(wanted inverse[g]) + zero[g], 0, last)
+    change[k] = (code - zero[g]) scale[g] - weight[k]              error += square[k] ((code - zero[g]) scale[g] - wanted)^2
+"""
+
+from __future__ import annotations
+
+from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
+
+LANES, NUM_VECTORS = 16, 4
+"""Rows are taken 64 at a time: with four vectors in flight a fused multiply-add is never waited for, and the changes of
+128 columns, 32 KiB, stay in L1."""
+
+TURN_ROWS = LANES * NUM_VECTORS
+
+JOB = (
+    "target",
+    "weight",
+    "feedback",
+    "square",
+    "group",
+    "scale",
+    "inverse",
+    "zero",
+    "codes",
+    "change",
+    "error",
+    "columns",
+    "rows",
+    "next",
+)
+"""Words of a job. `group` holds one i64 per column; `scale`, `inverse` and `zero` are `(groups, rows)`; `feedback` is
+`(columns, columns)`, read below its diagonal; `codes` is uint8 and `error` `(rows,)`; `next` is the first turn, 0."""
+
+_NUMBERS = ("columns", "rows", "next")
+_FLOATS = vector(LANES, "float")
+
+
+def feedback_text(num_codes: int) -> str:
+    """The whole module, entry `run`, for a grid of codes from 0 to `num_codes - 1`."""
+    module = Module()
+    _add_work(module, num_codes)
+    f = Function(module, "run", [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")])
+    a = f.arguments
+    given = f.value("i1", f"icmp ne {a['parallel']}, null")
+    several = f.value("i1", f"icmp sgt {a['threads']}, 1")
+    together = f.binary("and", given, several)
+    f.when(together, lambda: f.do(f"call void {a['parallel'].name}(ptr @work, {a['job']}, {a['threads']}, i32 0)"))
+    f.do(f"call void @work({a['job']})")  # after a team this finds no turn left; without one it does them all
+    f.end()
+    return module.text()
+
+
+def _add_work(module: Module, num_codes: int) -> None:
+    f = Function(module, "work", [("ptr", "job")])
+    job = f.arguments["job"]
+    at = {n: f.load("i64" if n in _NUMBERS else "ptr", f.offset(job, 8 * i), 8) for i, n in enumerate(JOB)}
+    counter = f.offset(job, 8 * JOB.index("next"))
+    turns = f.binary("udiv", at["rows"], TURN_ROWS)
+    column_bytes = f.times(at["rows"], 4)
+    feedback_bytes = f.times(at["columns"], 4)
+
+    def turn(state: list[Value]) -> list[Value]:
+        first = f.times(state[0], TURN_ROWS)
+        first_bytes = f.times(first, 4)
+        error = f.offset(at["error"], first_bytes)
+
+        def vectors(matrix: str, row: Value) -> list[Value]:
+            start = f.offset(f.offset(at[matrix], f.binary("mul", row, column_bytes)), first_bytes)
+            return [f.load(_FLOATS, f.offset(start, 4 * LANES * v), 4) for v in range(NUM_VECTORS)]
+
+        def column(k: Value, errors: list[Value]) -> list[Value]:
+            line = f.offset(at["feedback"], f.binary("mul", k, feedback_bytes))
+
+            def earlier(j: Value, wanted: list[Value]) -> list[Value]:
+                factor = f.value("float", f"fneg {f.load('float', f.offset(line, f.times(j, 4)), 4)}")
+                spread = f.splat(factor, LANES)
+                return [_add_product(f, spread, c, w) for c, w in zip(vectors("change", j), wanted, strict=True)]
+
+            wanted = f.loop(k, vectors("target", k), earlier)
+            group = f.load("i64", f.offset(at["group"], f.times(k, 8)), 8)
+            scale, inverse, zero = (vectors(name, group) for name in ("scale", "inverse", "zero"))
+            weight = vectors("weight", k)
+            here = f.binary("add", f.binary("mul", k, at["rows"]), first)
+            square = f.splat(f.load("float", f.offset(at["square"], f.times(k, 4)), 4), LANES)
+            summed = []
+            for v in range(NUM_VECTORS):
+                place = f.binary("add", here, LANES * v)
+                whole = f.call(_FLOATS, f"llvm.rint.v{LANES}f32", f.binary("fmul", wanted[v], inverse[v]))
+                code = _clamped(f, f.binary("fadd", whole, zero[v]), num_codes - 1)
+                value = f.binary("fmul", f.binary("fsub", code, zero[v]), scale[v])
+                f.store(f.cast("fptoui", code, vector(LANES, "i8")), f.offset(at["codes"], place))
+                f.store(f.binary("fsub", value, weight[v]), f.offset(at["change"], f.times(place, 4)), 4)
+                off = f.binary("fsub", value, wanted[v])
+                summed.append(_add_product(f, f.binary("fmul", off, off), square, errors[v]))
+            return summed
+
+        before = [f.load(_FLOATS, f.offset(error, 4 * LANES * v), 4) for v in range(NUM_VECTORS)]
+        for v, value in enumerate(f.loop(at["columns"], before, column)):
+            f.store(value, f.offset(error, 4 * LANES * v), 4)
+        return [f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")]
+
+    taken = f.value("i64", f"atomicrmw add {counter}, i64 1 monotonic")
+    f.while_less(taken, turns, turn)
+    f.end()
+
+
+def _add_product(f: Function, a: Value, b: Value, c: Value) -> Value:
+    return f.call(_FLOATS, f"llvm.fmuladd.v{LANES}f32", a, b, c)
+
+
+def _clamped(f: Function, value: Value, largest: int) -> Value:
+    low = f.call(_FLOATS, f"llvm.maxnum.v{LANES}f32", value, splat_constant(_FLOATS, "0.0"))
+    return f.call(_FLOATS, f"llvm.minnum.v{LANES}f32", low, splat_constant(_FLOATS, f"{largest}.0"))

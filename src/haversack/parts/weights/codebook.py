@@ -1,0 +1,193 @@
+"""Codes into a named table of values, with one scale per group: NF4, FP4, MXFP4, fp8 storage, and superblocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
+from haversack.codecs.codebooks import BITS, Codebook, codebook
+from haversack.codecs.scale_codings import SCALE_CODINGS, SUPERBLOCK_COLUMNS, ScaleCoding, scale_coding
+from haversack.errors import CheckpointError
+from haversack.ledger import StoredTensor
+from haversack.parts.base import Source, check_range
+from haversack.parts.weights.decoded import DecodedGrid
+from haversack.parts.weights.scale_search import BLOCK_ELEMENTS, group_importance, scaled_error, search_scales
+
+if TYPE_CHECKING:
+    import torch
+
+_SMALLEST_SHRINK = {2: 0.45, 3: 0.55, 4: 0.65, 8: 0.85}
+_NUM_SHRINKS = {2: 16, 3: 14, 4: 12, 8: 4}
+"""Range of clipping that is searched, per bits, as shares of the scale that covers the group's extreme."""
+
+
+@dataclass(frozen=True)
+class CodebookGrid(DecodedGrid):
+    """Values of a named table times one scale per group: stores `bits` plus the scales' bits / `group_size` per weight.
+
+    `values` names the table (`codecs/codebooks.py`). `group_size` is 16, 32, 64 or 128 columns, or 0 for one group
+    per row. `scales` names how they are stored (`codecs/scale_codings.py`): MXFP4 is fp4 with e8m0 scales of 32
+    columns; with s6 or u4, superblocks of 256 columns make groups of 16 or 32 cheap (0.44 and 0.19 bits). `search` chooses each group's clipping by the importance-weighted squared
+    error; without it, scales cover the group's extreme. Scales are rounded as stored before codes are chosen.
+
+    Error: half the distance of neighbouring values times the scale, without clipping. Source: Dettmers et al. 2023
+    (arXiv 2305.14314, section 3) for block-wise tables; differs in searching the scale instead of dividing by the
+    extreme, and in second-level scales that are integers, as llama.cpp's K-quants have them (Kawrakow 2023).
+    """
+
+    id: ClassVar[str] = "codebook"
+    title: ClassVar[str] = "codes into a named table of values"
+    source: ClassVar[Source | None] = Source(
+        "Dettmers, Pagnoni, Holtzman, Zettlemoyer",
+        2023,
+        "QLoRA: Efficient Finetuning of Quantized LLMs",
+        "2305.14314",
+        "section 3",
+    )
+
+    values: str = "nf4"
+    group_size: int = 64
+    scales: str = "f16"
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        check_range(self.id, "values", self.values, f"one of {', '.join(BITS)}", self.values in BITS)
+        check_range(
+            self.id,
+            "group_size",
+            self.group_size,
+            "16, 32, 64, 128, or 0 (the whole row)",
+            not isinstance(self.group_size, bool) and self.group_size in (0, 16, 32, 64, 128),
+        )
+        names = [name for name in SCALE_CODINGS if self.group_size or name in ("f16", "e8m0")]
+        check_range(self.id, "scales", self.scales, f"one of {', '.join(names)}", self.scales in names)
+        check_range(self.id, "search", self.search, "true or false", isinstance(self.search, bool))
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return BITS[self.values]
+
+    @property
+    def label(self) -> str:
+        words = [self.values, f"g{self.group_size}" if self.group_size else "per row"]
+        words += [self.scales] if self.scales != "f16" else []
+        return " ".join(words + ([] if self.search else ["absmax"]))
+
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        row_bytes = packed_row_bytes(self.padded_features(in_features), self.bits)
+        codes = StoredTensor("codes", "U8", (out_features, row_bytes))
+        return (codes, *self._coding.stored(out_features, self.num_groups(in_features)))
+
+    def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The scales' working state for `weight` `(out, in)`; `importance` is `(in,)`.
+
+        Raises CheckpointError for values that are not finite, or beyond what the scales can hold.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        in_features = weight.shape[1]
+        groups, padded = self.num_groups(in_features), self.padded_features(in_features)
+        self._check_range(weight)
+        table = codebook(self.values)
+        weighting = group_importance(importance, in_features, padded, groups)
+        states = []
+        for block in weight.split(max(1, BLOCK_ELEMENTS // padded)):
+            block = F.pad(block.float(), (0, padded - in_features)).view(-1, groups, padded // groups)
+            states.append(self._fit(block, weighting, table))
+        return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+
+    def quantize(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0) -> torch.Tensor:
+        import torch
+
+        scale = self._column_scales(scales, first_column, weight.shape[1])
+        inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+        return codebook(self.values).nearest_codes(weight.float() * inverse)
+
+    def dequantize(
+        self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0
+    ) -> torch.Tensor:
+        return codebook(self.values).values(codes).mul_(self._column_scales(scales, first_column, codes.shape[1]))
+
+    def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch.nn.functional as F
+
+        from haversack.codecs.bitpack import pack_codes
+
+        padding = self.padded_features(codes.shape[1]) - codes.shape[1]
+        return {"codes": pack_codes(F.pad(codes, (0, padding)), self.bits), **self._coding.pack(scales)}
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int) -> torch.Tensor:
+        import torch
+
+        from haversack.codecs.bitpack import unpack_codes
+
+        padded, groups = self.padded_features(in_features), self.num_groups(in_features)
+        codes = unpack_codes(tensors["codes"][rows], self.bits, padded).reshape(-1).int()
+        table = codebook(self.values).table.to(codes.device)
+        values = torch.index_select(table, 0, codes).view(-1, groups, padded // groups)
+        values *= self._coding.unpack(tensors, rows, groups)[..., None]
+        return values.view(-1, padded)[:, :in_features]
+
+    def decode_row_bytes(self, in_features: int) -> int:
+        """Packed row, codes as bytes and as int32, float32 values; and the scales on their way to float32."""
+        padded, groups = self.padded_features(in_features), self.num_groups(in_features)
+        columns = -(-padded // UNIT_COLUMNS) * UNIT_COLUMNS
+        return packed_row_bytes(padded, self.bits) + 10 * columns + 16 * (groups + SUPERBLOCK_COLUMNS // 16)
+
+    def _fit(self, weight: torch.Tensor, importance: torch.Tensor, table: Codebook) -> dict[str, torch.Tensor]:
+        """The scales' working state for `weight` `(rows, groups, width)`."""
+        import torch
+
+        coding = self._coding
+        cover = weight.abs().amax(-1) / table.largest
+        if not self.search:
+            return coding.encode(cover)
+        found = search_scales(weight, importance, table.nearest_values, self._candidates(cover, table.symmetric))
+        state = coding.encode(found)
+        error = scaled_error(weight, importance, table.nearest_values, coding.values(state))
+        for other in coding.neighbours(state):
+            other_error = scaled_error(weight, importance, table.nearest_values, coding.values(other))
+            better = other_error < error
+            error = torch.where(better, other_error, error)
+            state["scales"] = torch.where(better, other["scales"], state["scales"])
+        return state
+
+    def _candidates(self, cover: torch.Tensor, symmetric: bool) -> Iterator[torch.Tensor]:
+        steps, smallest = _NUM_SHRINKS[self.bits], _SMALLEST_SHRINK[self.bits]
+        for step in range(steps):
+            scale = cover * (1.0 - (1.0 - smallest) * step / (steps - 1))
+            yield scale
+            if not symmetric and self.scales in ("f16", "s4", "s6"):
+                yield -scale
+
+    @property
+    def _coding(self) -> ScaleCoding:
+        return scale_coding(self.scales, self.group_size)
+
+    def _column_scales(self, scales: Mapping[str, torch.Tensor], first_column: int, num_columns: int) -> torch.Tensor:
+        """float32 scales `(out, columns)` of some columns; `(out, 1)` where they share a group."""
+        import torch
+
+        if not self.group_size:
+            return self._coding.values(scales)
+        first, last = first_column // self.group_size, (first_column + num_columns - 1) // self.group_size
+        if first == last:
+            return self._coding.values(scales, slice(first, first + 1))
+        groups = torch.arange(first_column, first_column + num_columns) // self.group_size
+        return self._coding.values(scales)[:, groups]
+
+    def _check_range(self, weight: torch.Tensor) -> None:
+        largest = weight.abs().amax().item() if weight.numel() else 0.0
+        limit = self._coding.largest * codebook(self.values).largest
+        if not math.isfinite(largest):
+            raise CheckpointError("a weight matrix holds values that are not finite; no codebook can represent them.")
+        if largest > limit:
+            raise CheckpointError(
+                f"a weight of {largest:.4g} exceeds {limit:.4g}, the largest that {self.values} with {self.scales} "
+                "scales can hold; keep this matrix in its own dtype."
+            )

@@ -1,0 +1,128 @@
+"""The harness: rows are made once, a missing peer is an error, identical weights lose nothing, intervals are paired."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.scorer import Scorer, mean_by_text, paired_interval  # noqa: E402
+
+from benchmarks import finished_rows, peer, results_file  # noqa: E402
+from haversack import data  # noqa: E402
+
+
+def test_a_row_is_made_once_and_survives_a_torn_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished_rows, "FOLDER", tmp_path)
+    made = []
+
+    def make() -> dict[str, int]:
+        made.append(1)
+        return {"kl": len(made)}
+
+    first = finished_rows.FinishedRows("x").get(["a", 1], make)
+    (tmp_path / "x.jsonl").open("a").write('["torn", {"kl"')
+    again = finished_rows.FinishedRows("x")
+    assert again.get(["a", 1], make) == first == {"kl": 1}
+    assert again.get(["a", 2], make) == {"kl": 2}
+
+
+def test_a_missing_peer_is_an_error_that_names_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "ENVIRONMENTS", tmp_path)
+    with pytest.raises(peer.PeerError, match="make peers-kvpress"):
+        list(peer.run_peer("kvpress", [{"task": "describe"}]))
+
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(peer.SCRIPTS)!r})
+from exchange import serve
+serve({{"double": lambda request: {{"is": request["of"] * 2}}}}, [])
+"""
+
+
+def test_a_failing_peer_keeps_its_answers_and_says_what_it_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x" / "bin").mkdir(parents=True)
+    (tmp_path / "x" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "x" / ".stamp").touch()
+    (tmp_path / "use_x.py").write_text(SCRIPT)
+    monkeypatch.setattr(peer, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(peer, "SCRIPTS", tmp_path)
+    answers = peer.run_peer("x", [{"task": "double", "of": 4}, {"task": "double", "of": None}])
+    assert next(answers)["is"] == 8
+    with pytest.raises(peer.PeerError, match=r"(?s)'of': None.*unsupported operand"):
+        next(answers)
+
+
+def test_every_peer_has_a_script_pins_and_a_target() -> None:
+    names = {path.stem for path in peer.SCRIPTS.glob("*.txt")}
+    assert names == {path.stem.removeprefix("use_") for path in peer.SCRIPTS.glob("use_*.py")}
+    targets = (ROOT / "Makefile").read_text().split("PEERS := ", 1)[1].split("\n", 1)[0].split()
+    assert names == set(targets)
+    for name in names:
+        for line in (peer.SCRIPTS / f"{name}.txt").read_text().splitlines():
+            assert "==" in line, f"{name}: {line} is not pinned"
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return Scorer(data.reference_model("b"), num_windows=2, seq_len=64)
+
+
+def test_the_checkpoint_itself_loses_nothing_and_noise_does(scorer: Scorer) -> None:
+    name = next(name for name, tensor in scorer.original.items() if tensor.ndim == 2)
+    same = scorer.score({name: scorer.original[name]})
+    noisy = scorer.score({name: scorer.original[name] + torch.randn(scorer.original[name].shape) * 0.1})
+    again = scorer.score({})
+    assert same["kl"] == again["kl"] and max(map(abs, same["kl"])) < 1e-6
+    assert min(noisy["kl"]) > 1e-3
+    assert same["nll"] == again["nll"] != noisy["nll"]
+
+
+def test_other_shapes_and_names_are_refused(scorer: Scorer) -> None:
+    with pytest.raises(KeyError):
+        scorer.score({"model.layers.99.weight": torch.zeros(2, 2)})
+    with pytest.raises(ValueError, match="model's is"):
+        scorer.score({"model.norm.weight": torch.zeros(2)})
+
+
+def test_intervals_are_paired() -> None:
+    rng = random.Random(0)
+    noise = [rng.gauss(1, 0.5) for _ in range(24)]
+    low, high = paired_interval([x + 0.01 for x in noise], noise)
+    assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
+    low, high = paired_interval(noise, [rng.gauss(1, 0.5) for _ in range(24)])
+    assert low < 0 < high
+    assert mean_by_text([1.0, 3.0, 5.0, 7.0]) == {"foreign-prose": 2.0, "foreign-code": 6.0}
+
+
+def test_other_peoples_processor_time_is_a_share() -> None:
+    assert 0 <= results_file.busy_share() <= 1.05
+
+
+@pytest.fixture(scope="module")
+def auto_round_script() -> ModuleType:
+    source = (peer.SCRIPTS / "use_auto_round.py").read_text()
+    module = ModuleType("use_auto_round")
+    sys.path.insert(0, str(peer.SCRIPTS))
+    exec(source.split("\nserve(")[0], module.__dict__)
+    sys.path.remove(str(peer.SCRIPTS))
+    return module
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_fields_are_read_back(auto_round_script: ModuleType, bits: int) -> None:
+    codes = torch.randint(2**bits, (5, 64), generator=torch.Generator().manual_seed(bits))
+    stream = ((codes[..., None] >> torch.arange(bits)) & 1).reshape(5, -1, 32)
+    words = (stream << torch.arange(32)).sum(-1)
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    assert torch.equal(auto_round_script.unpacked(words, bits), codes.float())

@@ -1,0 +1,87 @@
+"""A training step traced without memory, against what torch's allocator reports for the real one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.describe.families import FAMILIES
+
+from haversack.describe.model import describe_model
+from haversack.describe.workload import TrainingWorkload, TrainWorkload, TuneWorkload
+from haversack.engine.trace import OwnedBytes
+from haversack.engine.training_trace import BACKWARD, compose, trace_training
+from haversack.jobs.training_run import measure_tensors
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """A config of the family whose layers' activations are more than odds and ends."""
+    config = dict(FAMILIES[family])
+    if family == "gpt2":
+        return {**config, "n_embd": 64, "n_layer": 5, **changes}
+    return {**config, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "head_dim": 16, **changes}
+
+
+def predicted_peaks(config: dict[str, Any], workload: TrainingWorkload, state_bytes: int) -> tuple[int, int]:
+    """The most bytes of tensors in the batch's passes, and in the update."""
+    trace = trace_training(describe_model(config), workload)
+    stays = sum(trace.resident_bytes.values()) + state_bytes + 8 * workload.step_tokens
+    passes = stays + max(moment.num_bytes for moment in compose(trace))
+    return passes, stays + trace.gradient_bytes + trace.update_bytes
+
+
+@pytest.mark.parametrize(
+    ("family", "workload"),
+    [
+        ("llama", TrainWorkload(2, 48)),
+        ("llama", TrainWorkload(2, 48, precision="autocast", attention="eager", recompute="full")),
+        ("llama", TrainWorkload(2, 48, precision="master", optimizer="muon", accumulation_steps=2)),
+        ("gemma2", TrainWorkload(2, 48, precision="fp32", attention="eager", optimizer="adafactor")),
+        ("qwen3_moe", TrainWorkload(2, 48, optimizer="adamw8bit")),
+        ("gpt2", TuneWorkload(2, 48, method="lora", lora_rank=4, precision="autocast")),
+        ("qwen3", TuneWorkload(2, 48, method="qlora", lora_rank=4, recompute="full", optimizer="sgdm")),
+    ],
+    ids=lambda case: case if isinstance(case, str) else f"{case.precision}-{case.optimizer}",
+)
+def test_a_traced_step_is_what_the_allocator_reports(family: str, workload: TrainingWorkload) -> None:
+    config = config_of(family)
+    measured = measure_tensors(config, workload)
+    states = measured["residents"].get("optimizer states", 0)
+    passes, update = predicted_peaks(config, workload, states)
+    # rearranged operands of products in bfloat16, and unpacked rows, are not modelled
+    assert measured["tensor_peaks"]["step 1"] == pytest.approx(passes, rel=0.005, abs=32 << 10)
+    assert measured["tensor_peaks"]["update 1"] == pytest.approx(update, rel=0.005, abs=32 << 10)
+
+
+@pytest.mark.parametrize(
+    "workload", [TrainWorkload(2, 32), TrainWorkload(2, 32, precision="autocast", recompute="full")]
+)
+def test_composed_layers_are_all_layers(workload: TrainingWorkload) -> None:
+    model = describe_model(config_of("llama", num_hidden_layers=7))
+    few, all_of_them = (compose(trace_training(model, workload, all_layers=whole)) for whole in (False, True))
+    assert [(m.name, m.num_bytes) for m in few] == [(m.name, m.num_bytes) for m in all_of_them]
+    assert sum(m.name.startswith(BACKWARD) for m in few) == 7
+
+
+def test_bytes_move_with_their_owner() -> None:
+    with OwnedBytes() as live:
+        live.owner = "a"
+        x = torch.empty(100, device="meta")
+        live.cut("first")
+        live.owner = "b"
+        y = x + 1
+        live.assign(y, "c")
+        del x
+        live.cut("second")
+    first, second = live.segments
+    assert first.end == {"a": 400} and first.rise_bytes == 400
+    assert second.end == {"a": 0, "b": 0, "c": 400} and second.rise_bytes == 400
