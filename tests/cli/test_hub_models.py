@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
 from tests.cli.conftest import Ran, pack_command
 
 HUB_ID, COMMIT = "somebody/tiny-llama", "0123456789abcdef0123456789abcdef01234567"

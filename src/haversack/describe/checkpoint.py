@@ -167,7 +167,6 @@ class Checkpoint:
 
     def read_region(self, name: str, ranges: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         """`tensor[start:stop:step, ...]`, one range per axis, as a view into memory read for it alone."""
-        import torch
 
         tensor = self[name]
         for (start, stop, step), length in zip(ranges, tensor.shape, strict=True):
