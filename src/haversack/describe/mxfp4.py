@@ -27,7 +27,7 @@ _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def paired_names(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
     """Names that blocks and scales of a checkpoint (name -> dtype, shape) stand for, with the shape of each."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, (dtype, shape) in shapes.items():
         if not name.endswith(BLOCKS) or dtype != "U8" or len(shape) != 4 or shape[3] != BLOCK_BYTES:
             continue
