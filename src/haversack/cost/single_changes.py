@@ -10,7 +10,9 @@ Rows are kept as they come; a stage that ended, by finishing or by time, is not 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -183,7 +185,8 @@ def _run_stage(
     from haversack.engine.downstream import Downstream
 
     total = sum(map(len, batches))
-    ended = f"stage {name}"
+    keys = json.dumps([sorted(batch) for batch in batches])
+    ended = f"stage {name} {hashlib.sha256(keys.encode()).hexdigest()[:16]}"
     if total == 0 or ended in rows.rows:
         return
     what = f"measuring {name} site by site"
