@@ -85,7 +85,7 @@ def uniform_plan(model: Model) -> Plan:
     weights = {site.id: {OPTION: damage} for site in model.weights}
     kv = {site.id: {KVOption(): Damage(0.0, "measured")} for site in model.attention}
     question = Question(
-        model, known(), workload, 16 * 2**30, budget_kind="tensor", weight_damages=weights, kv_damages=kv
+        model, workload, known(), 16 * 2**30, budget_kind="tensor", weight_damages=weights, kv_damages=kv
     )
     return make_plan(question).require_fit()
 

@@ -199,6 +199,10 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=[.])\s", text)[0].rstrip(":")
 
 
+MOST_SENTENCES = 16
+"""A benchmark of more rows is shown as a table."""
+
+
 def results_page() -> str:
     """docs/results.md: what the benchmarks stored."""
     from haversack.units import format_bytes
@@ -229,6 +233,9 @@ def results_page() -> str:
         if "tables" in stored:
             continue  # the figures are what the tables were made from
         figures = stored["figures"]
+        if isinstance(figures, list) and len(figures) > MOST_SENTENCES:
+            lines += ["", *_table(figures)]
+            continue
         for row in figures if isinstance(figures, list) else [figures]:
             facts = {k: v for k, v in row.items() if isinstance(v, (str, int, float))}
             lines += ["", "; ".join(f"{k.replace('_', ' ')}: {_shown(k, v)}" for k, v in facts.items()) + "."]
@@ -254,6 +261,22 @@ def results_page() -> str:
 
 def _markdown(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of the same fields; two numbers are an interval."""
+    names = list(rows[0])
+    lines = [_markdown([n.replace("_", " ") for n in names]), "|---" * len(names) + "|"]
+    for row in rows:
+        lines.append(
+            _markdown(
+                [
+                    f"{value[0]:+.4f} to {value[1]:+.4f}" if isinstance(value, list) else _shown(name, value)
+                    for name, value in row.items()
+                ]
+            )
+        )
+    return lines
 
 
 def _shown(name: str, value: Any) -> str:

@@ -285,9 +285,9 @@ def calibration_text(file: Path | None, num_tokens: int) -> str:
 
 def meter_for(calibration: Calibration, evaluations: int | None, progress: Progress) -> PlanMeter | None:
     """What measures whole plans, or None where none shall be."""
-    from haversack.cost.calibrated import SMALL_MODEL_PARAMETERS
+    from haversack.cost.single_changes import is_small
     from haversack.plan.refine import PlanMeter
 
     if evaluations is None:
-        evaluations = DEFAULT_EVALUATIONS if calibration.model.num_parameters <= SMALL_MODEL_PARAMETERS else 0
+        evaluations = DEFAULT_EVALUATIONS if is_small(calibration.model) else 0
     return PlanMeter(calibration, evaluations, progress) if evaluations else None

@@ -22,7 +22,7 @@ import torch
 
 from haversack._version import __version__
 from haversack.cost.damage import NONE, Damage
-from haversack.cost.single_changes import measure_cache_options, measure_weight_options, stage_model
+from haversack.cost.single_changes import is_small, measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
@@ -44,9 +44,6 @@ from haversack.recipes.base import candidate_options
 
 SAMPLED_ROWS = 512
 """Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
-
-SMALL_MODEL_PARAMETERS = 100_000_000
-"""Up to here single changes are measured on 2,048 tokens, and whole plans unless told not to; above on half as many."""
 
 _VERSION = 2
 """Counts changes of how damages are found; part of their file's name."""
@@ -98,7 +95,7 @@ def calibrate_model(
     table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
     proxies = _weight_damages(model, statistics, table, tell)
     staged, scratch = stage_model(model), statistics.folder / "scratch"
-    some = windows.search[:: 2 if _is_small(model) else 4]
+    some = windows.search[:: 2 if is_small(model) else 4]
     weight_damages = measure_weight_options(staged, some, statistics, proxies, table, _key, scratch, tell)
     kv_damages = _kv_damages(staged, windows.calibration, kv_capacity_tokens, table, scratch, tell)
     return Calibration(model, windows, statistics, weight_damages, kv_damages, windows.notes)
@@ -224,7 +221,7 @@ def _kv_damages(
     model = staged.described
     options = [o for o in candidate_options("kv") if not o.is_neutral]
     length = min(capacity_tokens, model.max_positions or capacity_tokens)
-    rows = token_windows(token_ids.reshape(-1).tolist(), 2 if _is_small(model) else 1, length)
+    rows = token_windows(token_ids.reshape(-1).tolist(), 2 if is_small(model) else 1, length)
     measure_cache_options(staged, rows, options, table, _key, scratch, tell)
     out: dict[str, dict[KVOption, Damage]] = {site.id: {KVOption(): NONE} for site in model.attention}
     sites = [site.id for site in model.attention if site.shares_with is None]
@@ -237,10 +234,6 @@ def _kv_damages(
                 damage = Damage(fmean(found.values()), "proxied", source="mean KL of the same cache at other layers")
             out[site_id][option] = damage
     return out
-
-
-def _is_small(model: Model) -> bool:
-    return model.num_parameters <= SMALL_MODEL_PARAMETERS
 
 
 def _key(where: str, option: WeightOption | KVOption) -> str:

@@ -10,12 +10,15 @@ Rows are kept as they come; a stage that ended, by finishing or by time, is not 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import torch
@@ -29,11 +32,15 @@ from haversack.engine.layers import StreamedModel
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
 
-MAX_SECONDS = 600.0
-"""For the weights' stage and for the caches', each."""
+MAX_SECONDS, MAX_SMALL_SECONDS = 600.0, 120.0
+"""For the weights' stage and for the caches', each; the second for models up to `SMALL_MODEL_PARAMETERS`."""
 
-FLOAT32_PARAMETERS = 100_000_000
-"""Up to here changes are measured in float32; above in the model's own dtype, whose rounding hides what 8 bits lose."""
+MAX_SURVIVORS = 6
+"""Options measured at a site; a longer front is thinned evenly."""
+
+SMALL_MODEL_PARAMETERS = 100_000_000
+"""Up to here changes are measured in float32 and on 2,048 tokens, and whole plans unless told not to; above in the model's
+own dtype, whose rounding hides what 8 bits lose, and on half as many."""
 
 LEAST_NATS = 1e-5
 """Options that a proxy puts below are not measured: nothing depends on them."""
@@ -59,6 +66,8 @@ def survivors(proxies: Mapping[WeightOption, Damage], bytes_of: Callable[[Weight
         nats = proxies[option].nats or 0.0
         if not option.is_neutral and nats > LEAST_NATS and (not front or nats < (proxies[front[-1]].nats or 0.0)):
             front.append(option)
+    if len(front) > MAX_SURVIVORS:
+        front = [front[i * (len(front) - 1) // (MAX_SURVIVORS - 1)] for i in range(MAX_SURVIVORS)]
     order: list[WeightOption] = []
     for place in (len(front) // 2, 0, len(front) - 1, *range(len(front))):
         if front and front[place] not in order:
@@ -108,11 +117,13 @@ def measure_weight_options(
 
     keyed = [{key(site.id, option): (site, option) for site, option in batch} for batch in batches]
     _run_stage("weights", keyed, measure, model, token_ids, rows, scratch, tell)
-    out = {}
-    for site_id, table in proxies.items():
-        measured = {o: rows.rows[_row(key(site_id, o))] for o in table if _row(key(site_id, o)) in rows.rows}
-        out[site_id] = corrected(table, measured)
-    return out
+    found = {
+        site_id: {o: rows.rows[_row(key(site_id, o))] for o in table if _row(key(site_id, o)) in rows.rows}
+        for site_id, table in proxies.items()
+    }
+    ratios = [ratio for site_id in proxies for _, ratio in _log_ratios(proxies[site_id], found[site_id])]
+    elsewhere = median(ratios) if ratios else 0.0
+    return {site_id: corrected(table, found[site_id], elsewhere) for site_id, table in proxies.items()}
 
 
 def measure_cache_options(
@@ -137,27 +148,35 @@ def measure_cache_options(
 
 
 def corrected(
-    table: Mapping[WeightOption, Damage], measured: Mapping[WeightOption, float]
+    table: Mapping[WeightOption, Damage], measured: Mapping[WeightOption, float], elsewhere: float = 0.0
 ) -> dict[WeightOption, Damage]:
     """Measured damages where there are some; the other proxies times their measured neighbours' ratio, interpolated in the
-    logarithm of the proxy. A divergence below `LEAST_NATS` is not told from rounding, and leaves the proxy as it is."""
-    known = sorted(
-        (math.log(table[o].nats or 1e-30), math.log(nats / (table[o].nats or 1e-30)))
-        for o, nats in measured.items()
-        if nats > LEAST_NATS
-    )
+    logarithm of the proxy, or where the site has none times `exp(elsewhere)`, so that sites stay comparable. A
+    divergence below `LEAST_NATS` is not told from rounding, and corrects nothing."""
+    known = _log_ratios(table, measured)
     out = {}
     for option, damage in table.items():
         if measured.get(option, 0.0) > LEAST_NATS:
             out[option] = Damage(measured[option], "measured", source=SOURCE)
-        elif known and damage.nats:
-            nats = damage.nats * math.exp(_interpolated(known, math.log(damage.nats)))
-            out[option] = Damage(
-                nats, damage.label, source=f"{damage.source}, corrected by options measured at the site"
-            )
+        elif damage.nats and (known or elsewhere):
+            ratio = _interpolated(known, math.log(damage.nats)) if known else elsewhere
+            where = "at the site" if known else "at other sites"
+            source = f"{damage.source}, corrected by options measured {where}"
+            out[option] = Damage(damage.nats * math.exp(ratio), damage.label, source=source)
         else:
             out[option] = damage
     return out
+
+
+def _log_ratios(
+    table: Mapping[WeightOption, Damage], measured: Mapping[WeightOption, float]
+) -> list[tuple[float, float]]:
+    """Logarithms of the proxy, and of what was measured over it, rising."""
+    return sorted(
+        (math.log(table[o].nats or 1e-30), math.log(nats / (table[o].nats or 1e-30)))
+        for o, nats in measured.items()
+        if nats > LEAST_NATS
+    )
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -179,20 +198,22 @@ def _run_stage(
     scratch: Path,
     tell: Progress,
 ) -> None:
-    """Measure batch after batch, until all are or `MAX_SECONDS` have passed."""
+    """Measure batch after batch, until all are or its seconds have passed."""
     from haversack.engine.downstream import Downstream
 
     total = sum(map(len, batches))
-    ended = f"stage {name}"
+    keys = json.dumps([sorted(batch) for batch in batches])
+    ended = f"stage {name} {hashlib.sha256(keys.encode()).hexdigest()[:16]}"
     if total == 0 or ended in rows.rows:
         return
     what = f"measuring {name} site by site"
+    limit = MAX_SMALL_SECONDS if is_small(model.described) else MAX_SECONDS
     started, done = time.monotonic(), 0
     tell(what, 0, total)
     downstream = Downstream(model, token_ids, scratch)
     for batch in batches:
         missing = {k: pair for k, pair in batch.items() if _row(k) not in rows.rows}
-        if missing and time.monotonic() - started > MAX_SECONDS:
+        if missing and time.monotonic() - started > limit:
             break
         if missing:
             for k, nats in measure(downstream, list(missing.values())).items():
@@ -221,5 +242,9 @@ def _once(make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 
 def stage_model(described: Model) -> StreamedModel:
     """The model that changes are measured on."""
-    small = described.num_parameters <= FLOAT32_PARAMETERS
-    return StreamedModel.open(described, torch.float32 if small else None)
+    return StreamedModel.open(described, torch.float32 if is_small(described) else None)
+
+
+def is_small(described: Model) -> bool:
+    """Whether a whole forward pass is cheap."""
+    return described.num_parameters <= SMALL_MODEL_PARAMETERS

@@ -65,6 +65,10 @@ class DamageMeter:
             self.token_ids, self._reference = token_ids, []
             self._reference = [self._log_probabilities(row, {}) for row in token_ids]
 
+    def entropy(self) -> torch.Tensor:
+        """The reference's own uncertainty at every token, nats, `(sequences, tokens)`."""
+        return torch.stack([-(row.exp() * row).sum(-1) for row in self._reference])
+
     @property
     def num_tokens(self) -> int:
         """Tokens whose divergence is measured."""

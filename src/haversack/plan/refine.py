@@ -5,7 +5,7 @@ the calibration text that no statistics saw; the errors are fitted, the problem 
 *measured* plan wins. Evaluations are bounded, logged in a file beside the calibration, and resumed from it.
 
 What is promised is measured last, on windows that the search did not see either: the mean over easy to hard text, with
-the range of its windows, since damage follows the difficulty of a text and nobody knows which text will come.
+a range, since damage follows the difficulty of a text and nobody knows which text will come.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class PlanMeter:
         return Refined(replace(solution, chosen=best.chosen, evaluation=evaluation), damage, corrected.trials)
 
     def judge(self, built: ServingProblem, chosen: Sequence[int]) -> Damage:
-        """KL of one solution on the windows that no search saw, with the range of its windows."""
+        """KL of one solution on the windows that no search saw, with its range."""
         self._meter.use(self.calibration.windows.judge)
-        return promised(self._kl(built, chosen))
+        return promised(self._kl(built, chosen), self._meter.entropy())
 
     def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float:
         """KL in nats per token of one solution, on the windows of the search."""
@@ -124,10 +124,17 @@ class PlanMeter:
         return self._encoded[key]
 
 
-def promised(kl: torch.Tensor) -> Damage:
-    """What to promise from nats at every token `(windows, tokens)`: the mean, and the least and the most of a window."""
-    each = kl.mean(1).clamp_min(0)
-    source = (
-        f"KL of the whole plan on {kl.numel()} tokens of held-back calibration text; the range is that of its windows"
-    )
-    return Damage(float(each.mean()), "measured", float(each.min()), float(each.max()), source)
+def promised(kl: torch.Tensor, entropy: torch.Tensor) -> Damage:
+    """What to promise from nats at every token and the reference's own entropy there, both `(windows, tokens)`.
+
+    Damage is near to a share of the entropy. The range is that of texts no easier or harder than these windows, with
+    the share as far from its mean as 95% of windows have it (taken as normal).
+    """
+    hardness = entropy.mean(1)
+    share = kl.mean(1).clamp_min(0) / hardness.clamp_min(1e-6)
+    spread = 1.96 * float(share.std()) if len(share) > 1 else 0.0
+    low = max(0.0, float(share.mean()) - spread) * float(hardness.min())
+    high = (float(share.mean()) + spread) * float(hardness.max())
+    source = f"KL of the whole plan on {kl.numel()} tokens of held-back calibration text; the range is from easy to hard text"
+    nats = max(0.0, float(kl.mean()))
+    return Damage(nats, "measured", min(low, nats), max(high, nats), source)
