@@ -22,6 +22,8 @@ SEARCHED_AT_ONCE = 2**14
 """Codes weighed together, over rows and paths: temporaries stay within a core's cache, and below the size from which the
 allocator maps fresh pages for each (which took seven times as long)."""
 
+_BEAMS_WITHOUT_STATISTICS = 16
+
 _HISTORY_BITS = 60
 """Codes of a path that are not settled yet lie in one int64."""
 
@@ -148,7 +150,9 @@ def nearest_path(weight: torch.Tensor, grid: Grid, scales: Mapping[str, torch.Te
     """Codes of a grid with memory that are near the weights on their own, without statistics."""
     import torch
 
-    return BeamFeedback().search(weight.float(), grid, scales, torch.eye(weight.shape[1]))
+    return BeamFeedback(beams=_BEAMS_WITHOUT_STATISTICS).search(
+        weight.float(), grid, scales, torch.eye(weight.shape[1])
+    )
 
 
 def upper_factor(hessian: torch.Tensor, damping: float, notes: list[str]) -> torch.Tensor:
