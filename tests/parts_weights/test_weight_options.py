@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from haversack.codecs.bitpack import unpack_codes
 from haversack.codecs.codebooks import codebook
 from haversack.codecs.scale_codings import scale_coding
+from haversack.codecs.trellis import WINDOW_BITS, trellis_table
 from haversack.errors import CheckpointError, PlanError, UsageError
 from haversack.ledger import StoredTensor
 from haversack.parts.base import all_parts
 from haversack.parts.weights.base import Grid, Rounding, WeightOption, WeightTask
+from haversack.parts.weights.beam import BeamFeedback
 from haversack.parts.weights.codebook import CodebookGrid
+from haversack.parts.weights.hadamard import HadamardRotation
 from haversack.parts.weights.hessian_feedback import HessianFeedback
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
+from haversack.parts.weights.trellis import TrellisGrid
 from haversack.recipes.base import all_recipes
 
 DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -44,6 +48,17 @@ ROUNDINGS = [
 STATIC = [r for r in ROUNDINGS if getattr(r, "static_groups", True)]
 OPTIONS = [WeightOption(grid, rounding) for grid in INTEGER_GRIDS for rounding in ROUNDINGS]
 OPTIONS += [WeightOption(grid, rounding) for grid in CODEBOOK_GRIDS for rounding in STATIC]
+TRELLIS_GRIDS = [TrellisGrid(2), TrellisGrid(3, 64), TrellisGrid(4, 32, "u4")]
+ROTATION = (HadamardRotation(),)
+OPTIONS += [
+    WeightOption(grid, NearestRounding(), ROTATION) for grid in (IntegerGrid(4, 64), CodebookGrid("max2", 16, "u4"))
+]
+OPTIONS += [WeightOption(grid, rounding) for grid in TRELLIS_GRIDS for rounding in (NearestRounding(), BeamFeedback(4))]
+OPTIONS += [
+    WeightOption(TrellisGrid(2), BeamFeedback(4, delay=5), (HadamardRotation(3),)),
+    WeightOption(IntegerGrid(3, 64, False), BeamFeedback(4)),
+    WeightOption(CodebookGrid("nf4", 64), BeamFeedback(2)),
+]
 SHAPES = [(5, 128), (3, 200), (64, 64), (1, 1), (7, 130)]
 
 
@@ -68,14 +83,14 @@ def damage(change: torch.Tensor, hessian: torch.Tensor) -> float:
 def test_stores_what_it_declares(option):
     for shape in SHAPES[:3] if isinstance(option.rounding, NearestRounding) else SHAPES[1:2]:
         task = task_of(shape)
+        given = (task.weight, task.hessian)
         weight, hessian = task.weight.clone(), task.hessian.clone()
         created = option.encode(task)
         declared = option.stored(*shape, "BF16")
         assert {StoredTensor(k, DTYPE_NAMES[v.dtype], tuple(v.shape)) for k, v in created.items()} == set(declared)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in created.values()}
         assert sum(storages.values()) == option.stored_bytes(*shape, "BF16")
-        assert torch.equal(task.hessian, hessian)
-        assert torch.equal(task.weight, weight)
+        assert torch.equal(given[0], weight) and torch.equal(given[1], hessian)
         assert bool(task.notes) == (option.grid.padded_features(shape[1]) != shape[1])
 
 
@@ -206,7 +221,9 @@ BAD = [
     (IntegerGrid, "activation_bits", 4), (IntegerGrid, "symmetric", 2), (IntegerGrid, "search", "yes"),
     (HessianFeedback, "damping", 0.0), (HessianFeedback, "damping", 1.5), (HessianFeedback, "block_size", 0),
     (HessianFeedback, "static_groups", False), (CodebookGrid, "values", "nf5"), (CodebookGrid, "group_size", 48),
-    (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
+    (TrellisGrid, "bits", 8), (TrellisGrid, "group_size", 8), (TrellisGrid, "scales", "u4"),
+    (BeamFeedback, "beams", 0), (BeamFeedback, "delay", 31), (BeamFeedback, "damping", 2.0),
+    (HadamardRotation, "seed", -1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
 ]  # fmt: skip
 
 
@@ -250,16 +267,27 @@ RECIPE_OPTIONS = list(dict.fromkeys(o for r in all_recipes().values() if r.resid
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("option", [o for o in RECIPE_OPTIONS if o.rounding == NearestRounding()], ids=str)
+@pytest.mark.parametrize(
+    "option", [o for o in RECIPE_OPTIONS if o.rounding == NearestRounding() or o.transforms], ids=str
+)
 def test_products_stay_within_the_declared_workspace(option, dtype):
     """A matrix of several tiles; the peak as torch's profiler reports it."""
     shape, num_tokens = (3000, 512), 3
-    tensors = option.encode(task_of(shape))
+    tensors = dataclasses.replace(option, rounding=NearestRounding()).encode(task_of((2, shape[1])))
+    declared_tensors = option.stored(*shape, "BF16")
+    tensors = {t.name: repeated(tensors[t.name], t.shape) for t in declared_tensors}
     x = torch.randn(num_tokens, shape[1]).to(dtype)
     option.linear(x, tensors, shape[0])
     peak = peak_bytes(lambda: option.linear(x, tensors, shape[0])) - num_tokens * shape[0] * dtype.itemsize
     declared = option.workspace_bytes(num_tokens, *shape, DTYPE_NAMES[dtype])
     assert 0 < peak <= declared < 4 * 3000 * 512
+
+
+def repeated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The two rows of a small matrix's tensor, again and again; tensors that don't follow the rows as they are."""
+    if tensor.shape == shape:
+        return tensor
+    return tensor.repeat(shape[0] // 2, *[1] * (tensor.ndim - 1))
 
 
 def peak_bytes(work) -> int:
@@ -392,3 +420,108 @@ def test_feedback_needs_statistics():
     task.hessian[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         HessianFeedback().round(task, IntegerGrid(4, 64))
+
+
+# Rotation, trellises and the beam
+
+
+@pytest.mark.parametrize("option", OPTIONS[-11:], ids=str)
+@pytest.mark.parametrize("shape", [(5, 128), (3, 200)])
+def test_products_and_rows_agree_under_transforms_and_memory(option, shape):
+    tensors = option.encode(task_of(shape))
+    dense = option.dense(tensors, *shape)
+    index = torch.tensor([2, 0, 2])
+    assert torch.allclose(option.rows(index, tensors, shape[1]), dense[index], atol=1e-7)
+    x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(1))
+    product = option.linear(x, tensors, shape[0])
+    assert product.dtype == x.dtype
+    assert torch.allclose(product, x @ dense.T, atol=0.02 * dense.abs().max().item() * shape[1] ** 0.5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(out_features=st.integers(1, 9), in_features=st.integers(1, 300), seed=st.integers(0, 2**31 - 1))
+def test_rotation_is_exact_and_undone(out_features, in_features, seed):
+    """Product, rows and output error are unchanged; the tolerance is float32's over sums of 300."""
+    task = task_of((out_features, in_features))
+    weight, hessian = task.weight, task.hessian
+    rotation = HadamardRotation(seed)
+    stored = rotation.apply(task)
+    x = torch.randn(4, in_features)
+    assert torch.allclose(rotation.transform_input(x, stored) @ task.weight.T, x @ weight.T, atol=1e-4)
+    assert torch.allclose(rotation.restore_rows(task.weight, stored), weight, atol=1e-6)
+    before, after = damage(weight, hessian), damage(task.weight, task.hessian)
+    assert after == pytest.approx(before, rel=1e-3)
+    assert bool(task.notes) == (in_features % 2 == 1)
+
+
+def test_rotation_spreads_an_outlier():
+    task = task_of((4, 256))
+    task.weight[0, 7] = 5.0
+    HadamardRotation().apply(task)
+    assert task.weight[0].abs().max() < 1.0  # 5 / sqrt(256), and what the rest adds
+
+
+@pytest.mark.parametrize("bits, claimed", [(2, 0.082), (3, 0.0223), (4, 0.0064)])
+def test_trellis_codes_reach_their_claim_on_normal_weights(bits, claimed):
+    """Within 5% (a sample of 16,384), and far below the best scalar codes."""
+    weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) * 0.03
+    errors = {}
+    for grid in (TrellisGrid(bits), CodebookGrid(f"max{bits}", 0)):
+        option = WeightOption(grid, NearestRounding())
+        change = option.dense(option.encode(WeightTask(weight)), 32, 512) - weight
+        errors[grid.id] = (change.square().mean() / weight.square().mean()).item()
+    assert errors["trellis"] < 1.05 * claimed
+    assert errors["trellis"] < 0.75 * errors["codebook"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_stored_trellis_codes_mean_what_the_documentation_says(bits):
+    """Window by window, from the packed bytes, in plain Python."""
+    grid = TrellisGrid(bits)
+    weight = task_of((2, 70)).weight
+    scales = grid.fit(weight)
+    codes = grid.quantize(weight, scales)
+    stored = grid.pack(codes, scales)
+    table, values = trellis_table(bits).tolist(), grid.decode(stored, slice(None), 70)
+    for row, packed in enumerate(unpack_codes(stored["codes"], bits, 70).tolist()):
+        window = 0
+        for column, code in enumerate(packed):
+            window = (window << bits | code) % (1 << WINDOW_BITS[bits])
+            assert values[row, column] == pytest.approx(table[window] * float(stored["scales"][row, 0]), rel=1e-6)
+    assert torch.equal(values, grid.dequantize(codes, scales))
+
+
+def test_trellis_codes_are_not_rounded_column_by_column():
+    with pytest.raises(UsageError, match="beam-feedback"):
+        WeightOption(TrellisGrid(2), HessianFeedback()).encode(task_of((4, 64)))
+
+
+@pytest.mark.parametrize("grid", [IntegerGrid(2, 64), CodebookGrid("max3", 32, "u4")], ids=str)
+def test_wider_beams_lose_less(grid):
+    task = task_of((32, 256), seed=4)
+    errors = []
+    for beams in (1, 32):
+        codes, scales = BeamFeedback(beams).round(task, grid)
+        errors.append(damage(grid.dequantize(codes, scales) - task.weight, task.hessian))
+    assert errors[1] < errors[0]
+
+
+def test_one_beam_is_second_order_feedback():
+    task = task_of((16, 200), seed=9)
+    grid = CodebookGrid("nf4", 64)
+    codes, scales = BeamFeedback(1).round(task, grid)
+    ours = damage(grid.dequantize(codes, scales) - task.weight, task.hessian)
+    codes, scales = HessianFeedback(activation_order=False, num_sweeps=0).round(task, grid)
+    assert ours == pytest.approx(damage(grid.dequantize(codes, scales) - task.weight, task.hessian), rel=0.02)
+
+
+def test_beams_are_damped_and_said_and_need_statistics():
+    task = task_of((4, 64))
+    task.hessian = task.hessian - 0.2 * task.hessian.diagonal().mean() * torch.eye(64)
+    BeamFeedback(2).round(task, IntegerGrid(4, 64))
+    assert any("damping raised" in note for note in task.notes)
+    with pytest.raises(UsageError, match="calibrat"):
+        BeamFeedback().round(WeightTask(task.weight), TrellisGrid(2))
+    task.hessian[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        BeamFeedback().round(task, TrellisGrid(2))

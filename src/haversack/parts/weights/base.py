@@ -98,6 +98,11 @@ class Grid(WeightPart):
     def bits(self) -> int:
         """Bits of a code."""
 
+    @property
+    def num_states(self) -> int:
+        """In how many ways the codes before can bear on a code's value; 0 for grids without memory."""
+        return 0
+
     def num_groups(self, in_features: int) -> int:
         """Groups of columns per row, the last one possibly padded."""
         return -(-in_features // self.group_size) if self.group_size else 1

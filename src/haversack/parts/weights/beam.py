@@ -32,7 +32,8 @@ class BeamFeedback(Rounding):
 
     `damping` (0 to 1) times the mean diagonal is added to the diagonal, and raised tenfold until the matrix
     factorises (noted). Columns are visited in their own order; a code is settled `delay` (1 to 30) columns later, at
-    most as many as 60 bits hold, by the best path then. `beams` 1 is nearest rounding with feedback.
+    most as many as 60 bits hold, by the best path then. `beams` 1 is nearest rounding with feedback; grids with memory
+    keep one path per state instead, whatever `beams` says.
 
     Cost for `(out, in)`: about `out in beams (delay + 2^bits)` operations beside `in^3 / 3 + 4 out in^2` flops;
     workspace: two copies of `hessian`, three of `weight`, float32. Error: none known beyond that of one beam. Source:
@@ -75,7 +76,7 @@ class BeamFeedback(Rounding):
         feedback = factor / factor.diagonal()  # R_jk / R_kk
         weights = factor.diagonal().square()
         codes = torch.empty(weight.shape, dtype=torch.uint8)
-        step = max(16, SEARCHED_AT_ONCE // (self.beams << grid.bits))
+        step = max(16, SEARCHED_AT_ONCE // ((grid.num_states or self.beams) << grid.bits))
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
             own = {name: state[rows] for name, state in scales.items()}
@@ -106,10 +107,11 @@ class BeamFeedback(Rounding):
         weight = weight.T.contiguous()
         target = weight.clone()
         block_end = 0
-        cost = torch.full((rows, self.beams), float("inf"))
+        paths = grid.num_states or self.beams
+        cost = torch.full((rows, paths), float("inf"))
         cost[:, 0] = 0
-        history = torch.zeros(rows, self.beams, dtype=torch.int64)
-        change, chosen_change = torch.zeros(2, delay, rows, self.beams)
+        history = torch.zeros(rows, paths, dtype=torch.int64)
+        change, chosen_change = torch.zeros(2, delay, rows, paths)
         for k in range(in_features):
             slot, oldest = k % delay, k - delay
             if k == block_end:
@@ -121,24 +123,41 @@ class BeamFeedback(Rounding):
             wanted = target[k][:, None] - (recent @ change.view(delay, -1)).view(rows, -1)  # (rows, paths)
             values = grid.branches(history, scales, k)  # (rows, paths or 1, codes)
             metric = (values - wanted[..., None]).square_().mul_(weights[k]).add_(cost[..., None]).flatten(1)
-            cost, best = metric.topk(self.beams, dim=1, largest=False)
+            cost, best = self._survivors(metric, grid)
             parent, code = best >> grid.bits, best & ((1 << grid.bits) - 1)
             chosen = values.flatten(1).gather(1, best if values.shape[1] > 1 else code)
             history = history.gather(1, parent)
             torch.gather(change, 2, parent.expand(delay, -1, -1), out=chosen_change)
             change, chosen_change = chosen_change, change
             if oldest >= 0:  # the oldest code is settled by the best path; paths that differ in it end here
-                agreed = history >> (grid.bits * (delay - 1))
+                leader = cost.argmin(1, keepdim=True)
+                code_then = history >> (grid.bits * (delay - 1))
+                agreed = code_then.gather(1, leader)
                 codes[oldest] = agreed[:, 0]
-                settled[oldest] = change[slot, :, 0]
-                cost.masked_fill_(agreed != agreed[:, :1], float("inf"))
+                settled[oldest] = change[slot].gather(1, leader)[:, 0]
+                cost.masked_fill_(code_then != agreed, float("inf"))
                 if k + 1 < block_end:
                     target[k + 1 : block_end].addr_(feedback[oldest, k + 1 : block_end], settled[oldest], alpha=-1)
             history = (history << grid.bits | code) & keep
             torch.sub(chosen, weight[k][:, None], out=change[slot])
+        last = history.gather(1, cost.argmin(1, keepdim=True))[:, 0]
         for back in range(min(delay, in_features)):
-            codes[in_features - 1 - back] = history[:, 0] >> (grid.bits * back) & ((1 << grid.bits) - 1)
+            codes[in_features - 1 - back] = last >> (grid.bits * back) & ((1 << grid.bits) - 1)
         return codes.T.contiguous()
+
+    def _survivors(self, metric: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+        """The paths to go on with: their costs, and where in `metric` `(rows, paths * codes)` they stand.
+
+        In a grid with memory, paths whose last codes are the same have the same future: of each such state the best one
+        survives (Viterbi's rule), path s being in state s. Without memory the best `beams` do.
+        """
+        import torch
+
+        if not grid.num_states:
+            return metric.topk(self.beams, dim=1, largest=False)
+        num_codes = 1 << grid.bits
+        cost, high = metric.view(len(metric), num_codes, grid.num_states).min(1)
+        return cost, high * grid.num_states + torch.arange(grid.num_states)
 
 
 _BLOCK_COLUMNS = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
 from haversack.codecs.codebooks import BITS, Codebook, codebook
@@ -120,6 +120,49 @@ class CodebookGrid(DecodedGrid):
 
         padding = self.padded_features(codes.shape[1]) - codes.shape[1]
         return {"codes": pack_codes(F.pad(codes, (0, padding)), self.bits), **self._coding.pack(scales)}
+
+    def matmul(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        if not self._has_kernels:
+            return super().matmul(x, tensors, out_features)
+        from haversack.kernels.registry import packed_matmul
+
+        return packed_matmul(x, tensors["codes"], tensors["scales"], in_features=x.shape[-1], **self._form)
+
+    def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        if not self._has_kernels:
+            return super().rows(index, tensors, in_features)
+        from haversack.kernels.registry import packed_rows
+
+        return packed_rows(index, tensors["codes"], tensors["scales"], in_features=in_features, **self._form)
+
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        if not self._has_kernels:
+            return super().workspace_bytes(num_tokens, out_features, in_features, dtype)
+        from haversack.describe.checkpoint import torch_dtype
+        from haversack.kernels.registry import workspace_bytes
+
+        case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
+        return workspace_bytes(num_tokens, out_features, in_features, **case)
+
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        if not self._has_kernels:
+            return super().kernel_name(num_tokens, out_features, in_features, dtype)
+        from haversack.describe.checkpoint import torch_dtype
+        from haversack.kernels.registry import kernel_name
+
+        case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
+        return kernel_name(num_tokens, out_features, in_features, **case)
+
+    @property
+    def _has_kernels(self) -> bool:
+        """Whether the kernel registry reads this form: one scale per group as it is, and a table of 16 values at most."""
+        return self.scales in ("f16", "e8m0") and self.bits <= 4
+
+    @property
+    def _form(self) -> dict[str, Any]:
+        """The registry's words for this grid."""
+        table = tuple(codebook(self.values).table.tolist())
+        return {"bits": self.bits, "group_size": self.group_size, "table": table}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int) -> torch.Tensor:
         import torch

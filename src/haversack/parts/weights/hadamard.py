@@ -68,7 +68,7 @@ class HadamardRotation(Transform):
 
     def restore_rows(self, rows: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         rotated = hadamard_transform(rows, block_columns(rows.shape[-1]))
-        return rotated.mul_(_signs(tensors["signs"], rows.shape[-1]))
+        return rotated * _signs(tensors["signs"], rows.shape[-1])
 
     def workspace_bytes(self, num_tokens: int, in_features: int, dtype: str) -> int:
         """The signed input and the transform's two float32 copies; and the signs."""
