@@ -10,7 +10,7 @@ PEERS := llama_cpp xllamacpp llmcompressor auto_round bitsandbytes openvino torc
 LLAMA_CMAKE := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
 	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: env demo test lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs
+.PHONY: env demo test lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs fuzz
 
 env: $(STAMP)
 
@@ -27,6 +27,11 @@ lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Mutated configs, plans, headers and folders by the thousand; what surprises is kept in tests/cli/corpus/ and tested ever after.
+FUZZ_CASES ?= 5000
+fuzz: env
+	$(PY) -m tests.cli.fuzz $(FUZZ_CASES) $$RANDOM
 
 # Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures. All of them take about
 # BENCH_TOTAL on two free cores, the peers' environments apart; those of bench-quick need no peers and take under 15 minutes. `make bench-NAME` runs one.

@@ -66,3 +66,11 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_count(number: int) -> str:
+    """`70.6 billion`, `124 million`, `8,192`."""
+    for size, word in ((10**9, " billion"), (10**6, " million")):
+        if number >= size:
+            return f"{number / size:.3g}{word}"
+    return f"{number:,}"

@@ -152,7 +152,7 @@ def test_shows_predicted_against_measured(page: str) -> None:
 
 def test_works_without_measurements(plan: Plan) -> None:
     page = render(plan, None, "plan.json")
-    assert _parsed(page).open == [] and "Predicted against measured" not in page
+    assert _parsed(page).open == [] and "Nothing was measured yet" in page
 
 
 def test_measurements_of_another_plan_are_refused(plan: Plan, measured: dict, tmp_path: Path) -> None:
@@ -161,3 +161,21 @@ def test_measurements_of_another_plan_are_refused(plan: Plan, measured: dict, tm
     with pytest.raises(PlanError, match="another plan"):
         write_report(tmp_path, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_plan_alone_says_so_and_how_to_go_on(plan: Plan, tmp_path: Path) -> None:
+    file = tmp_path / "the plan.json"
+    file.write_text(plan.to_json())
+    page = write_report(file, tmp_path / "report.html").read_text()
+    assert "a plan</h1>" in page and "This is a plan alone" in page
+    assert f"--plan &#39;{file}&#39; -o DIR" in page
+
+
+def test_kinds_of_sites_sum_to_the_plan(plan: Plan) -> None:
+    from haversack.report.page import KV_ROLE, _mixes
+
+    rows = _mixes(plan)
+    assert {row[0] for row in rows} == {weight.role for weight in plan.weights} | {KV_ROLE}
+    assert rows[-1][0] == KV_ROLE and rows[-1][3] == "0-2"
+    labels = [row[0] for row in rows]
+    assert labels == sorted(labels, key=labels.index)  # rows of one kind stand together

@@ -10,7 +10,7 @@ import typer
 from haversack.cli import console
 from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
 from haversack.errors import UsageError
-from haversack.units import format_bytes, format_seconds
+from haversack.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from haversack.plan.question import Answer
@@ -125,7 +125,7 @@ def print_answer(answer: Answer) -> None:
     verdict = "fits" if answer.fits else "does not fit"
     asked = f" in {format_bytes(budget)}" if budget else ""
     console.paragraph(
-        f"{plan.model.name}: {count_words(plan.model.num_parameters)} parameters, {format_bytes(plan.model.num_bytes)} "
+        f"{plan.model.name}: {format_count(plan.model.num_parameters)} parameters, {format_bytes(plan.model.num_bytes)} "
         f"as they are ({plan.model.dtype})."
     )
     console.paragraph(
@@ -140,14 +140,6 @@ def print_answer(answer: Answer) -> None:
     typer.echo("")
     console.table("", ("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
     console.notes(plan.notes)
-
-
-def count_words(number: int) -> str:
-    """`70.6 billion`, `124 million`, `8,192`."""
-    for size, word in ((10**9, " billion"), (10**6, " million")):
-        if number >= size:
-            return f"{number / size:.3g}{word}"
-    return f"{number:,}"
 
 
 def _print_timeline(answer: Answer) -> None:

@@ -21,12 +21,22 @@ if TYPE_CHECKING:
 
 
 def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
-    """The tensors `save_pretrained` would write for these parameters, by their checkpoint names; none is computed."""
+    """The tensors `save_pretrained` would write for these parameters, by their checkpoint names; none is computed.
+
+    Raises UnsupportedModelError where transformers' own conversions can't be run on parameters of these shapes.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     from haversack.describe.checkpoint import dtype_name
 
-    saved = revert_weight_conversion(model, dict(state))
+    try:
+        saved = revert_weight_conversion(model, dict(state))
+    except Exception as error:  # the operations check nothing: no experts, say, and a chunk of none is asked for
+        reason = " ".join(str(error).split())[:160].rstrip(".")
+        raise UnsupportedModelError(
+            f"this {model.config.model_type} config makes parameters that transformers can't write as a checkpoint "
+            f"({type(error).__name__}: {reason}); check the config's counts."
+        ) from None
     return {name: StoredTensor(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in saved.items()}
 
 

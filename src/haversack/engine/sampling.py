@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as process
 
 from haversack.engine.choice import Choice
-from haversack.errors import UsageError
+from haversack.errors import PlanError, UsageError
 
 DEFAULT_TOP_K = 50
 """What transformers' `generate` takes where a model that samples names no top_k."""
@@ -26,6 +28,11 @@ FOLLOWED = {
     "no_repeat_ngram_size",
 }
 """Settings of a generation config that shape the choice, and are followed."""
+
+_TYPES: dict[str, Any] = {
+    "do_sample": bool, "temperature": int | float, "top_k": int, "top_p": int | float, "min_p": int | float,
+    "typical_p": int | float, "repetition_penalty": int | float, "no_repeat_ngram_size": int,
+}  # fmt: skip
 
 HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "stop_strings", "transformers_version", "max_length", "max_new_tokens",
@@ -93,6 +100,31 @@ class Sampler:
         if self.is_greedy:
             return int(scores.argmax(-1))
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def read_generation_config(folder: str | Path) -> GenerationConfig | None:
+    """A folder's generation config, or None where it brought none. Raises PlanError for one that can't be used."""
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}, not an object")
+        for name, allowed in _TYPES.items():
+            value = settings.get(name)
+            if value is not None and (not isinstance(value, allowed) or isinstance(value, bool) != (allowed is bool)):
+                raise ValueError(f"{name} is {value!r}")
+        for name, item in (("eos_token_id", int), ("stop_strings", str)):
+            value = settings.get(name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if any(not isinstance(entry, item) or isinstance(entry, bool) for entry in values):
+                raise ValueError(f"{name} is {value!r}")
+        return GenerationConfig.from_dict(settings)
+    except Exception as error:
+        raise PlanError(
+            f"{file} can't be used ({' '.join(str(error).split())[:200].rstrip('.')}); mend it there."
+        ) from None
 
 
 def end_tokens(config: GenerationConfig | None, tokenizer: Any) -> frozenset[int]:

@@ -41,6 +41,9 @@ def load(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from haversack.engine.sampling import read_generation_config
+
+    read_generation_config(path)  # or transformers would fail on it with a traceback
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto")

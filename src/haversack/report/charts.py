@@ -15,6 +15,9 @@ from haversack.units import format_bytes
 
 _WIDTH = 720
 _LEGEND_HEIGHT = 28
+_VALUE_WIDTH = 66
+"""Room of a bar's bytes in figures."""
+
 _FIGURE_WIDTH = 26
 """A square this wide has room for its bits in figures, for those who see no colours and for print."""
 
@@ -40,6 +43,7 @@ def stacked_bars(bars: Sequence[Bar], owners: Sequence[str], budget_bytes: int |
     height = top + len(bars) * (bar_height + gap) + 8
     parts = [_open(height, "Bytes at each time point by owner, before and after, against the budget")]
     values = []
+    budget_x = left + budget_bytes * scale if budget_bytes else -1.0
     for row, bar in enumerate(bars):
         y = top + row * (bar_height + gap)
         parts.append(
@@ -59,12 +63,12 @@ def stacked_bars(bars: Sequence[Bar], owners: Sequence[str], budget_bytes: int |
                 f"({share:.0%} of {format_bytes(bar.total_bytes)})</title></rect>"
             )
             x += width
-        values.append(f'<text x="{x + 6:.1f}" y="{y + 15}" class="value">{format_bytes(bar.total_bytes)}</text>')
+        at = budget_x if x <= budget_x < x + _VALUE_WIDTH else x  # beside the budget's line, not under it
+        values.append(f'<text x="{at + 6:.1f}" y="{y + 15}" class="value">{format_bytes(bar.total_bytes)}</text>')
     if budget_bytes:
-        x = left + budget_bytes * scale
         parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{height - 4}" class="budget"/>'
-            f'<text x="{x:.1f}" y="{top - 12}" text-anchor="middle" class="budget-label">'
+            f'<line x1="{budget_x:.1f}" x2="{budget_x:.1f}" y1="{top - 8}" y2="{height - 4}" class="budget"/>'
+            f'<text x="{budget_x:.1f}" y="{top - 12}" text-anchor="middle" class="budget-label">'
             f"budget {format_bytes(budget_bytes)}</text>"
         )
     return "".join(parts + values) + "</svg>"  # values last: they stay readable where the budget's line crosses them

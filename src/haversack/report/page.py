@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.schema import Plan
 from haversack.report.charts import Bar, FrontPoint, SiteCell, pareto, site_map, stacked_bars, stand_alone
-from haversack.units import format_bytes, format_seconds
+from haversack.units import format_bytes, format_count, format_seconds
 
 LIGHT = {
     "ink": "#1b1f24", "quiet": "#5c6670", "paper": "#ffffff", "line": "#d9dee3", "accent": "#b3261e",
@@ -26,6 +27,11 @@ DARK = {
     "c0": "#6fb1e0", "c1": "#e8aa5c", "c2": "#86c386", "c3": "#c596d1", "c4": "#9aa5b0", "c5": "#e08683", "c6": "#7ccac9", "c7": "#c2a672",
 }  # fmt: skip
 """Colours of the page's variables on light and on dark paper."""
+
+FEW_SITES = 60
+"""So many sites are listed at once; a longer list waits behind a click."""
+
+KV_ROLE = "cache"
 
 
 def write_report(source: str | Path, output: str | Path) -> Path:
@@ -40,7 +46,7 @@ def write_report(source: str | Path, output: str | Path) -> Path:
     if output.exists() and output.samefile(source):
         raise OutputError(f"{output} is the plan itself; choose another output.")
     measured = _measured(folder, plan) if folder else None
-    write_whole(output, render(plan, measured, str(source)))
+    write_whole(output, render(plan, measured, str(source), folder=folder is not None))
     return output
 
 
@@ -66,8 +72,8 @@ def _measured(folder: Path, plan: Plan) -> dict[str, Any] | None:
     raise PlanError(f"{file} {found}; run `haversack verify {folder}` again, or remove the file.")
 
 
-def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
-    """The page as text."""
+def render(plan: Plan, measured: dict[str, Any] | None, source: str, *, folder: bool = True) -> str:
+    """The page as text; `folder` says whether `source` is a packed folder or only a plan."""
     import jinja2
 
     template = resources.files("haversack.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -75,7 +81,8 @@ def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
     bars, owners = _bars(plan)
     budget = plan.budget.num_bytes
     return environment.from_string(template).render(
-        title=f"{Path(plan.model.name).name or plan.model.name}, packed",
+        budget=bool(budget),
+        title=f"{Path(plan.model.name).name or plan.model.name}, {'packed' if folder else 'a plan'}",
         lead=_lead(plan),
         light=LIGHT,
         dark=DARK,
@@ -87,8 +94,13 @@ def render(plan: Plan, measured: dict[str, Any] | None, source: str) -> str:
         measured=_measured_rows(measured),
         figures=_measured_figures(measured),
         kernels=_kernels(measured),
+        mixes=_mixes(plan),
         choices=_choices(plan),
-        commands=_commands(plan, source),
+        few_sites=len(plan.weights) + len(plan.kv) <= FEW_SITES,
+        folder=folder,
+        source=source,
+        notes=[note.rstrip(".") for note in plan.notes],
+        commands=_commands(plan, source, folder),
         plan_json=plan.to_json(),
     )
 
@@ -97,8 +109,8 @@ def _lead(plan: Plan) -> str:
     workload, budget = plan.workload, plan.budget
     size = f"a {budget.kind} budget of {format_bytes(budget.num_bytes)}" if budget.num_bytes else "the fewest bytes"
     return (
-        f"{plan.model.architecture}, {plan.model.num_parameters / 1e6:,.1f} million parameters, in {size}, for "
-        f"{workload['users']} x {workload['prompt_tokens'] + workload['generate_tokens']:,} tokens. "
+        f"{plan.model.architecture}, {format_count(plan.model.num_parameters)} parameters, in {size}, for "
+        f"{workload['users']} x ({workload['prompt_tokens']:,} prompt + {workload['generate_tokens']:,} generated) tokens. "
         f"Prediction {plan.prediction_hash[:16]}."
     )
 
@@ -123,7 +135,10 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     neutral = sum(row.neutral_bytes for row in plan.weights)
     kv_stored, kv_neutral = sum(r.stored_bytes for r in plan.kv), sum(r.neutral_bytes for r in plan.kv)
     damage = prediction.damage
-    lost = "unknown" if damage.nats is None else f"{damage.nats:.4g} nats per token, {damage.label}"
+    if damage.nats is None:
+        lost = "unknown" + (f"; at least {damage.low:.3g} nats per token from what was published" if damage.low else "")
+    else:
+        lost = f"{damage.nats:.4g} nats per token, {damage.label}" if damage.nats else "none: everything stays as it is"
     return [
         ("peak", f"{format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point}"),
         ("weights", f"{format_bytes(stored)} of {format_bytes(neutral)} ({stored / max(1, neutral):.1%})"),
@@ -133,7 +148,11 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("damage", lost + (f" ({damage.source})" if damage.source else "")),
         ("decode", f"{format_seconds(prediction.seconds_per_token)} per step at the memory's bound"),
-        ("solver", f"{plan.solve.method}; {plan.solve.num_choices:,} choices at {plan.solve.num_groups:,} places"),
+        (
+            "solver",
+            f"{plan.solve.method}; {plan.solve.num_choices:,} choices at {plan.solve.num_groups:,} places"
+            + (f"; {plan.solve.evaluations} whole plans measured" if plan.solve.evaluations else ""),
+        ),
     ]
 
 
@@ -146,6 +165,10 @@ def _cells(plan: Plan) -> list[SiteCell]:
         bits = sum(r.stored_bytes for r in rows) * 8 / sum(r.num_parameters for r in rows)
         names = ", ".join(dict.fromkeys(WeightOption.from_dict(r.option).label for r in rows))
         out.append(SiteCell(layer, role, bits, f"{rows[0].site}: {bits:.2f} bits per weight, {names}; {rows[0].why}"))
+    for kv in plan.kv:
+        bits = 16 * kv.stored_bytes / max(1, kv.neutral_bytes)
+        label = KVOption.from_dict(kv.option).label
+        out.append(SiteCell(kv.layer, KV_ROLE, bits, f"{kv.site}: {bits:.2f} bits per number, {label}; {kv.why}"))
     return out
 
 
@@ -184,6 +207,34 @@ def _kernels(measured: dict[str, Any] | None) -> list[tuple[str, str]]:
     return [(name, ", ".join(formats)) for name, formats in (measured or {}).get("kernels", {}).items()]
 
 
+def _mixes(plan: Plan) -> list[tuple[str, str, str, str, str, str]]:
+    """What each role got: one row per role, option and placement, with the layers it was chosen for."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for weight in plan.weights:
+        label = WeightOption.from_dict(weight.option).label
+        groups.setdefault((weight.role, label, weight.placement["part"]), []).append(weight)
+    for kv in plan.kv:
+        groups.setdefault((KV_ROLE, KVOption.from_dict(kv.option).label, "keys and values"), []).append(kv)
+    out = []
+    for (role, label, where), rows in groups.items():
+        stored, neutral = sum(row.stored_bytes for row in rows), sum(row.neutral_bytes for row in rows)
+        out.append((role, label, where, _layers(rows), format_bytes(stored), f"{stored / max(1, neutral):.0%}"))
+    order = {role: n for n, role in enumerate(dict.fromkeys(row[0] for row in out))}
+    return sorted(out, key=lambda row: order[row[0]])
+
+
+def _layers(rows: list[Any]) -> str:
+    """`0-3, 7`; empty for what lies in no layer."""
+    layers = sorted({row.layer for row in rows if row.layer is not None})
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and spans[-1][1] == layer - 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
 def _choices(plan: Plan) -> list[tuple[str, str, str, str, str, str, str]]:
     rows = []
     for weight in plan.weights:
@@ -199,12 +250,17 @@ def _cost(row: Any) -> tuple[str, str, str, str]:
     return format_bytes(row.stored_bytes), f"{row.stored_bytes / max(1, row.neutral_bytes):.0%}", damage, row.why
 
 
-def _commands(plan: Plan, source: str) -> str:
+def _commands(plan: Plan, source: str, folder: bool) -> str:
     workload = plan.workload
     flag = "--budget" if plan.budget.kind == "process" else "--tensor-budget"
     limit = f"{flag} {plan.budget.num_bytes}" if plan.budget.num_bytes else f"--max-damage {plan.budget.max_damage}"
     lengths = f"--prompt-tokens {workload['prompt_tokens']} --generate-tokens {workload['generate_tokens']}"
+    users = f" --users {workload['users']}" if workload["users"] != 1 else ""
+    model = shlex.quote(plan.model.source)
+    if not folder:
+        return f"haversack pack {model} --plan {shlex.quote(source)} -o DIR\nhaversack verify DIR"
+    quoted = shlex.quote(source)
     return (
-        f"haversack pack {plan.model.source} {limit} {lengths} --users {workload['users']} -o DIR\n"
-        f"haversack verify {source}\nhaversack report {source} -o report.html"
+        f"haversack pack {model} {limit} {lengths}{users} -o DIR\n"
+        f"haversack verify {quoted}\nhaversack report {quoted} -o report.html"
     )
