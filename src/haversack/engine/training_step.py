@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from haversack.describe.model import Model
@@ -61,8 +62,11 @@ class TrainingStep:
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """The mean negative log-likelihood of the next token, in nats, without padding."""
         with self._autocast(ids.device.type):
-            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
-        return out.loss
+            mask = torch.ones_like(ids)
+            if self.workload.loss == "fp32":
+                return self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def update(self) -> None:
         """One step of the optimizer; gradients are dropped."""
