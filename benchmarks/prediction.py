@@ -38,7 +38,20 @@ def draw(seed: int) -> tuple[dict[str, Any], TrainingWorkload]:
     """One random configuration: family, size, precision, task, batch, length, optimizer, recomputation, adapter."""
     r = random.Random(seed)
     family = r.choice(
-        ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "opt", "gpt_neox", "mixtral"]
+        [
+            "llama",
+            "qwen2",
+            "qwen3",
+            "mistral",
+            "gemma2",
+            "gemma3_text",
+            "phi3",
+            "gpt2",
+            "olmo2",
+            "opt",
+            "gpt_neox",
+            "mixtral",
+        ]
     )
     hidden, heads, layers = r.choices(SIZES, weights=(3, 3, 3, 2, 1))[0]
     layers = max(2, layers + r.choice((-1, 0, 1)))
@@ -137,7 +150,9 @@ def run_case(seed: int) -> dict[str, Any]:
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and 95th percentiles of the absolute errors, and every miss by its seed."""
     errors = sorted(abs(row["tensor_error"]) for row in rows if "tensor_error" in row)
-    judged = [r for r in rows if "process" in r and r["process"]["own_bytes"] >= 3 * r["process"]["imported_private_bytes"]]
+    judged = [
+        r for r in rows if "process" in r and r["process"]["own_bytes"] >= 3 * r["process"]["imported_private_bytes"]
+    ]
     process = sorted(abs(row["process_error"]) for row in judged)
 
     def at(values: list[float], share: float) -> float | None:
@@ -186,4 +201,8 @@ def main(number: int, folder: Path, first: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200, Path(sys.argv[2] if len(sys.argv) > 2 else "build/prediction"), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    main(
+        int(sys.argv[1]) if len(sys.argv) > 1 else 200,
+        Path(sys.argv[2] if len(sys.argv) > 2 else "build/prediction"),
+        int(sys.argv[3]) if len(sys.argv) > 3 else 0,
+    )

@@ -8,28 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haversack.cli import console
-from haversack.cli.question import (
-    Asked,
-    BudgetOption,
-    CalibrationFile,
-    CalibrationTokens,
-    Context,
-    Evaluations,
-    GenerateTokens,
-    MachineName,
-    MaxDamage,
-    MinSpeed,
-    Placement,
-    PromptTokens,
-    Source,
-    TensorBudget,
-    Trust,
-    Users,
-    calibration_for,
-    calibration_text,
-    machine_named,
-    meter_for,
-)
+from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
 from haversack.errors import UsageError
 from haversack.units import format_bytes, format_seconds
 
@@ -40,24 +19,14 @@ if TYPE_CHECKING:
 TASKS = ("serve", "tune", "train")
 
 
+@spread_options
 def plan(
     model: Source,
-    budget: BudgetOption = None,
-    tensor_budget: TensorBudget = None,
-    max_damage: MaxDamage = None,
-    context: Context = None,
-    prompt_tokens: PromptTokens = None,
-    generate_tokens: GenerateTokens = None,
-    users: Users = 1,
-    min_tokens_per_second: MinSpeed = None,
-    placement: Placement = "auto",
-    machine: MachineName = None,
+    asked: Asked,
+    calibrating: Calibrating,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Weigh options on this model's weights (minutes) instead of citing.")
     ] = False,
-    calibration: CalibrationFile = None,
-    calibration_tokens: CalibrationTokens = 32_768,
-    evaluations: Evaluations = None,
     trust_remote_code: Trust = False,
     task: Annotated[str, typer.Option("--task", help="serve, tune or train.")] = "serve",
     batch: Annotated[int, typer.Option("--batch", help="Sequences per step and rank, to tune or train.")] = 1,
@@ -80,38 +49,33 @@ def plan(
 
         return plan_training_verb(
             describe_model(model, trust_remote_code=trust_remote_code),
-            machine_named(machine),
+            machine_named(asked.machine),
             task,
-            budget=budget,
-            tensor_budget=tensor_budget,
+            budget=asked.budget,
+            tensor_budget=asked.tensor_budget,
             batch=batch,
-            seq_len=context,
+            seq_len=asked.context,
             pairs=settings or [],
             largest_of=largest,
             json=json,
         )
     if settings or largest:
         raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
-    asked = Asked(
-        budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
-        placement, machine,
-    )  # fmt: skip
+    asked.check()
     from haversack.describe.model import describe_model
     from haversack.formats.output import check_output
     from haversack.plan.make import make_plan
 
-    if calibration is not None:
-        calibration_text(calibration, calibration_tokens)
+    if calibrating.calibration is not None:
+        calibrating.text()
     if output is not None:
         check_output(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     with console.progress_bar(quiet=json) as progress:
-        found = meter = None
-        if calibrate or calibration is not None:
-            tokens = asked.workload(described).context_tokens
-            found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
-            meter = meter_for(found, evaluations, progress)
-        answer = make_plan(asked.question(described, found), progress, meter)
+        if calibrate or calibrating.calibration is not None:
+            answer, _ = weighed_answer(asked, described, calibrating, progress)
+        else:
+            answer = make_plan(asked.question(described, None), progress)
     if json:
         console.print_json(plan_json(answer))
     else:

@@ -33,7 +33,9 @@ def settings_of(task: str, batch: int, seq_len: int, pairs: list[str]) -> tuple[
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign or key not in {**own, **spread}:
-            raise UsageError(f"--with {pair!r} is no setting of {task}; write KEY=VALUE with one of {', '.join([*own, *spread])}.")
+            raise UsageError(
+                f"--with {pair!r} is no setting of {task}; write KEY=VALUE with one of {', '.join([*own, *spread])}."
+            )
         values[key] = _value(key, text, {**own, **spread}[key].default)
     workload = kind(batch, seq_len, **{k: v for k, v in values.items() if k in own})
     return workload, Parallelism(**{k: v for k, v in values.items() if k in spread})
@@ -71,7 +73,9 @@ def plan_training_verb(
         if json:
             console.print_json({"largest": largest_of, "value": found})
         else:
-            console.paragraph(f"{model.name}: largest {largest_of} that fits: {found if found is not None else 'none'}.")
+            console.paragraph(
+                f"{model.name}: largest {largest_of} that fits: {found if found is not None else 'none'}."
+            )
         return 0 if found is not None else 1
     answer = plan_training(question)
     if json:
@@ -109,7 +113,9 @@ def _print(answer: TrainingAnswer) -> None:
     asked = f" in {format_bytes(question.budget_bytes)}" if question.budget_bytes else ""
     of = "the whole process" if question.budget_kind == "process" else "tensors alone"
     spread = "" if parallel.ranks == 1 else f" on each of {parallel.ranks} ranks"
-    settings = ", ".join(f"{k} {v}" for k, v in workload.to_dict().items() if k not in ("task", "batch_size", "seq_len"))
+    settings = ", ".join(
+        f"{k} {v}" for k, v in workload.to_dict().items() if k not in ("task", "batch_size", "seq_len")
+    )
     console.paragraph(f"{question.model.name}: {workload.batch_size} x {workload.seq_len} tokens{spread} ({settings}).")
     console.paragraph(f"{'fits' if answer.fits else 'does not fit'}{asked} ({of}).")
     if not answer.fits:

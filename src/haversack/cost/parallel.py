@@ -45,9 +45,7 @@ def sharded_bytes(num_bytes: int, owner: str, parallel: Parallelism) -> int:
     return num_bytes
 
 
-def rank_cost(
-    model: Model, workload: TrainingWorkload, parallel: Parallelism, *, runtime_bytes: int = 0
-) -> RankCost:
+def rank_cost(model: Model, workload: TrainingWorkload, parallel: Parallelism, *, runtime_bytes: int = 0) -> RankCost:
     """The ledger of one rank of each pipeline stage. `workload.batch_size` is of one rank.
 
     Tensor parallelism is traced: the rank's own heads, columns and vocabulary through the model's code. Pipeline stages

@@ -74,9 +74,7 @@ class TrainingCost:
 
     def _points(self) -> dict[str, dict[str, int]]:
         stays = dict(self.staying)
-        points: dict[str, dict[str, int]] = {
-            "load": {"weights (as they come)": self.load_bytes}
-        }
+        points: dict[str, dict[str, int]] = {"load": {"weights (as they come)": self.load_bytes}}
         for point in ("forward", "loss", "backward"):
             moments = [moment for moment in self.moments if _point_of(moment) == point]
             highest = max(moments, key=lambda moment: moment.num_bytes)
@@ -119,5 +117,3 @@ def _point_of(moment: Moment) -> str:
     if moment.name in (LOSS, LOSS_BACKWARD):
         return "loss"
     return "backward" if moment.name.startswith(BACKWARD) or moment.name == EMBED_BACKWARD else "forward"
-
-

@@ -168,9 +168,7 @@ def _add_mean(f: Function, step: RowStep, source: tuple[Operand, Value], out: Va
     _store(f, step.output, mean, out, 0, 1, target)
 
 
-def _load(
-    f: Function, operand: Operand, pointer: Value, i: Value | int, lanes: int, target: Target
-) -> Value:
+def _load(f: Function, operand: Operand, pointer: Value, i: Value | int, lanes: int, target: Target) -> Value:
     """`lanes` numbers from `i` on as float32 (zero beyond), or one number everywhere where the stride is 0."""
     stride, size = operand.strides[-1], DTYPE_BYTES[operand.dtype]
     if stride == 0:

@@ -85,7 +85,9 @@ def plan_training(question: TrainingQuestion) -> TrainingAnswer:
         if _answer(other).fits:
             return dataclasses.replace(answer, cheapest_change=f"It would fit with {change}.")
     needed = format_bytes(answer.ledger.peak()[1])
-    return dataclasses.replace(answer, cheapest_change=f"None of the changes tried would do; a budget of {needed} would.")
+    return dataclasses.replace(
+        answer, cheapest_change=f"None of the changes tried would do; a budget of {needed} would."
+    )
 
 
 def largest(question: TrainingQuestion, what: str) -> int | None:

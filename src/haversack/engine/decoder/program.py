@@ -32,7 +32,7 @@ from haversack.parts.kv.layer import RingLayer
 from haversack.parts.weights.integer import IntegerGrid
 
 _ATTENTION_ARGUMENTS = [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")]
-_THUNKS = {"matmul": ir_run.RUN_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
+_THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -62,6 +62,7 @@ class StepProgram:
             self._bind(action)
         self._end_stretch()
         self._append = self._bind_appends()
+        self.follow()
         view = schedule.graph.logits
         self.logits = self._tensor(view.node, view.offset, view.sizes, view.strides).view(self.batch_size, -1)
 
@@ -92,7 +93,9 @@ class StepProgram:
         start = self._address(node) - self.arena.data_ptr()
         size = DTYPE_BYTES[dtype_name(node.tensor)]
         whole = self.arena[start : start + self.batch_size * row_elements(node) * size].view(node.tensor.dtype)
-        return whole.as_strided((self.batch_size, *sizes[1:]), (row_elements(node), *strides[1:]), whole.storage_offset() + offset)
+        return whole.as_strided(
+            (self.batch_size, *sizes[1:]), (row_elements(node), *strides[1:]), whole.storage_offset() + offset
+        )
 
     def _view(self, view: View) -> torch.Tensor:
         return self._tensor(view.node, view.offset, view.sizes, view.strides)
@@ -184,7 +187,7 @@ class StepProgram:
             "num_matrices": len(group),
         }
         entry = kernel.module.address("run")
-        record = self._record([entry, *(given[name] for _, name in ir_run.RUN_ARGUMENTS)])
+        record = self._record([entry, *(given[name] for _, name in ir_run.ENTRY_ARGUMENTS)])
         self._keep.append(kernel)
         self._call(self._tape_module.address("thunk_matmul"), record)
 
@@ -256,19 +259,18 @@ class StepProgram:
                 if needed > self._workspace.nbytes:
                     self._workspace = torch.empty(needed, dtype=torch.uint8)
             layers[node] = _Layer(planned, store, node, self.batch_size)
-        counts = {tuple(layer.store.counts) for layer in layers.values()}
-        if len(counts) != 1:
-            raise UnsupportedModelError("the cache's layers have seen different tokens")
-        self.follow(next(iter(counts)))
-        for layer in layers.values():
-            layer.follow()
         return layers
 
-    def follow(self, counts: Sequence[int]) -> None:
-        """`counts` tokens of each sequence are stored."""
-        for row, count in enumerate(counts):
+    def follow(self) -> None:
+        """Take over from the cache what it holds: before the first step, and when others stored tokens or took them back."""
+        counts = {tuple(layer.store.counts) for layer in self._layers.values()}
+        if len(counts) != 1:
+            raise UnsupportedModelError("the cache's layers have seen different tokens")
+        for row, count in enumerate(next(iter(counts))):
             self._counts[row] = count
-        self.positions[:, 0] = torch.tensor(counts)
+            self.positions[row, 0] = count
+        for layer in self._layers.values():
+            layer.follow()
 
     def _bind_appends(self) -> Callable[[], None]:
         calls: list[int] = []

@@ -100,7 +100,7 @@ def _actions(graph: StepGraph) -> list[Action]:
             rows.append(node)
             continue
         flush()
-        group = (node,)
+        group: tuple[Node, ...] = (node,)
         if node.kind == "linear":
             group = tuple(n for n in graph.nodes[i:] if n.kind == "linear" and n.inputs == node.inputs)
         actions.append(Action(node.kind, group))
@@ -174,9 +174,7 @@ def _step(
 ) -> RowStep:
     """One loop nest without axes of length one, and with neighbouring axes joined where all operands allow it."""
     axes = [axis for axis, size in enumerate(sizes) if size != 1] or [len(sizes) - 1]
-    strides = [
-        x if isinstance(x, float) else [_stride(x, axis - len(sizes)) for axis in axes] for x in (*inputs, out)
-    ]
+    strides = [x if isinstance(x, float) else [_stride(x, axis - len(sizes)) for axis in axes] for x in (*inputs, out)]
     lengths = [sizes[axis] for axis in axes]
     at = 0
     last = len(lengths) - (2 if op == "mean" else 1)
@@ -190,7 +188,7 @@ def _step(
             last -= 1
         else:
             at += 1
-    operands = []
+    operands: list[Operand | float] = []
     for x, s in zip((*inputs, out), strides, strict=True):
         if isinstance(x, float):
             operands.append(x)
