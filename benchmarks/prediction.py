@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.results_file import write_results
 from haversack.cost.training import SLACK_FRACTION, training_cost
 from haversack.describe.model import describe_model
-from haversack.describe.workload import TrainingWorkload, TrainWorkload, TuneWorkload, workload_from_dict
+from haversack.describe.workload import TrainingWorkload, TrainWorkload, TuneWorkload
 from haversack.errors import HaversackError
 
 SIZES = ((128, 4, 2), (256, 4, 4), (384, 6, 6), (512, 8, 8), (768, 12, 12))

@@ -27,7 +27,9 @@ BYTES_PER_WEIGHT = {
     "BF16": 2.0,
     "nf4": 0.5 + 4 / 64,  # bitsandbytes: a float32 maximum per 64
     "fp4": 0.5 + 4 / 64,
-    "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256),  # maxima in 8 bits, with a float32 per 256 of them (arXiv 2305.14314, section 3)
+    "nf4-dq": 0.5
+    + 1 / 64
+    + 4 / (64 * 256),  # maxima in 8 bits, with a float32 per 256 of them (arXiv 2305.14314, section 3)
     "int8": 1.0,
     "int4-g64": 0.5 + 4 / 64,  # gpt-fast: scale and zero in bf16 per group
 }
@@ -42,15 +44,28 @@ def tune(row: dict[str, Any], model: Model) -> float:
     """litgpt's LoRA: rank 8 on queries and values, AdamW, all in bfloat16."""
     packed = "format" in row
     workload = TuneWorkload(
-        row["batch"], row["tokens"], method="qlora" if packed else "lora", lora_rank=8, lora_targets="query-value", loss="native"
+        row["batch"],
+        row["tokens"],
+        method="qlora" if packed else "lora",
+        lora_rank=8,
+        lora_targets="query-value",
+        loss="native",
     )
     cost = training_cost(model, workload)
     if not packed:
-        return max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward", "update")) + CUBLAS_WORKSPACE_BYTES
+        return (
+            max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward", "update"))
+            + CUBLAS_WORKSPACE_BYTES
+        )
     ledger = cost.ledger()
     foreign = sum(weight_bytes(site, row["format"], row["format"]) for site in model.weights) + total_bytes(model.rest)
     own = cost.staying["weights"] + cost.staying["packed weights"]
-    return max(ledger.total_bytes(p) for p in ("forward", "loss", "backward", "update")) - own + foreign + CUBLAS_WORKSPACE_BYTES
+    return (
+        max(ledger.total_bytes(p) for p in ("forward", "loss", "backward", "update"))
+        - own
+        + foreign
+        + CUBLAS_WORKSPACE_BYTES
+    )
 
 
 def generate(row: dict[str, Any], model: Model) -> float:
@@ -140,7 +155,9 @@ def main(file: Path) -> None:
             continue
         error = predicted / row["value"] - 1
         exact = row["kind"] != "formula" or abs(error) < 0.5 * 10.0 ** (1 - row["digits"])
-        figures.append({"id": name, **row, "predicted": predicted, "error": error, "agrees": exact and abs(error) <= TOLERANCE})
+        figures.append(
+            {"id": name, **row, "predicted": predicted, "error": error, "agrees": exact and abs(error) <= TOLERANCE}
+        )
         print(name, row["kind"], f"{predicted / 1e9:.3f} GB against {row['value'] / 1e9:.3f}: {error:+.2%}", flush=True)
     for kind in ("formula", "torch"):
         scored = [row for row in figures if row["kind"] == kind]
