@@ -18,8 +18,9 @@ from haversack.cost.training import training_cost
 from haversack.describe.model import Model, describe_model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.site import WeightSite
+from haversack.describe.skeleton import build_skeleton
 from haversack.describe.workload import TuneWorkload
-from haversack.engine.profile import profile_forward
+from haversack.engine.trace import LiveBytes
 from haversack.errors import HaversackError
 from haversack.ledger import total_bytes
 
@@ -80,8 +81,19 @@ def generate(row: dict[str, Any], model: Model) -> float:
     unpacked = 0.0
     if fmt != "BF16" and row.get("unpacks", True):
         unpacked = 2.0 * max(s.num_parameters for s in model.weights if s.role not in ("embedding", "position"))
-    passing = profile_forward(model, batch_size=1, new_tokens=16).peak_bytes
+    passing = passing_bytes(model, num_tokens=16)
     return (layers + kv) / stages + outer + total_bytes(model.rest) + unpacked + passing + CUBLAS_WORKSPACE_BYTES
+
+
+def passing_bytes(model: Model, num_tokens: int) -> int:
+    """The most that one forward pass allocates, traced through the unpacked model."""
+    import torch
+
+    skeleton: Any = build_skeleton(model.config, model.name).to(torch.bfloat16)
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        skeleton(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return live.peak_bytes
 
 
 def weight_bytes(site: WeightSite, fmt: str, head: str) -> float:
