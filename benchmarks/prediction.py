@@ -194,7 +194,7 @@ def main(number: int, folder: Path, first: int = 0) -> None:
         with file.open("a") as out:
             out.write(json.dumps(row) + "\n")
         print(seed, f"{row.get('tensor_error', float('nan')):.3%}", row.get("process_error"), flush=True)
-    rows = sorted(_rows(file), key=lambda row: row["seed"])
+    rows = [row for _, row in sorted({row["seed"]: row for row in _rows(file)}.items())]
     figures = {"summary": summarise(rows), "rows": rows}
     print(json.dumps(figures["summary"], indent=1))
     print(write_results("prediction", figures))

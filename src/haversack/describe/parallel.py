@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from haversack.errors import UsageError
@@ -83,6 +84,7 @@ def rank_config(config: Mapping[str, Any], parallel: Parallelism, name: str) -> 
             cut[key] = value // parallel.tensor
         if isinstance(cut.get("vocab_size"), int):
             cut["vocab_size"] = -(-cut["vocab_size"] // parallel.tensor)
+            cut["pad_token_id"] = None  # it may lie in another rank's rows
     if parallel.expert > 1:
         key = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
         if key is None:
@@ -101,4 +103,4 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
         raise UsageError(f"{stages} pipeline stages were asked of {num_layers} layers; ask for at most {num_layers}.")
     each, rest = divmod(num_layers, stages)
     starts = [stage * each + min(stage, rest) for stage in range(stages + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]

@@ -78,7 +78,8 @@ PRECISIONS = {
 OPTIMIZERS = ("adamw", "adamw8bit", "sgdm", "adafactor", "muon")
 ATTENTIONS = ("sdpa", "eager")
 METHODS = ("full", "lora", "qlora")
-ADAPTED = ("attention", "linear")
+ADAPTED = ("query-value", "attention", "linear")
+LOSSES = {"fp32": "logits widened to 32 bits, as transformers does", "native": "logits in the dtype they come in"}
 RECOMPUTATIONS = ("none", "full")
 
 
@@ -88,7 +89,7 @@ class TrainingWorkload:
 
     `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
     there are (`PRECISIONS`, `OPTIMIZERS`); `recompute` "full" keeps each layer's input alone and runs the layer again for its
-    backward pass; `attention` is transformers' name of the attention function. Raises UsageError naming the field, its
+    backward pass; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`). Raises UsageError naming the field, its
     value and what is allowed.
     """
 
@@ -99,6 +100,7 @@ class TrainingWorkload:
     optimizer: str = "adamw"
     recompute: str = "none"
     attention: str = "sdpa"
+    loss: str = "fp32"
 
     def __post_init__(self) -> None:
         _check_count("batch_size", self.batch_size, minimum=1)
@@ -108,6 +110,7 @@ class TrainingWorkload:
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("recompute", self.recompute, RECOMPUTATIONS)
         _check_choice("attention", self.attention, ATTENTIONS)
+        _check_choice("loss", self.loss, LOSSES)
 
     @property
     def context_tokens(self) -> int:
@@ -150,7 +153,7 @@ class TrainWorkload(TrainingWorkload):
 class TuneWorkload(TrainingWorkload):
     """Tune a checkpoint: all of it (`full`), or low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`).
 
-    `lora_rank` and `lora_targets` (the projections around attention, or every linear of the layers) count for adapters
+    `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
     alone. Under `master` precision there are no adapters: their states are small in any precision.
     """
 

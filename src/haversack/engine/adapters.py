@@ -15,6 +15,7 @@ from haversack.parts.weights.integer import IntegerGrid
 
 ATTENTION_ROLES = ("query", "key", "value", "output", "qkv")
 LINEAR_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
+TARGETS = {"query-value": ("query", "value", "qkv"), "attention": ATTENTION_ROLES, "linear": LINEAR_ROLES}
 
 BASE_GRID = IntegerGrid(bits=4, group_size=64, search=False)
 """The packed base of QLoRA here: integers per group, 4.25 bits per weight."""
@@ -96,11 +97,11 @@ class _FrozenProduct(torch.autograd.Function):
 def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed: bool, dtype: torch.dtype) -> None:
     """Freeze `model` and put an adapter beside each whole linear of its layers; with `packed`, pack those linears.
 
-    `targets` "attention" adapts the projections around attention only. Stacked experts stay frozen as they are.
+    `targets` names the adapted roles (`TARGETS`). Stacked experts stay frozen as they are.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    roles = ATTENTION_ROLES if targets == "attention" else LINEAR_ROLES
+    roles = TARGETS[targets]
     for site, module in whole_linears(model, described):
         wanted = site.role in roles
         if not (wanted or packed):

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from haversack.describe.model import Model
@@ -21,7 +22,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
 
 class TrainingStep:
-    """A model made ready for a workload, and its optimizer.
+    """A model made ready for a workload, and its optimizer once it is told to `begin`.
 
     `model` is a causal language model in the workload's `weights_dtype`; it is changed: adapters are put in, layers are told to
     recompute.
@@ -45,12 +46,17 @@ class TrainingStep:
                 warnings.simplefilter("ignore")  # the newer name is not in every version that we run on
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
-        self.begin(described)
+        self.optimizer = Stepper([])
 
-    def begin(self, described: Model) -> None:
-        """Make the optimizer anew, over the weights that the model has now."""
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The weights that are trained, as the model has them now."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def begin(self, described: Model) -> TrainingStep:
+        """This, with an optimizer made anew over the weights that the model has now."""
         self.optimizer = self._make_optimizer(described)
+        return self
 
     def micro_step(self, ids: torch.Tensor) -> torch.Tensor:
         """Loss and gradients of one batch of token ids `(batch_size, seq_len)`; the loss, detached."""
@@ -61,8 +67,11 @@ class TrainingStep:
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """The mean negative log-likelihood of the next token, in nats, without padding."""
         with self._autocast(ids.device.type):
-            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
-        return out.loss
+            mask = torch.ones_like(ids)
+            if self.workload.loss == "fp32":
+                return self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     def update(self) -> None:
         """One step of the optimizer; gradients are dropped."""

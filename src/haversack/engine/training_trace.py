@@ -135,6 +135,8 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
         _set_attention(skeleton, model, workload)
         step = TrainingStep(skeleton, model, workload)
     resident = {owner: sum(t.nbytes for t in tensors) for owner, tensors in step.residents().items()}
+    if workload.precision == "master":
+        resident["master weights"] = 4 * sum(p.numel() for p in step.trained)
     matrices = {id(p) for p in muon_matrices(skeleton, model)}
     trained = tuple(TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in step.trained)
     packed = tuple((len(m.codes), m.in_features) for m in skeleton.modules() if isinstance(m, PackedLinear))

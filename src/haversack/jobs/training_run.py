@@ -98,7 +98,7 @@ def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[
     batches = [
         torch.randint(described.vocab_size, shape, generator=generator) for _ in range(workload.accumulation_steps)
     ]
-    return TrainingStep(model, described, workload), batches
+    return TrainingStep(model, described, workload).begin(described), batches
 
 
 def open_model(described: Any, dtype: torch.dtype, attention: str) -> Any:

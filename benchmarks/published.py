@@ -1,0 +1,181 @@
+"""Published peaks of real systems against predictions: `python -m benchmarks.published ROWS.csv`.
+
+`published.toml` holds the setting of each row. No constant here is fitted: formats are their makers', the rest is traced.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_file import write_results
+from haversack.cost.parallel import rank_config
+from haversack.cost.training import training_cost
+from haversack.describe.model import Model, describe_model
+from haversack.describe.parallel import Parallelism
+from haversack.describe.site import WeightSite
+from haversack.describe.skeleton import build_skeleton
+from haversack.describe.workload import TuneWorkload
+from haversack.engine.trace import LiveBytes
+from haversack.errors import HaversackError
+from haversack.ledger import total_bytes
+
+BYTES_PER_WEIGHT = {
+    "BF16": 2.0,
+    "nf4": 0.5 + 4 / 64,  # bitsandbytes: a float32 maximum per 64
+    "fp4": 0.5 + 4 / 64,
+    "nf4-dq": 0.5
+    + 1 / 64
+    + 4 / (64 * 256),  # maxima in 8 bits, with a float32 per 256 of them (arXiv 2305.14314, section 3)
+    "int8": 1.0,
+    "int4-g64": 0.5 + 4 / 64,  # gpt-fast: scale and zero in bf16 per group
+}
+
+CUBLAS_WORKSPACE_BYTES = 8_519_680
+"""torch's default on GPUs before Hopper: `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8`, in KiB."""
+
+TOLERANCE = 0.10
+
+
+def tune(row: dict[str, Any], model: Model) -> float:
+    """litgpt's LoRA: rank 8 on queries and values, AdamW, all in bfloat16."""
+    packed = "format" in row
+    workload = TuneWorkload(
+        row["batch"],
+        row["tokens"],
+        method="qlora" if packed else "lora",
+        lora_rank=8,
+        lora_targets="query-value",
+        loss="native",
+    )
+    cost = training_cost(model, workload)
+    if not packed:
+        return (
+            max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward", "update"))
+            + CUBLAS_WORKSPACE_BYTES
+        )
+    ledger = cost.ledger()
+    foreign = sum(weight_bytes(site, row["format"], row["format"]) for site in model.weights) + total_bytes(model.rest)
+    own = cost.staying["weights"] + cost.staying["packed weights"]
+    return (
+        max(ledger.total_bytes(p) for p in ("forward", "loss", "backward", "update"))
+        - own
+        + foreign
+        + CUBLAS_WORKSPACE_BYTES
+    )
+
+
+def generate(row: dict[str, Any], model: Model) -> float:
+    """Weights, keys and values of all tokens, the activations of a short prompt, and the largest matrix unpacked."""
+    tensor, stages = row.get("tensor", 1), row.get("stages", 1)
+    if tensor > 1:
+        model = describe_model(rank_config(model.config, Parallelism(tensor=tensor), model.name))
+    fmt = row.get("format", "BF16")
+    layers = sum(weight_bytes(s, fmt, fmt) for s in model.weights if s.layer is not None)
+    outer = sum(weight_bytes(s, fmt, row.get("head", fmt)) for s in model.weights if s.layer is None)
+    kv = sum(site.bytes_per_token() for site in model.attention) * row["tokens"]
+    unpacked = 0.0
+    if fmt != "BF16" and row.get("unpacks", True):
+        unpacked = 2.0 * max(s.num_parameters for s in model.weights if s.role not in ("embedding", "position"))
+    passing = passing_bytes(model, num_tokens=16)
+    return (layers + kv) / stages + outer + total_bytes(model.rest) + unpacked + passing + CUBLAS_WORKSPACE_BYTES
+
+
+def passing_bytes(model: Model, num_tokens: int) -> int:
+    """The most that one forward pass allocates, traced through the unpacked model."""
+    import torch
+
+    skeleton: Any = build_skeleton(model.config, model.name).to(torch.bfloat16)
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        skeleton(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return live.peak_bytes
+
+
+def weight_bytes(site: WeightSite, fmt: str, head: str) -> float:
+    """A matrix in a foreign format: embeddings stay in bfloat16, and tied heads with them."""
+    if site.role in ("embedding", "position"):
+        return 2.0 * site.num_parameters
+    return BYTES_PER_WEIGHT[head if site.role == "head" else fmt] * site.num_parameters
+
+
+def weights(row: dict[str, Any], model: Model) -> float:
+    return 2.0 * model.num_parameters
+
+
+def kv(row: dict[str, Any], model: Model) -> float:
+    return sum(site.bytes_per_token() for site in model.attention) * row["tokens"]
+
+
+def kv_latent(row: dict[str, Any], model: None) -> float:
+    """One latent and one rotary key per layer and token in 16 bits."""
+    return 2.0 * row["layers"] * row["width"] * row["tokens"]
+
+
+def kv_heads(row: dict[str, Any], model: None) -> float:
+    return 2.0 * row["layers"] * row["heads"] * row["width"] * row["bytes"] * row["tokens"]
+
+
+def zero(row: dict[str, Any], model: None) -> float:
+    from haversack.cost.parallel import sharded_bytes
+
+    n, layout = int(row["parameters"]), Parallelism(data=row["ranks"], zero=row["stage"])
+    owners = {"weights": 2 * n, "gradients": 2 * n, "master weights": 4 * n, "optimizer states": 8 * n}
+    return float(sum(sharded_bytes(size, owner, layout) for owner, size in owners.items()))
+
+
+def deepspeed(row: dict[str, Any], model: None) -> float:
+    """Its own estimators, which also count gradients in 32 bits: 4P + 16P/N for stage 2, 4L + 18P/N for stage 3."""
+    n, ranks = row["parameters"], row["ranks"]
+    return 4 * n + 16 * n / ranks if row["stage"] == 2 else 4 * row["widest"] + 18 * n / ranks
+
+
+RUNS: dict[str, Callable[[dict[str, Any], Any], float]] = {
+    "tune": tune,
+    "generate": generate,
+    "weights": weights,
+    "kv": kv,
+    "kv latent": kv_latent,
+    "kv heads": kv_heads,
+    "zero": zero,
+    "deepspeed": deepspeed,
+}
+
+
+def main(file: Path) -> None:
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    published = {row["id"]: row for row in csv.DictReader(file.open())}
+    figures: list[dict[str, Any]] = []
+    for name in published:
+        row = table["rows"].get(name)
+        if row is None:
+            figures.append({"id": name, "kind": "dropped", "why": "no setting"})
+            continue
+        if row["kind"] in ("other", "dropped"):
+            figures.append({"id": name, **row})
+            continue
+        try:
+            model = describe_model(table["models"][row["model"]]["config"]) if "model" in row else None
+            predicted = RUNS[row["run"]](row, model)
+        except HaversackError as problem:
+            figures.append({"id": name, **row, "agrees": False, "failed": str(problem)})
+            print(name, row["kind"], "failed:", problem, flush=True)
+            continue
+        error = predicted / row["value"] - 1
+        exact = row["kind"] != "formula" or abs(error) < 0.5 * 10.0 ** (1 - row["digits"])
+        figures.append(
+            {"id": name, **row, "predicted": predicted, "error": error, "agrees": exact and abs(error) <= TOLERANCE}
+        )
+        print(name, row["kind"], f"{predicted / 1e9:.3f} GB against {row['value'] / 1e9:.3f}: {error:+.2%}", flush=True)
+    for kind in ("formula", "torch"):
+        scored = [row for row in figures if row["kind"] == kind]
+        print(kind, sum(row["agrees"] for row in scored), "of", len(scored))
+    print(write_results("published", figures))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
