@@ -33,9 +33,10 @@ FUZZ_CASES ?= 5000
 fuzz: env
 	$(PY) -m tests.cli.fuzz $(FUZZ_CASES) $$RANDOM
 
-# Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures. All of them take about
-# BENCH_TOTAL on two free cores, the peers' environments apart; those of bench-quick need no peers and take under 15 minutes. `make bench-NAME` runs one.
-bench: bench-quick peers bench-weights
+# Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures; `make bench-NAME` runs one.
+# bench-quick needs no peers. The total of `make bench` was not timed on a free machine yet: bench-weights packs 53 settings of other tools
+# per model, of which auto-round's take longest.
+bench: bench-quick bench-plans peers bench-weights bench-decode_peers
 
 bench-quick: bench-kernels bench-process_peak bench-streaming
 
@@ -50,6 +51,7 @@ $(PEERS:%=peers-%): peers-%: .peers/%/.stamp
 .peers/%/.stamp: benchmarks/peers/%.txt
 	test -x .peers/$*/bin/python || python3 -m venv .peers/$*
 	CMAKE_ARGS="$(LLAMA_CMAKE)" .peers/$*/bin/python -m pip install -q --disable-pip-version-check -r $<
+	test $* != openvino || .peers/$*/bin/python -m pip uninstall -q -y torchvision  # it breaks the CPU build of torch
 	touch $@
 
 # Plans, packs, runs and verifies the shipped model A, and draws the page: out/demo-report.html.
