@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,36 @@ class PeerError(RuntimeError):
 def run_peer(
     name: str, requests: Sequence[Mapping[str, Any]], *, num_threads: int = 2, timeout_seconds: float = 7200
 ) -> Iterator[dict[str, Any]]:
-    """Run requests in one process of the peer's environment and yield their answers, in order.
+    """Run requests in one process of the peer's environment and yield their answers in order, as they come.
 
-    Raises PeerError where the environment is missing, and, after the answers that were given, where the process fails.
+    Raises PeerError where the environment is missing, and, after the answers that were given, where the process fails or is
+    too slow. A caller that stops asking ends the process.
     """
     with tempfile.TemporaryDirectory() as folder:
-        question, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        question, answer, log = (Path(folder) / name for name in ("request.json", "answer.json", "log"))
         question.write_text(json.dumps(list(requests)))
-        done = subprocess.run(
-            [str(interpreter(name)), str(script(name)), str(question), str(answer)],
-            env=environment(num_threads),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=timeout_seconds,
-            check=False,
-        )
-        answers = json.loads(answer.read_text()) if answer.exists() else []
-        yield from answers
-        if len(answers) < len(requests):
-            said = "\n".join(done.stdout.strip().splitlines()[-15:])
-            request = dict(requests[len(answers)])
-            raise PeerError(f"peer {name} ended with code {done.returncode} at {request}:\n{said}")
+        command = [str(interpreter(name)), str(script(name)), str(question), str(answer)]
+        given, deadline = 0, time.monotonic() + timeout_seconds
+        with (
+            log.open("w") as output,
+            subprocess.Popen(command, env=environment(num_threads), stdout=output, stderr=output) as process,
+        ):
+            try:
+                while given < len(requests):
+                    ended = process.poll() is not None  # asked before the answers are read: none comes after it
+                    answers = json.loads(answer.read_text()) if answer.exists() else []
+                    yield from answers[given:]
+                    given = len(answers)
+                    if ended or time.monotonic() > deadline:
+                        break
+                    time.sleep(0.2)
+            finally:
+                if given < len(requests):
+                    process.kill()
+        if given < len(requests):
+            said = "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
+            request = dict(requests[given])
+            raise PeerError(f"peer {name} ended with code {process.returncode} at {request}:\n{said}")
 
 
 def interpreter(name: str) -> Path:

@@ -2,7 +2,8 @@
 
 At every size (bits per weight, everything stored counted) each contender stands with the best of its settings that fit, or, where none
 does, with its smallest larger one. *Whole* counts all tensors of the model over all parameters; *linears* the matrices inside the layers over
-their own parameters, the rest staying at 16 bits. Everybody calibrates on the same tokens, and one scorer runs everybody's dense weights
+their own parameters, the rest staying at 16 bits. Everybody calibrates on the same text (others on
+32,768 tokens of it), and one scorer runs everybody's dense weights
 in float32 on the same windows: 12 of 512 tokens of prose and as many of code, which nobody's calibration saw. Intervals are paired bootstraps
 over windows.
 
@@ -31,7 +32,7 @@ from benchmarks.finished_rows import FOLDER, FinishedRows, digest
 from benchmarks.results_file import write_results
 from benchmarks.scorer import TEXTS, Scorer, mean_by_text, paired_interval, perplexity
 from haversack import data
-from haversack.cost.calibrated import Calibration, calibrate_model
+from haversack.cost.calibrated import Calibration, calibrate_model, tokenize
 from haversack.cost.damage import NONE
 from haversack.cost.serving import WEIGHTS, ServingProblem
 from haversack.describe.assemble import read_site
@@ -96,8 +97,10 @@ GGML_TYPES = (
     ("Q6_K", "Q8_0"),
     ("Q8_0", "Q6_K"),
     ("Q8_0", "Q8_0"),
+    *((kind, "BF16") for kind in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_K", "Q6_K", "Q8_0")),
 )
-"""llama.cpp's types for the linears and for the embedding and head: pairs that come near a size, the embedding finer, as its own mixtures do."""
+"""llama.cpp's types for the linears and for the embedding and head: pairs that come near a size, the embedding finer, as its own mixtures
+do; and the linears alone."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ class Bench:
         self.calibration: Calibration = calibrate_model(self.model, data.text("calibration"))
         self.ids = FOLDER / f"calibration-{self.model.fingerprint[:16]}.json"
         FOLDER.mkdir(parents=True, exist_ok=True)
-        self.ids.write_text(json.dumps(self.calibration.token_ids.tolist()))
+        token_ids = tokenize(self.model, data.text("calibration"), num_tokens=32_768, seq_len=512).tolist()
+        self.ids.write_text(json.dumps(token_ids))
+        self.ids_digest = digest(token_ids)
         self.inputs = self._write_inputs()
         self.meter = PlanMeter(self.calibration, EVALUATIONS, lambda what, done, total: None)
 
@@ -179,8 +184,7 @@ class Bench:
 
     def peers(self, wanted: Sequence[tuple[str, str, dict[str, Any]]]) -> Iterator[Measured]:
         """Peers' rows in the order of `wanted` (contender, peer, settings): packed in one process per peer, scored here."""
-        ids = digest(self.calibration.token_ids.tolist())
-        keys = [[self.scorer.key, ids, peer.fingerprint(name), settings] for _, name, settings in wanted]
+        keys = [[self.scorer.key, self.ids_digest, peer.fingerprint(name), settings] for _, name, settings in wanted]
         names = dict.fromkeys(name for (_, name, _), key in zip(wanted, keys) if key not in self.rows)
         for name in names:
             missing = [
@@ -201,6 +205,14 @@ class Bench:
                 row["versions"],
                 row["seconds"],
             )
+
+    def outside_bytes(self, measured: Measured | None) -> int:
+        """Bytes of the embedding and head as a contender stores them, or as the checkpoint does."""
+        outside = [site for site in self.model.weights if site.layer is None]
+        if measured is None:
+            return sum(site.num_bytes for site in outside)
+        prefixes = tuple(site.module + "." for site in outside)
+        return sum(n for name, n in measured.bytes.items() if name.startswith(prefixes))
 
     def _pack(self, name: str, missing: Sequence[tuple[Any, dict[str, Any]]]) -> None:
         """Rows of one process: asked, scored, kept."""
@@ -226,7 +238,7 @@ class Bench:
 
     def ours(self, size: float, scope: str) -> Measured:
         """What the planner chooses within the bytes of `size`, whole plans measured on calibration text."""
-        key = [self.scorer.key, "ours", digest(self.calibration.token_ids.tolist()), source_digest(), size, scope]
+        key = [self.scorer.key, "ours", source_digest(), size, scope]
         chosen = {} if key in self.rows else self.plan(size, scope)
         return self._own(OURS, "planned", chosen, key)
 
@@ -305,6 +317,8 @@ class Bench:
 
 def standing(bench: Bench, rows: Sequence[Measured], size: float, scope: str) -> Measured:
     """The row that stands for a contender at a size: the least KL of those that fit, else the smallest larger one."""
+    if scope == "linears":
+        rows = [row for row in rows if bench.outside_bytes(row) >= bench.outside_bytes(None)]
     fitting = [row for row in rows if bench.bits(row, scope) <= size + 1e-9]
     if fitting:
         return min(fitting, key=lambda row: row.mean_kl)

@@ -221,6 +221,13 @@ def results_page() -> str:
             f"{title} {stored['date'][:10]}, commit `{stored['commit'][:10]}`; {where}; {versions}.",
         ]
         lines += [f"Note: {note}." for note in stored["notes"]]
+        if "busy" in stored:
+            lines[-1] += f" Meanwhile other processes used {stored['busy']:.0%} of the machine's cores."
+        for table in stored.get("tables", ()):
+            lines += ["", f"**{table['title']}**", "", _markdown(table["columns"])]
+            lines += ["|---" + "|---:" * (len(table["columns"]) - 1) + "|", *map(_markdown, table["rows"])]
+        if "tables" in stored:
+            continue  # the figures are what the tables were made from
         figures = stored["figures"]
         for row in figures if isinstance(figures, list) else [figures]:
             facts = {k: v for k, v in row.items() if isinstance(v, (str, int, float))}
@@ -243,6 +250,10 @@ def results_page() -> str:
                 lines += ["", "| what | predicted | measured |", "|---|---:|---:|"]
                 lines += [f"| {line['what']} | {line['predicted']} | {line['measured']} |" for line in row["figures"]]
     return "\n".join(lines) + "\n"
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _shown(name: str, value: Any) -> str:

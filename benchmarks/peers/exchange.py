@@ -41,17 +41,3 @@ def tensor_bytes(folder):
 def file_bytes(folder, suffix=".safetensors"):
     """Bytes of the weight files themselves, headers included."""
     return sum(path.stat().st_size for path in Path(folder).glob(f"*{suffix}"))
-
-
-def write_dense(model, path):
-    """Every parameter of a transformers model as the checkpoint names it, in float32; a tied head once."""
-    import torch
-    from safetensors.torch import save_file
-
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    dense = {
-        name: tensor.detach().to(torch.float32).contiguous().clone()
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not (tied and name == "lm_head.weight")
-    }
-    save_file(dense, path)

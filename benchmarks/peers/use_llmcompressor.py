@@ -6,7 +6,7 @@ Settings: bits, group_size, symmetric, method ("gptq" or "nearest"), actorder, o
 import shutil
 from pathlib import Path
 
-from exchange import file_bytes, serve, tensor_bytes, write_dense
+from exchange import file_bytes, serve, tensor_bytes
 
 
 def weights(request):
@@ -16,6 +16,7 @@ def weights(request):
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     settings = request["settings"]
@@ -53,7 +54,13 @@ def weights(request):
     with torch.no_grad():
         back(input_ids=torch.tensor([ids[0][:4]]))  # the first pass decompresses
     dense = out.with_suffix(".dense.safetensors")
-    write_dense(back, dense)
+    tied = back.config.tie_word_embeddings
+    matrices = {
+        name: tensor.detach().to(torch.float32).contiguous().clone()
+        for name, tensor in back.state_dict().items()
+        if name.endswith(".weight") and not (tied and name == "lm_head.weight")
+    }
+    save_file(matrices, dense)
     return {"dense": str(dense), "tensor_bytes": tensor_bytes(out), "file_bytes": file_bytes(out)}
 
 

@@ -48,7 +48,7 @@ def folder(tmp_path, saved_families) -> Path:
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "vit"}, "no causal language model"),
         ({"model_type": "xyz", "auto_map": {"AutoConfig": "configuration_xyz.XyzConfig"}}, "trust-remote-code"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized already .mxfp4."),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized already .fp8."),
         ({"num_attention_heads": 5}, "no multiple of its 5 heads"),
         ({"num_key_value_heads": 3}, "4 heads can't share 3"),
         ({"num_key_value_heads": 0}, "4 heads can't share 0"),

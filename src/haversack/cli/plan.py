@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haversack.cli import console
-from haversack.cli.question import Asked, Calibrating, Source, Trust, spread_options, weighed_answer
+from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
+from haversack.errors import UsageError
 from haversack.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from haversack.plan.question import Answer
     from haversack.plan.schema import DamageRecord
+
+TASKS = ("serve", "tune", "train")
 
 
 @spread_options
@@ -25,10 +28,39 @@ def plan(
         bool, typer.Option("--calibrate", help="Weigh options on this model's weights (minutes) instead of citing.")
     ] = False,
     trust_remote_code: Trust = False,
+    task: Annotated[str, typer.Option("--task", help="serve, tune or train.")] = "serve",
+    batch: Annotated[int, typer.Option("--batch", help="Sequences per step and rank, to tune or train.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="KEY=VALUE", help="How to tune or train: optimizer=adamw8bit, zero=3."),
+    ] = None,
+    largest: Annotated[
+        str | None, typer.Option("--largest", help="To tune or train: the largest batch or context that fits.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
+    if task not in TASKS:
+        raise UsageError(f"--task {task!r} is not one of {', '.join(TASKS)}.")
+    if task != "serve":
+        from haversack.cli.training import plan_training_verb
+        from haversack.describe.model import describe_model
+
+        return plan_training_verb(
+            describe_model(model, trust_remote_code=trust_remote_code),
+            machine_named(asked.machine),
+            task,
+            budget=asked.budget,
+            tensor_budget=asked.tensor_budget,
+            batch=batch,
+            seq_len=asked.context,
+            pairs=settings or [],
+            largest_of=largest,
+            json=json,
+        )
+    if settings or largest:
+        raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
     asked.check()
     from haversack.describe.model import describe_model
     from haversack.formats.output import check_output

@@ -122,7 +122,7 @@ class Asked:
         """The question in the planner's words; with `lossless`, only what changes no value."""
         from haversack.plan.question import Question
 
-        machine = self.find_machine()
+        machine = machine_named(self.machine)
         text = self.budget_text
         available = machine.tiers()["device"]
         return Question(
@@ -137,16 +137,6 @@ class Asked:
             weight_damages=None if calibration is None else calibration.weight_damages,
             kv_damages=None if calibration is None else calibration.kv_damages,
         )
-
-    def find_machine(self) -> Machine:
-        """This machine with the rates measured earlier, a named one, or a file's."""
-        from haversack.describe import machine
-
-        if self.machine is None:
-            return machine.known()
-        if Path(self.machine).is_file() or Path(self.machine).suffix == ".json":
-            return machine.from_file(self.machine)
-        return machine.named(self.machine)
 
     def workload(self, model: Model) -> ServeWorkload:
         """Prompt and answer from whichever of the three lengths were given; three quarters prompt by default."""
@@ -171,6 +161,17 @@ class Asked:
                 "ask for fewer."
             )
         return ServeWorkload(prompt, generate, self.users, min_tokens_per_second=self.min_tokens_per_second)
+
+
+def machine_named(name: str | None) -> Machine:
+    """This machine with the rates measured earlier, a named one, or a file's."""
+    from haversack.describe import machine
+
+    if name is None:
+        return machine.known()
+    if Path(name).is_file() or Path(name).suffix == ".json":
+        return machine.from_file(name)
+    return machine.named(name)
 
 
 @dataclass(frozen=True)

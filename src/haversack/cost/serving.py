@@ -21,7 +21,7 @@ from haversack.formats.safetensors_file import ALIGNMENT_BYTES, layout
 from haversack.ledger import Ledger, StoredTensor, total_bytes
 from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
-WEIGHTS, KV, MAPPED = "weights", "kv", "weights (mapped)"
+WEIGHTS, KV, MAPPED, GENERATION = "weights", "kv", "weights (mapped)", "generation"
 STREAM_BUFFERS = 2
 
 GENERATION_ODDS_BYTES = 16 << 10
@@ -59,7 +59,8 @@ class ServingProblem:
         window = total_bytes(stream_window(self.serving.model, weights)) if streamed else 0
         for point in ("load", "prefill", "decode"):
             for owner, num_bytes in self.fixed.items():
-                ledger.add(point, owner, "device", num_bytes)
+                if point != "load" or owner != GENERATION:
+                    ledger.add(point, owner, "device", num_bytes)
             ledger.add(point, WEIGHTS, "device", resident)
             if mapped:
                 ledger.add(point, MAPPED, "disk", mapped)
@@ -114,12 +115,12 @@ def serving_problem(
     fixed = {
         "runtime": runtime_bytes,
         "rest": total_bytes(serving.model.rest) + total_bytes(serving.model.buffers),
-        "generation": generation_bytes(serving),
+        GENERATION: generation_bytes(serving),
     }
     window = PeakTerm(tuple(f"window {layer}" for layer in sorted(layers)), STREAM_BUFFERS)
     windows = (window, PeakTerm(tuple(streamed), STREAM_BUFFERS)) if layers else ()
     fixed_bytes = sum(fixed.values())
-    points = [TimePoint("load", "device", (WEIGHTS,), windows, fixed_bytes)]
+    points = [TimePoint("load", "device", (WEIGHTS,), windows, fixed_bytes - fixed[GENERATION])]
     for point, accounts in running.items():
         points.append(TimePoint(point, "device", (WEIGHTS, KV), (*windows, PeakTerm(tuple(accounts))), fixed_bytes))
     problem = Problem(

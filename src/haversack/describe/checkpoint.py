@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haversack.describe import mxfp4
 from haversack.describe.site import TensorSlice
 from haversack.errors import CheckpointError, ModelNotFoundError, UnsafeCheckpointError
 from haversack.ledger import DTYPE_BYTES, StoredTensor
@@ -56,7 +57,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor of a checkpoint: its file, dtype, shape, and the absolute byte range `[start, stop)` in the file."""
+    """One tensor of a checkpoint: its file, dtype, shape, and the absolute byte range `[start, stop)` in the file.
+
+    `mxfp4` holds blocks and scales where the tensor is stored in them (then the range is the blocks', and dtype and shape
+    are those of what they stand for).
+    """
 
     name: str
     file: Path
@@ -64,6 +69,7 @@ class CheckpointTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    mxfp4: tuple[CheckpointTensor, CheckpointTensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -117,7 +123,7 @@ class Checkpoint:
                 tensors[tensor.name] = tensor
         if index is not None:
             _check_index(index, tensors)
-        return cls(folder, files, tensors, header_bytes)
+        return cls(folder, files, _paired(tensors), header_bytes)
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
@@ -134,7 +140,7 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
-        return sum(tensor.num_bytes for tensor in self.tensors.values())
+        return sum(part.num_bytes for tensor in self.tensors.values() for part in tensor.mxfp4 or (tensor,))
 
     def read(self, piece: TensorSlice | str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One slice `(rows, in_features)` (or a whole tensor, by name), in its own dtype or in `dtype`.
@@ -161,7 +167,6 @@ class Checkpoint:
 
     def read_region(self, name: str, ranges: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         """`tensor[start:stop:step, ...]`, one range per axis, as a view into memory read for it alone."""
-        import torch
 
         tensor = self[name]
         for (start, stop, step), length in zip(ranges, tensor.shape, strict=True):
@@ -169,30 +174,13 @@ class Checkpoint:
                 raise CheckpointError(
                     f"Range {start}:{stop}:{step} was asked of an axis of length {length} of {name!r}; it lies outside."
                 )
-        # Axes that are cut to one index move the start; the first axis that keeps more bounds the range; later ones
-        # are read whole and cut in memory.
-        element_bytes = DTYPE_BYTES[tensor.dtype]
-        offset, axis = tensor.start, 0
-        stride = tensor.num_bytes // element_bytes if tensor.shape else 1
-        while axis < len(tensor.shape):
-            stride = prod(tensor.shape[axis + 1 :])
-            start, stop, _ = ranges[axis]
-            offset += start * stride * element_bytes
-            if stop - start != 1:
-                break
-            axis += 1
-        lengths = [1] * axis
-        if axis < len(tensor.shape):
-            start, stop, _ = ranges[axis]
-            lengths += [stop - start, *tensor.shape[axis + 1 :]]
-        data = torch.empty(prod(lengths), dtype=torch_dtype(tensor.dtype))
-        _read_exactly(tensor.file, offset, data)
-        region = data.reshape(lengths)
-        cuts = tuple(
-            slice(0, None, step) if i <= axis else slice(start, stop, step)
-            for i, (start, stop, step) in enumerate(ranges)
+        if tensor.mxfp4 is None:
+            return _read_region(tensor, ranges)
+        experts, columns, rows = ranges
+        blocks, scales = (
+            _read_region(part, [experts, rows, *((0, n, 1) for n in part.shape[2:])]) for part in tensor.mxfp4
         )
-        return region[cuts] if cuts else region
+        return mxfp4.dequantize(blocks, scales)[:, slice(*columns)]
 
     def fingerprint(self) -> str:
         """A fast content hash, 64 hex digits: every tensor's name, dtype, shape, and 64 bytes from its middle.
@@ -215,6 +203,45 @@ class Checkpoint:
             for handle in handles.values():
                 os.close(handle)
         return digest.hexdigest()
+
+
+def _read_region(tensor: CheckpointTensor, ranges: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """`tensor[start:stop:step, ...]` as it lies in its file."""
+    import torch
+
+    # Axes that are cut to one index move the start; the first axis that keeps more bounds the range; later ones
+    # are read whole and cut in memory.
+    element_bytes = DTYPE_BYTES[tensor.dtype]
+    offset, axis = tensor.start, 0
+    stride = tensor.num_bytes // element_bytes if tensor.shape else 1
+    while axis < len(tensor.shape):
+        stride = prod(tensor.shape[axis + 1 :])
+        start, stop, _ = ranges[axis]
+        offset += start * stride * element_bytes
+        if stop - start != 1:
+            break
+        axis += 1
+    lengths = [1] * axis
+    if axis < len(tensor.shape):
+        start, stop, _ = ranges[axis]
+        lengths += [stop - start, *tensor.shape[axis + 1 :]]
+    data = torch.empty(prod(lengths), dtype=torch_dtype(tensor.dtype))
+    _read_exactly(tensor.file, offset, data)
+    region = data.reshape(lengths)
+    cuts = tuple(
+        slice(0, None, step) if i <= axis else slice(start, stop, step) for i, (start, stop, step) in enumerate(ranges)
+    )
+    return region[cuts] if cuts else region
+
+
+def _paired(tensors: dict[str, CheckpointTensor]) -> dict[str, CheckpointTensor]:
+    """The tensors, with blocks and scales of MXFP4 as the one tensor that they stand for."""
+    for base, shape in mxfp4.paired_names({name: (t.dtype, t.shape) for name, t in tensors.items()}).items():
+        blocks, scales = tensors.pop(base + mxfp4.BLOCKS), tensors.pop(base + mxfp4.SCALES)
+        tensors[base] = CheckpointTensor(
+            base, blocks.file, "BF16", shape, blocks.start, blocks.stop, mxfp4=(blocks, scales)
+        )
+    return tensors
 
 
 def require_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from haversack.describe import mxfp4
 from haversack.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def _check_quantization(config: Mapping[str, Any], name: str) -> None:
     if not quantization:
         return
     method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else "?"
+    if method == mxfp4.METHOD:  # read exactly, as the 16-bit tensors that its blocks stand for
+        return
     raise UnsupportedModelError(
         f"{name!r} is quantized already ({method}); packing starts from 16 or 32-bit weights, so name the unquantized "
         "checkpoint (or save a dequantized copy with transformers)."

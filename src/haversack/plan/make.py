@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from haversack.cost.candidates import Serving, kv_candidates, weight_candidates
 from haversack.cost.damage import Damage
@@ -183,7 +183,7 @@ def _built(
     options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights")
     damages = damage_table(model, options, None if lossless else question.weight_damages)
     weights = [
-        weight_candidates(serving, site, damages[site.id], _placements(site.layer, placements))
+        weight_candidates(serving, site, _bounded(damages[site.id], question), _placements(site.layer, placements))
         for site in model.weights
     ]
     kv = []
@@ -192,7 +192,7 @@ def _built(
             kv_damages: Mapping[KVOption, Damage] = question.kv_damages[site.id]
         else:
             kv_damages = unknown_kv_damages(model, site, () if lossless else candidate_options("kv"))
-        kv.append(kv_candidates(serving, site, kv_damages))
+        kv.append(kv_candidates(serving, site, _bounded(kv_damages, question)))
     speed = question.workload.min_tokens_per_second
     max_seconds = None if speed is None else question.workload.users / speed
     return serving_problem(
@@ -204,6 +204,16 @@ def _built(
         max_damage=question.max_damage,
         max_seconds=max_seconds,
     )
+
+
+Option = TypeVar("Option", WeightOption, KVOption)
+
+
+def _bounded(damages: Mapping[Option, Damage], question: Question) -> Mapping[Option, Damage]:
+    """What may be offered: under a bound on damage only what somebody measured, for an unknown damage keeps no bound."""
+    if question.max_damage is None:
+        return damages
+    return {option: damage for option, damage in damages.items() if damage.label != "unknown"}
 
 
 def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], question: Question) -> Solution:

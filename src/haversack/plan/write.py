@@ -16,6 +16,7 @@ from haversack.cost.candidates import (
 )
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
+from haversack.describe import mxfp4
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.plan.question import DEFAULT_RUNTIME_BYTES, Answer, Question
@@ -206,6 +207,8 @@ def _machine_record(machine: Machine) -> dict[str, Any]:
 
 def _notes(question: Question) -> tuple[str, ...]:
     notes = []
+    if (question.model.config.get("quantization_config") or {}).get("quant_method") == mxfp4.METHOD:
+        notes.append("the checkpoint stores its experts in MXFP4 (4.25 bits); `as is` means them as bfloat16, exactly")
     if question.machine.read_rate() is None:
         notes.append(
             f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: not measured (`haversack machine --measure`)"
