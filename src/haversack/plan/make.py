@@ -93,7 +93,8 @@ def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
     if question.placement == "streamed":
         return _solve_streamed(question, serving, (streamed,))
     problem, solution = _solve_with(question, serving, (resident,))
-    if solution.fits or question.placement == "resident":
+    is_short = bool(solution.evaluation.excess_bytes)  # else a bound on speed or damage is missed: no disk mends that
+    if solution.fits or question.placement == "resident" or not is_short:
         return problem, solution
     return _solve_streamed(question, serving, (resident, streamed))
 
@@ -225,7 +226,7 @@ def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], que
         try:
             return solver.solve(what, time_limit_seconds=EXACT_SECONDS)
         except NoSolutionError:  # bounds on damage and seconds that no budget meets
-            return dataclasses.replace(_smallest(problem), fits=False)
+            return _nearest(problem)
     started = time.perf_counter()
     found = bound(problem, what)
     if found.chosen is None or found.objective is None:
@@ -233,6 +234,18 @@ def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], que
     evaluation = problem.evaluate(found.chosen)
     seconds = time.perf_counter() - started
     return Solution(found.chosen, what, found.objective, found.lower_bound, True, evaluation, seconds, "relaxation")
+
+
+def _nearest(problem: Problem) -> Solution:
+    """Where no budget meets the bounds: the fastest plan within the budget, or the least damaged one; else the smallest."""
+    free, what = dataclasses.replace(problem, max_damage=None), "damage"
+    if problem.max_seconds is not None:
+        free, what = dataclasses.replace(problem, max_seconds=None), "seconds"
+    try:
+        found = Solver(free).solve(what, time_limit_seconds=EXACT_SECONDS)  # type: ignore[arg-type]
+    except NoSolutionError:
+        found = None
+    return dataclasses.replace(found if found is not None and found.fits else _smallest(problem), fits=False)
 
 
 def _smallest(problem: Problem) -> Solution:

@@ -180,7 +180,7 @@ def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
         damage, seconds = plan.prediction.damage.nats, plan.prediction.seconds_per_token
         loses = f" and loses {damage:.3g} nats per token" if damage is not None else ""
         speed = f"{workload.users / seconds:.3g} tokens/s" if seconds else "its speed"
-        return f"The smallest plan decodes at {speed}{loses}; relax the bound that it misses."
+        return f"The nearest plan decodes at {speed}{loses}; relax the bound that it misses."
     sentence = f"A budget of {format_bytes(needed)} would do"
     kv = plan.ledger.timeline["decode"].get("kv", {}).get("device", 0)
     shortfall = needed - (question.budget_bytes or 0)
