@@ -15,10 +15,11 @@ import torch
 
 from haversack.engine.attention import NAME
 from haversack.engine.decoder.program import StepProgram
-from haversack.engine.decoder.schedule import schedule_step
+from haversack.engine.decoder.schedule import ALIGNMENT, constant_bytes, dtype_name, row_elements, schedule_step
 from haversack.engine.decoder.trace import Node, StepGraph, layers_of, tensors_in, trace_step
 from haversack.engine.kv_cache import HaversackCache
 from haversack.errors import UnsupportedModelError
+from haversack.kernels.ir_rows import DTYPE_BYTES
 
 LOOP = "compiled step"
 """Name of this loop in results; the other one is transformers' own."""
@@ -125,10 +126,24 @@ class Decoder:
         tables = {}
         for node, (layer, path) in self.graph.tables.items():
             value = dict(tensors_in(found[layer]))[path]
-            if value.shape[:2] != positions.shape or value.shape[2:] != node.tensor.shape[2:]:
+            if value.shape[:2] != positions.shape or value.shape[2:] != node.layout.shape[2:]:
                 raise UnsupportedModelError(f"a table of positions has the shape {tuple(value.shape)}")
             tables[node] = value
         return tables
+
+
+def step_bytes(graph: StepGraph, batch_size: int) -> int:
+    """What steps for `batch_size` sequences allocate beside kernels' workspace: buffers, constants, tables, scores.
+
+    A table is made with zeros for hidden states, and from two more of its size. Raises UnsupportedModelError.
+    """
+    schedule = schedule_step(graph, batch_size)
+    ahead = batch_size * TABLE_TOKENS
+    tables = [ahead * row_elements(node) * DTYPE_BYTES[dtype_name(node.layout)] for node in graph.tables]
+    embedding = next(node for node in graph.nodes if node.kind == "embedding")
+    making = ahead * row_elements(embedding) * DTYPE_BYTES[dtype_name(embedding.layout)] + 2 * max(tables, default=0)
+    scores = 4 * batch_size * graph.logits.sizes[-1]
+    return schedule.arena_bytes + ALIGNMENT + constant_bytes(graph) + sum(tables) + making + 2 * scores
 
 
 class Steps:

@@ -73,7 +73,7 @@ class StepProgram:
 
     def table(self, node: Node) -> torch.Tensor:
         """The buffer of a function of positions, to be filled before a step."""
-        return self._tensor(node, 0, tuple(node.tensor.shape), tuple(node.tensor.stride()))
+        return self._tensor(node, 0, tuple(node.layout.shape), tuple(node.layout.strides))
 
     def run(self) -> None:
         """Compute the logits of `tokens` at `positions`, and store their keys and values."""
@@ -85,14 +85,15 @@ class StepProgram:
 
     def _address(self, node: Node) -> int:
         if node.is_constant:
+            assert node.tensor is not None
             return node.tensor.untyped_storage().data_ptr()
         return self._base + self.schedule.offsets[node]
 
     def _tensor(self, node: Node, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """A tensor over a node's buffer, the batch as its first axis."""
         start = self._address(node) - self.arena.data_ptr()
-        size = DTYPE_BYTES[dtype_name(node.tensor)]
-        whole = self.arena[start : start + self.batch_size * row_elements(node) * size].view(node.tensor.dtype)
+        size = DTYPE_BYTES[dtype_name(node.layout)]
+        whole = self.arena[start : start + self.batch_size * row_elements(node) * size].view(node.layout.dtype)
         return whole.as_strided(
             (self.batch_size, *sizes[1:]), (row_elements(node), *strides[1:]), whole.storage_offset() + offset
         )
@@ -139,7 +140,7 @@ class StepProgram:
 
     def _embedding(self, nodes: Sequence[Node]) -> None:
         (node,) = nodes
-        weight, out = node.facts["weight"], self._tensor(node, 0, node.tensor.shape, node.tensor.stride())
+        weight, out = node.facts["weight"], self._tensor(node, 0, node.layout.shape, node.layout.strides)
         index = self.tokens if node.op == "tokens" else self.positions
         if isinstance(weight, PackedTensor):
             self._torch(lambda: out.copy_(weight.embedding(index)))
@@ -157,7 +158,7 @@ class StepProgram:
             raise UnsupportedModelError("a matrix reads rows that lie apart")
         by_kernel: dict[Matvec, list[tuple[PackedMatrix, int]]] = {}
         for node in nodes:
-            out = self._tensor(node, 0, node.tensor.shape, node.tensor.stride()).view(self.batch_size, -1)
+            out = self._tensor(node, 0, node.layout.shape, node.layout.strides).view(self.batch_size, -1)
             weight = node.facts["weight"]
             matrices = _matrices(weight)
             compiled = [_compiled_kernel(m, self.batch_size, x.dtype) for m, _ in matrices]
@@ -195,7 +196,7 @@ class StepProgram:
         (node,) = nodes
         layer = self._layers[node]
         query, keys, values = (self._view(view) for view in node.inputs if isinstance(view, View))
-        out = self._tensor(node, 0, node.tensor.shape, node.tensor.stride())
+        out = self._tensor(node, 0, node.layout.shape, node.layout.strides)
         sinks = None if node.facts["sinks"] is None else _constant(node.facts["sinks"])
         decoder = layer.store.decoder(node.facts["softcap"])
         by_head = query.stride(3) == 1 and query.stride(1) == query.shape[3]
@@ -234,7 +235,7 @@ class StepProgram:
             for node in action.nodes:
                 if action.kind == "linear":
                     for matrix, _ in _matrices(node.facts["weight"]):
-                        kernel = _compiled_kernel(matrix, self.batch_size, node.tensor.dtype)
+                        kernel = _compiled_kernel(matrix, self.batch_size, node.layout.dtype)
                         if kernel is not None:
                             largest = max(largest, kernel.case.workspace_bytes(self.batch_size))
         return largest
@@ -361,6 +362,7 @@ def _product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], An
 
 
 def _constant(view: View) -> torch.Tensor:
+    assert view.node.tensor is not None
     return view.node.tensor.as_strided(view.sizes, view.strides, view.offset).detach()
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from haversack.engine.decoder.trace import TRACED_ROWS, Node, StepGraph, View
+from haversack.engine.decoder.trace import TRACED_ROWS, Layout, Node, StepGraph, View
 from haversack.errors import UnsupportedModelError
 from haversack.kernels.ir_rows import DTYPE_BYTES, FUNCTIONS, Operand, RowStep
 
@@ -45,10 +45,10 @@ def schedule_step(graph: StepGraph, batch_size: int) -> Schedule:
 
 def row_elements(node: Node) -> int:
     """Numbers of one sequence."""
-    return node.tensor.numel() // TRACED_ROWS
+    return node.layout.numel() // TRACED_ROWS
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
+def dtype_name(tensor: Layout | torch.Tensor) -> str:
     name = str(tensor.dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise UnsupportedModelError(f"a step computes in {name}, which is not compiled")
@@ -57,13 +57,13 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 def constant_bytes(graph: StepGraph) -> int:
     """Constants that the trace made itself (a norm's weight plus one), which live beside the model's parameters."""
-    own = {n.tensor.untyped_storage()._cdata: n.tensor for n in graph.nodes if n.is_constant and n.op != "parameter"}
-    return sum(t.untyped_storage().nbytes() for t in own.values())
+    own = [n.tensor.untyped_storage() for n in graph.nodes if n.tensor is not None and n.op != "parameter"]
+    return sum({storage._cdata: storage.nbytes() for storage in own}.values())
 
 
 def row_steps(node: Node, slots: dict[Node, int]) -> list[RowStep]:
     """The steps of a row program that compute a node; pointers get numbers in `slots` as they are met."""
-    out = View(node, 0, tuple(node.tensor.shape), tuple(node.tensor.stride()))
+    out = View(node, 0, tuple(node.layout.shape), tuple(node.layout.strides))
     if node.kind == "cat":
         steps, start = [], 0
         for part in node.inputs:
@@ -128,10 +128,10 @@ def _place(graph: StepGraph, actions: tuple[Action, ...], batch_size: int) -> tu
 
     def take(node: Node) -> None:
         nonlocal top
-        tensor = node.tensor
-        if tensor.shape[0] != TRACED_ROWS or tensor.stride(0) != row_elements(node) or tensor.storage_offset():
-            raise UnsupportedModelError(f"a step makes {tuple(tensor.shape)} of {node.op}, not one row per sequence")
-        num_bytes = batch_size * row_elements(node) * DTYPE_BYTES[dtype_name(tensor)]
+        layout = node.layout
+        if layout.shape[0] != TRACED_ROWS or layout.stride(0) != row_elements(node) or layout.offset:
+            raise UnsupportedModelError(f"a step makes {tuple(layout.shape)} of {node.op}, not one row per sequence")
+        num_bytes = batch_size * row_elements(node) * DTYPE_BYTES[dtype_name(layout)]
         num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         fits = [span for span in free if span[1] - span[0] >= num_bytes]
         if fits:
@@ -199,7 +199,7 @@ def _step(
         constant = x.node.is_constant
         slot = slots.setdefault(x.node, len(slots))
         row_stride = 0 if constant else row_elements(x.node)
-        operands.append(Operand(slot, dtype_name(x.node.tensor), row_stride, x.offset, tuple(s)))
+        operands.append(Operand(slot, dtype_name(x.node.layout), row_stride, x.offset, tuple(s)))
     *read, written = operands
     assert isinstance(written, Operand)
     return RowStep(op, tuple(lengths), tuple(read), written)

@@ -39,6 +39,26 @@ _MAPS = {
 _COMMUTING = {"add", "mul"}
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A tensor that was made and let go: how its numbers lie, in tensors' own words."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()))
+
+    def stride(self, axis: int) -> int:
+        return self.strides[axis]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
 @dataclass(eq=False)
 class Node:
     """One tensor that was made: `kind` is "map", "mean", "cat", "linear", "embedding", "attention", "constant", "tokens",
@@ -47,7 +67,8 @@ class Node:
     kind: str
     op: str
     inputs: tuple[View | float, ...]
-    tensor: torch.Tensor = field(repr=False)
+    layout: Layout
+    tensor: torch.Tensor | None = field(default=None, repr=False)  # of a constant alone
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -97,9 +118,9 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
     recorder = _Recorder()
     device = next(model.buffers(), torch.empty(0)).device
     tokens = torch.zeros(TRACED_ROWS, 1, dtype=torch.int64, device=device)
-    positions = torch.zeros_like(tokens)
-    recorder.register(Node("tokens", "tokens", (), tokens))
-    recorder.register(Node("positions", "positions", (), positions))
+    positions, ones = torch.zeros_like(tokens), torch.ones_like(tokens)
+    recorder.register(tokens, "tokens", "tokens")
+    recorder.register(positions, "positions", "positions")
     hooks = [
         layer.register_forward_pre_hook(recorder.layer_hook(i), with_kwargs=True) for i, layer in enumerate(layers)
     ]
@@ -107,7 +128,9 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
     _ACTIVE.append(recorder)
     try:
         with torch.no_grad(), _Functions(recorder), recorder:
-            output = model(input_ids=tokens, position_ids=positions, use_cache=False, logits_to_keep=1)
+            # a mask, or transformers would look into the positions for packed sequences, which `meta` has no values for
+            given = {"input_ids": tokens, "attention_mask": ones, "position_ids": positions}
+            output = model(**given, use_cache=False, logits_to_keep=1)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError) as error:
         raise UnsupportedModelError(f"a step can't be traced ({' '.join(str(error).split())[:160]})") from error
     finally:
@@ -116,10 +139,6 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
             hook.remove()
         model.set_attn_implementation(attention_name)
     logits = recorder.view(output.logits)
-    for node in recorder.nodes:  # what was computed is not wanted any more, only its shape
-        if not node.is_constant:
-            shape, strides = node.tensor.shape, node.tensor.stride()
-            node.tensor = torch.empty_strided(shape, strides, dtype=node.tensor.dtype, device="meta")
     return StepGraph(_live(recorder.nodes, logits.node), logits, recorder.tables)
 
 
@@ -185,7 +204,7 @@ def _trace_attention(
         "sinks": None if sinks is None else recorder.view(sinks),
     }
     views = tuple(recorder.view(x) for x in (query, key, value))
-    recorder.register(Node("attention", "attention", views, out, facts))
+    recorder.register(out, "attention", "attention", views, **facts)
     return out, None
 
 
@@ -210,7 +229,7 @@ class _Functions(TorchFunctionMode):
         if source.node.is_constant:
             return F.linear(x, weight, bias)
         out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
-        self.recorder.register(Node("linear", "linear", (source,), out, {"weight": weight}))
+        self.recorder.register(out, "linear", "linear", (source,), weight=weight)
         return out if bias is None else out + bias
 
     def _embedding(self, index: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -218,7 +237,7 @@ class _Functions(TorchFunctionMode):
         if source.node.kind not in ("tokens", "positions"):
             raise UnsupportedModelError("an embedding looks up other numbers than tokens and positions")
         out = torch.empty(*index.shape, weight.shape[1], dtype=weight.dtype, device=index.device)
-        self.recorder.register(Node("embedding", source.node.kind, (source,), out, {"weight": weight}))
+        self.recorder.register(out, "embedding", source.node.kind, (source,), weight=weight)
         return out
 
 
@@ -231,17 +250,17 @@ class _Recorder(TorchDispatchMode):
         self.tables: dict[Node, tuple[int, tuple[Any, ...]]] = {}
         self._by_storage: dict[int, Node] = {}
 
-    def register(self, node: Node) -> None:
-        """`node.tensor` is what its storage holds from now on."""
-        self.nodes.append(node)  # keeps the tensor alive, so that no other gets its storage
-        self._by_storage[_storage(node.tensor)] = node
+    def register(self, tensor: torch.Tensor, kind: str, op: str, inputs: tuple[Any, ...] = (), **facts: Any) -> None:
+        """The tensor is what its storage holds from now on. Whoever gets that storage later is registered in its turn."""
+        node = Node(kind, op, inputs, Layout.of(tensor), tensor.detach() if kind == "constant" else None, facts)
+        self.nodes.append(node)
+        self._by_storage[_storage(tensor)] = node
 
     def view(self, tensor: torch.Tensor) -> View:
         node = self._by_storage.get(_storage(tensor))
         if node is None:  # a parameter or buffer, or made of such
-            node = Node("constant", "parameter", (), tensor.detach())
-            self._by_storage[_storage(tensor)] = node
-            self.nodes.append(node)
+            self.register(tensor, "constant", "parameter")
+            node = self.nodes[-1]
         return View(node, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
     def layer_hook(self, layer: int) -> Callable[..., None]:
@@ -251,7 +270,7 @@ class _Recorder(TorchDispatchMode):
                 if node is None or node.kind in ("positions", "tokens", "table", "constant"):
                     continue
                 if tensor.is_floating_point() and node.depends_on_positions_alone():
-                    if not tensor.is_contiguous() or tensor.shape != node.tensor.shape:
+                    if not tensor.is_contiguous() or tensor.shape != node.layout.shape:
                         raise UnsupportedModelError("its layers get a part of a table of positions")
                     node.kind, node.inputs = "table", ()
                     self.tables[node] = (layer, path)
@@ -267,17 +286,20 @@ class _Recorder(TorchDispatchMode):
         for made in [out] if isinstance(out, torch.Tensor) else [t for _, t in tensors_in(out)]:
             if any(_storage(made) == _storage(t) for t in tensors) and not name.endswith("_"):
                 continue  # a view
-            self.register(self._node(name, args, kwargs, views, made))
+            self.register(made, *self._kind(name, args, kwargs, views, made))
         return out
 
-    def _node(self, name: str, args: Any, kwargs: Any, views: Mapping[int, View], out: torch.Tensor) -> Node:
+    def _kind(
+        self, name: str, args: Any, kwargs: Any, views: Mapping[int, View], out: torch.Tensor
+    ) -> tuple[str, str, tuple[Any, ...]]:
+        """Kind, operation and inputs of what an operation made."""
         sources = tuple(views.values())
         if all(source.node.is_constant for source in sources):
-            return Node("constant", name, (), out)
+            return "constant", name, ()
         in_place = name.endswith("_")
         plain = name.removesuffix("_") if in_place else name
         inputs = tuple(views[id(x)] if isinstance(x, torch.Tensor) else x for x in args)
-        unknown = Node("unknown", f"{name} of {out.dtype}", sources, out)
+        unknown = "unknown", f"{name} of {out.dtype}", sources
         if not out.is_floating_point():
             return unknown
         if in_place and (out.storage_offset() or out.numel() * out.element_size() != out.untyped_storage().nbytes()):
@@ -286,19 +308,20 @@ class _Recorder(TorchDispatchMode):
         if plain in _MAPS:
             arity = 2 if plain in ("add", "sub", "mul", "div") else 1
             if kwargs.get("alpha", 1) == 1 and kwargs.get("rounding_mode") is None and _operands(numbers[:arity]):
-                return Node("map", _MAPS[plain], numbers[:arity], out)
+                return "map", _MAPS[plain], numbers[:arity]
         elif plain == "copy":
-            return Node("map", "copy", (numbers[1],), out) if _operands(numbers[1:2]) else unknown
+            if _operands(numbers[1:2]):
+                return "map", "copy", numbers[1:2]
         elif plain == "pow" and numbers[1] in (2.0, 0.5, -0.5):
-            return Node("map", {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt"}[numbers[1]], numbers[:1], out)
+            return "map", {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt"}[numbers[1]], numbers[:1]
         elif plain == "gelu" and kwargs.get("approximate") == "tanh":
-            return Node("map", "gelu_tanh", numbers[:1], out)
+            return "map", "gelu_tanh", numbers[:1]
         elif plain == "mean" and args[1] in ([-1], [out.ndim - 1]) and len(args) > 2 and args[2]:
-            return Node("mean", "mean", numbers[:1], out)
+            return "mean", "mean", numbers[:1]
         elif plain == "cat":
             axis = (args[1] if len(args) > 1 else 0) % out.ndim
             if axis == out.ndim - 1:
-                return Node("cat", "cat", tuple(views[id(t)] for t in args[0]), out)
+                return "cat", "cat", tuple(views[id(t)] for t in args[0])
         return unknown
 
 
