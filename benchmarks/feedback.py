@@ -60,19 +60,21 @@ class Variant:
 REFERENCE = "feedback, activation order, weighted clipping"
 VARIANTS: dict[str, Variant] = {
     "nearest, weighted clipping": Variant(NearestRounding()),
-    REFERENCE: Variant(HessianFeedback()),
-    "no activation order": Variant(HessianFeedback(activation_order=False)),
-    "no activation order, groups fitted as met": Variant(HessianFeedback(activation_order=False, static_groups=False)),
-    "no clipping (minimum to maximum)": Variant(HessianFeedback(), search=False),
-    "clipping without weights": Variant(HessianFeedback(), EvenSearch),
-    "damping 0.001": Variant(HessianFeedback(damping=0.001)),
-    "damping 0.05": Variant(HessianFeedback(damping=0.05)),
+    REFERENCE: Variant(HessianFeedback(num_sweeps=0)),
+    "no activation order": Variant(HessianFeedback(num_sweeps=0, activation_order=False)),
+    "no activation order, groups fitted as met": Variant(
+        HessianFeedback(num_sweeps=0, activation_order=False, static_groups=False)
+    ),
+    "no clipping (minimum to maximum)": Variant(HessianFeedback(num_sweeps=0), search=False),
+    "clipping without weights": Variant(HessianFeedback(num_sweeps=0), EvenSearch),
+    "damping 0.001": Variant(HessianFeedback(num_sweeps=0, damping=0.001)),
+    "damping 0.05": Variant(HessianFeedback(num_sweeps=0, damping=0.05)),
     "1 sweep": Variant(HessianFeedback(num_sweeps=1)),
     "4 sweeps": Variant(HessianFeedback(num_sweeps=4)),
     "4 sweeps, damping 0.05": Variant(HessianFeedback(num_sweeps=4, damping=0.05)),
     "4 sweeps, no activation order": Variant(HessianFeedback(num_sweeps=4, activation_order=False)),
-    "sequential by layers": Variant(HessianFeedback(), sequential=False),
-    "sequential within layers": Variant(HessianFeedback(), sequential=True),
+    "sequential by layers": Variant(HessianFeedback(num_sweeps=0), sequential=False),
+    "sequential within layers": Variant(HessianFeedback(num_sweeps=0), sequential=True),
     "4 sweeps, sequential within layers": Variant(HessianFeedback(num_sweeps=4), sequential=True),
 }
 

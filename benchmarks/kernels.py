@@ -1,28 +1,27 @@
-"""One-token packed matmul against a plain read with the same threads, and long inputs against dense bfloat16.
+"""Packed matmul against a plain read with the same threads, for one token and for batches, and long inputs against bf16.
 
-    python -m benchmarks.kernels [--out FILE] [--threads 1] [--rotate 2GiB] [--read 4GiB] [--repeats 7]
+    python -m benchmarks.kernels [--threads 1] [--rotate 2GiB] [--read 4GiB] [--repeats 7]
 
 Contenders take turns inside every repeat, so that a busy neighbour hits them all; weights rotate over `--rotate` bytes
 of copies, so that no cache holds them. Each repeat times one matmul per copy, and a contender's time is the median over
-copies, then over repeats. The read is timed in pieces as large as the matrix: on a shared machine a long read is mostly
-other people's turns. Bytes are those of codes, scales and zeros. Sources of the goals: the project's issue on kernels.
+copies, then over repeats. The read is timed in pieces as large as the 4-bit matrix: on a shared machine a long read is
+mostly other people's turns. Bytes are those of codes, scales and zeros; times include the operator's Python. Batches are
+timed at 4 bits in the same way, fewer copies of each. Goals are the project's own. Writes `results/kernels.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.results_file import write_results
 from haversack.kernels import compiled, llvm, read_bandwidth
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.registry import kernel_name, packed_matmul
@@ -32,11 +31,13 @@ from haversack.units import parse_bytes
 SHAPES = [(4096, 4096), (11008, 4096)]  # (out, in)
 GOALS = {2: 0.65, 3: 0.65, 4: 0.8, 8: 0.8}
 GROUP_SIZE = 128
+BATCHES = (2, 4, 8, 16, 32)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Values of the 4-bit float of the OCP Microscaling specification, by code."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rotate", type=parse_bytes, default=parse_bytes("2GiB"))
     parser.add_argument("--read", type=parse_bytes, default=parse_bytes("4GiB"))
@@ -44,103 +45,132 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=512, help="tokens of the long input")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    report = {"machine": machine(arguments.threads), "one_token": [], "long": []}
+    target = llvm.host_target()
+    features = [f[1:] for f in target.features.split(",") if f.startswith(("+avx", "+amx", "+neon"))]
+    report: dict[str, object] = {
+        "target": target.cpu,
+        "features": features,
+        "threads": arguments.threads,
+        "load_average": os.getloadavg()[0],
+        "one_token": [],
+        "batch": [],
+        "long": [],
+    }
     memory = torch.ones(arguments.read, dtype=torch.uint8)
     for out_features, in_features in SHAPES:
-        rows = one_token(out_features, in_features, memory, arguments.rotate, arguments.repeats)
+        contenders = one_token(out_features, in_features, memory, arguments.rotate)
+        rows = measure(contenders, (out_features, in_features), arguments.repeats)
         report["one_token"] += rows
-        print_one_token(rows)
+        print_rows(rows)
         report["long"].append(long_input(arguments.long, out_features, in_features, arguments.repeats))
         print(report["long"][-1])
-        arguments.out.write_text(json.dumps(report, indent=1))
+    for num_tokens in BATCHES:
+        contenders = batch(num_tokens, *SHAPES[0], memory)
+        report["batch"] += measure(contenders, SHAPES[0], arguments.repeats)
+        print_rows(report["batch"][-len(contenders) :])
+    print(write_results("kernels", report))
 
 
-def machine(num_threads: int) -> dict[str, object]:
-    target = llvm.host_target()
-    return {
-        "cpu": target.cpu,
-        "features": [f[1:] for f in target.features.split(",") if f.startswith(("+avx", "+amx", "+neon"))],
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": num_threads,
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-    }
+Contender = tuple[int, Callable[[int], None], int, float | None]
+"""Bytes that one call reads, the call on a numbered copy, copies, and the goal over the read's rate, if it has one."""
 
 
-def one_token(
-    out_features: int, in_features: int, memory: torch.Tensor, rotate_bytes: int, repeats: int
-) -> list[dict[str, object]]:
-    """Rows of the table for one shape: every contender's seconds, bytes, rate, and rate over the read's."""
-    contenders: dict[str, tuple[int, Callable[[int], None], int]] = {}
+def ours(
+    fmt: PackedFormat, num_tokens: int, out_features: int, memory: torch.Tensor, rotate_bytes: int, activation_bits: int
+) -> tuple[str, Contender]:
+    """One case of `packed_matmul`, and the name of the kernel that it takes."""
+    matrix_bytes = out_features * (fmt.row_bytes + fmt.scale_row_bytes)
+    copies = max(1, rotate_bytes // matrix_bytes)
+    codes = memory[: copies * out_features * fmt.row_bytes].view(copies, out_features, fmt.row_bytes)
+    scales = torch.full((copies, out_features, fmt.num_groups), 0.01, dtype=torch.float16)
+    scales = scales if fmt.scales == "f16" else torch.full(scales.shape, 120, dtype=torch.uint8)
+    x = torch.randn(num_tokens, fmt.in_features, dtype=torch.bfloat16)
+    case = {"bits": fmt.bits, "group_size": fmt.group_size, "activation_bits": activation_bits, "table": fmt.table}
+    shape = (num_tokens, out_features, fmt.in_features)
+    name = kernel_name(*shape, **case, scales=fmt.scales, dtype=torch.bfloat16)
+
+    def work(i: int) -> None:
+        packed_matmul(x, codes[i], scales[i], in_features=fmt.in_features, **case)
+
+    return name, (matrix_bytes, work, copies, GOALS[fmt.bits] if num_tokens == 1 else None)
+
+
+def one_token(out_features: int, in_features: int, memory: torch.Tensor, rotate_bytes: int) -> dict[str, Contender]:
+    """Every width by every kind of activations, two codebooks, torch's packed matmuls, dense bfloat16, and the read."""
+    contenders = {}
     for bits in (2, 3, 4, 8):
-        fmt = PackedFormat(bits, GROUP_SIZE, in_features, True)
-        matrix_bytes = out_features * (fmt.row_bytes + 2 * fmt.num_groups)
-        copies = max(1, rotate_bytes // matrix_bytes)
-        size = out_features * fmt.row_bytes
-        codes = memory[: copies * size].view(copies, out_features, fmt.row_bytes)
-        scales = torch.full((copies, out_features, fmt.num_groups), 0.01, dtype=torch.float16)
-        x = torch.randn(1, in_features, dtype=torch.bfloat16)
         for activation_bits in (16, 8):
-            name = kernel_name(
-                1,
-                out_features,
-                in_features,
-                bits=bits,
-                group_size=GROUP_SIZE,
-                activation_bits=activation_bits,
-                dtype=torch.bfloat16,
-            )
+            fmt = PackedFormat(bits, GROUP_SIZE, in_features, True)
+            name, contender = ours(fmt, 1, out_features, memory, rotate_bytes, activation_bits)
+            contenders[f"{bits} bits, {name}"] = contender
+    for label, fmt in {
+        "nf4, 64": PackedFormat(4, 64, in_features, True, tuple(codebook_values())),
+        "mxfp4, 32": PackedFormat(4, 32, in_features, True, E2M1, "e8m0"),
+    }.items():
+        name, contender = ours(fmt, 1, out_features, memory, rotate_bytes, 16)
+        contenders[f"{label}, {name}"] = contender
+    contenders |= torch_contenders(1, out_features, in_features, memory, rotate_bytes)
+    return contenders | read_contender(out_features, in_features, memory)
 
-            def ours(i, codes=codes, scales=scales, x=x, bits=bits, activation_bits=activation_bits):
-                packed_matmul(
-                    x,
-                    codes[i],
-                    scales[i],
-                    bits=bits,
-                    group_size=GROUP_SIZE,
-                    in_features=in_features,
-                    activation_bits=activation_bits,
-                )
 
-            contenders[f"{bits} bits, {name}"] = (matrix_bytes, ours, copies)
-    contenders |= torch_contenders(out_features, in_features, memory, rotate_bytes)
+def batch(num_tokens: int, out_features: int, in_features: int, memory: torch.Tensor) -> dict[str, Contender]:
+    """4 bits for several tokens, beside torch's and the read."""
+    fmt = PackedFormat(4, GROUP_SIZE, in_features, True)
+    rotate_bytes = 256 << 20
+    contenders = {}
+    for activation_bits in (16, 8):
+        name, contender = ours(fmt, num_tokens, out_features, memory, rotate_bytes, activation_bits)
+        contenders[f"{num_tokens} tokens, 4 bits, {name}"] = contender
+    theirs = torch_contenders(num_tokens, out_features, in_features, memory, rotate_bytes)
+    contenders |= {f"{num_tokens} tokens, {name}": contender for name, contender in theirs.items()}
+    return contenders | read_contender(out_features, in_features, memory[: 1 << 30])
+
+
+def codebook_values() -> torch.Tensor:
+    """Sixteen values that bfloat16 doesn't hold exactly, as a codebook fitted to a distribution has."""
+    return torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.03, 0.97, 16))
+
+
+def read_contender(out_features: int, in_features: int, memory: torch.Tensor) -> dict[str, Contender]:
     piece = out_features * in_features // 2
-    pieces = memory.numel() // piece
-    contenders["read"] = (
-        piece,
-        lambda i: read_bandwidth.read_bytes_per_second(memory[i * piece : (i + 1) * piece]) and None,
-        pieces,
-    )
+
+    def read(i: int) -> None:
+        read_bandwidth.read_bytes_per_second(memory[i * piece : (i + 1) * piece])
+
+    return {"read": (piece, read, memory.numel() // piece, None)}
+
+
+def measure(contenders: dict[str, Contender], shape: tuple[int, int], repeats: int) -> list[dict[str, object]]:
+    """Rows of a table: every contender's seconds, bytes, rate, and rate over the read's."""
     medians: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
-        for name, (_, work, copies) in contenders.items():
+        for name, (_, work, copies, _) in contenders.items():
             work(0)
             medians[name].append(statistics.median(timed(work, i) for i in range(copies)))
-    read_rate = contenders["read"][0] / statistics.median(medians["read"])
+    rates = {name: contenders[name][0] / statistics.median(times) for name, times in medians.items()}
     return [
         {
             "contender": name,
-            "shape": [out_features, in_features],
+            "shape": list(shape),
             "bytes": num_bytes,
             "seconds": statistics.median(medians[name]),
-            "bytes_per_second": num_bytes / statistics.median(medians[name]),
-            "over_read": num_bytes / statistics.median(medians[name]) / read_rate,
-            "goal": GOALS.get(int(name.split()[0])) if name[0].isdigit() else None,
+            "bytes_per_second": rates[name],
+            "over_read": rates[name] / rates["read"],
+            "goal": goal,
             "repeats": medians[name],
         }
-        for name, (num_bytes, _, _) in contenders.items()
+        for name, (num_bytes, _, _, goal) in contenders.items()
     ]
 
 
 def torch_contenders(
-    out_features: int, in_features: int, memory: torch.Tensor, rotate_bytes: int
-) -> dict[str, tuple[int, Callable[[int], None], int]]:
+    num_tokens: int, out_features: int, in_features: int, memory: torch.Tensor, rotate_bytes: int
+) -> dict[str, Contender]:
     """torch's int4, int8 and dense bfloat16, over as many copies as rotate the same bytes."""
     codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
     scales = torch.full((out_features, in_features // GROUP_SIZE), 0.01)
-    x = torch.randn(1, in_features, dtype=torch.bfloat16)
-    found: dict[str, tuple[int, Callable[[int], None], int]] = {}
+    x = torch.randn(num_tokens, in_features, dtype=torch.bfloat16)
+    found: dict[str, Contender] = {}
     for packed in (pack_torch_int4(codes, scales, GROUP_SIZE), pack_torch_int8(codes, scales[:, :1])):
         copies = max(1, rotate_bytes // packed.num_bytes)
         size = packed.weight.nbytes
@@ -149,11 +179,11 @@ def torch_contenders(
         def work(i: int, packed=packed, weights=weights) -> None:
             replace(packed, weight=weights[i]).matmul(x)
 
-        found[packed.layout] = (packed.num_bytes, work, copies)
+        found[packed.layout] = (packed.num_bytes, work, copies, None)
     size = 2 * out_features * in_features
     copies = max(1, rotate_bytes // size)
     dense = memory[: copies * size].view(torch.bfloat16).view(copies, out_features, in_features)
-    found["dense bfloat16"] = (size, lambda i: F.linear(x, dense[i]) is None, copies)
+    found["dense bfloat16"] = (size, lambda i: F.linear(x, dense[i]) is None, copies, None)
     return found
 
 
@@ -188,7 +218,7 @@ def timed(work: Callable[[int], object], i: int) -> float:
     return time.perf_counter() - started
 
 
-def print_one_token(rows: list[dict[str, object]]) -> None:
+def print_rows(rows: list[dict[str, object]]) -> None:
     print(f"\n{rows[0]['shape']}  (out, in)")
     for row in rows:
         goal = f"   goal {row['goal']}" if row["goal"] else ""

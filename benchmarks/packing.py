@@ -2,13 +2,14 @@
 
 Makes the model from its config (random weights and tokens: the work is the same) under `build/`, calibrates and packs. Every finished
 step is a line in `FOLDER-steps.jsonl`; a killed run goes on there, so that it may be measured by pieces on a machine that is not
-one's own. `python -m benchmarks.packing [FOLDER]`
+one's own. `--layers N` takes that many of the 16 layers and states the whole as what lies outside plus 16 / N of what lies inside:
+layers are alike. `python -m benchmarks.packing [FOLDER] [--layers N]`
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,35 +38,44 @@ NUM_TOKENS, SEQ_LEN = 32_768, 512
 OPTION = WeightOption(grid=IntegerGrid(4, 128), rounding=HessianFeedback())
 
 
-def main(folder: Path) -> None:
-    model = describe_model(make_model(folder, CONFIG))
+def main(folder: Path, num_layers: int) -> None:
+    model = describe_model(make_model(folder, {**CONFIG, "num_hidden_layers": num_layers}))
     log = folder.with_name(folder.name + "-steps.jsonl")
     baseline = private_bytes()
     tokens = torch.randint(
         0, model.vocab_size, (NUM_TOKENS // SEQ_LEN, SEQ_LEN), generator=torch.Generator().manual_seed(0)
     )
     with PeakSampler() as sampler:
-        statistics = calibrate(
-            model,
-            tokens,
-            cache=folder.with_name(folder.name + "-cache"),
-            progress=_timed(log, "calibrate", sampler, baseline),
-        )
+        cache = folder.with_name(folder.name + "-cache")
+        watch = _timed(log, "calibrate", sampler, baseline)
+        statistics = calibrate(model, tokens, cache=cache, progress=watch)
         plan = uniform_plan(model)
         packed = folder.with_name(folder.name + "-packed")
         if not packed.exists():
             pack(model, plan, packed, statistics=statistics, progress=_timed(log, "pack", sampler, baseline))
+    print(write_results("packing", figures_of(model, log, baseline)))
+
+
+def figures_of(model: Model, log: Path, baseline: int) -> dict[str, Any]:
+    """Seconds of all steps, and of the whole shape where fewer layers were run."""
     steps = [json.loads(line) for line in log.read_text().splitlines()]
-    seconds = {job: sum(s["seconds"] for s in steps if s["job"] == job) for job in ("calibrate", "pack")}
-    figures = {
+    packed = iter(model.weights)
+    seconds = {"calibrate": {"outside": 0.0, "layers": 0.0}, "pack": {"outside": 0.0, "layers": 0.0}}
+    for step in steps:
+        inside = "layer" in step["step"] if step["job"] == "calibrate" else next(packed).layer is not None
+        seconds[step["job"]]["layers" if inside else "outside"] += step["seconds"]
+    times = int(CONFIG["num_hidden_layers"]) / model.num_layers  # type: ignore[call-overload]
+    whole = {job: row["outside"] + row["layers"] * times for job, row in seconds.items()}
+    return {
         "calibration_tokens": NUM_TOKENS,
         "threads": torch.get_num_threads(),
-        "seconds": {**seconds, "total": sum(seconds.values())},
+        "layers_run": model.num_layers,
+        "seconds_measured": seconds,
+        "seconds_of_the_whole": {**whole, "total": sum(whole.values())},
         "peak_bytes_over_baseline": max(s["peak_bytes_over_baseline"] for s in steps),
         "baseline_bytes": baseline,
         "steps": steps,
     }
-    print(write_results("packing", figures))
 
 
 def uniform_plan(model: Model) -> Plan:
@@ -98,4 +108,8 @@ def _timed(log: Path, job: str, sampler: PeakSampler, baseline: int) -> Callable
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/llama-1.1b"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/llama-1.1b"))
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    given = parser.parse_args()
+    main(given.folder, given.layers)

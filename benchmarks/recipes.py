@@ -58,7 +58,7 @@ class Bench:
         folder: Path = data.reference_model(name)
         self.name, self.fresh = name, fresh
         self.model: Model = describe_model(folder)
-        ids, _ = tokenize(self.model, data.text("calibration"), num_tokens=CALIBRATION_TOKENS, seq_len=SEQ_LEN)
+        ids = tokenize(self.model, data.text("calibration"), num_tokens=CALIBRATION_TOKENS, seq_len=SEQ_LEN)
         settings = CalibrationSettings()
         self.statistics: Statistics = calibrate(self.model, ids, cache=cache_folder(), settings=settings)
         self.checkpoint = Checkpoint.open(folder)
@@ -70,7 +70,7 @@ class Bench:
     def meter(self) -> DamageMeter:
         if self._meter is None:
             texts = [
-                tokenize(self.model, data.text(text), num_tokens=NUM_SEQUENCES // 2 * SEQ_LEN, seq_len=SEQ_LEN)[0]
+                tokenize(self.model, data.text(text), num_tokens=NUM_SEQUENCES // 2 * SEQ_LEN, seq_len=SEQ_LEN)
                 for text in ("foreign-prose", "foreign-code")
             ]
             self._meter = DamageMeter(self.model, torch.cat(texts), chunk_tokens=SEQ_LEN)

@@ -40,7 +40,7 @@ class Scorer:
         }  # a tied head once
         self.windows = torch.cat(
             [
-                tokenize(self.described, data.text(name), num_tokens=num_windows * seq_len, seq_len=seq_len)[0]  # type: ignore[arg-type]
+                tokenize(self.described, data.text(name), num_tokens=num_windows * seq_len, seq_len=seq_len)  # type: ignore[arg-type]
                 for name in TEXTS
             ]
         )

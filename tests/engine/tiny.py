@@ -31,6 +31,16 @@ def save_tiny(family: str, folder: Path, dtype: str = "float32", num_layers: int
     return folder
 
 
+def tiny_config(family: str):
+    """A family's small config, with heads of 32 channels, which compiled attention takes at 4 and 8 bits."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = {**FAMILIES[family], "dtype": "float32"}
+    if family != "gpt2":
+        config |= {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+
+
 def load_whole(folder: Path, dtype: torch.dtype, attention: str = "sdpa"):
     from transformers import AutoModelForCausalLM
 

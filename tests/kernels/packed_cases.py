@@ -18,8 +18,9 @@ class PackedCase:
     zeros: torch.Tensor | None
 
     @property
-    def arguments(self) -> dict[str, int]:
-        return {"bits": self.fmt.bits, "group_size": self.fmt.group_size, "in_features": self.fmt.in_features}
+    def arguments(self) -> dict[str, object]:
+        fmt = self.fmt
+        return {"bits": fmt.bits, "group_size": fmt.group_size, "in_features": fmt.in_features, "table": fmt.table}
 
 
 def make_case(
@@ -39,6 +40,27 @@ def make_case(
     weight = (values * scales.double()[..., None]).view(out_features, -1)[:, :in_features]
     magnitude = (sizes * scales.double()[..., None]).reshape(out_features, -1)[:, :in_features]
     return PackedCase(fmt, weight, magnitude, pack_codes(codes, bits), scales, zeros)
+
+
+def make_table_case(
+    out_features: int, in_features: int, bits: int, group_size: int, scales: str, exact: bool, seed: int = 0
+) -> PackedCase:
+    """Codes into a random table, of float32 or (`exact`) bfloat16 numbers; scales as floats or exponents over four
+    octaves, a tenth of them 0."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(1 << bits, generator=generator)
+    table = table.bfloat16().float() if exact else table
+    fmt = PackedFormat(bits, group_size, in_features, True, tuple(table.tolist()), scales)
+    groups = (out_features, fmt.num_groups)
+    codes = torch.randint(0, 1 << bits, (out_features, fmt.padded_columns), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(120, 125, groups, generator=generator)
+    exponents[torch.rand(groups, generator=generator) < 0.1] = 0
+    values = torch.where(exponents == 0, 0.0, 2.0 ** (exponents.double() - 127))
+    weight = table.double()[codes.long()].view(*groups, -1) * values[..., None]
+    magnitude = table.double().abs().max() * values[..., None].expand_as(weight)
+    weight, magnitude = (t.reshape(out_features, -1)[:, :in_features] for t in (weight, magnitude))
+    stored = values.half() if scales == "f16" else exponents.to(torch.uint8)
+    return PackedCase(fmt, weight, magnitude, pack_codes(codes, bits), stored, None)
 
 
 def make_input(num_tokens: int, in_features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

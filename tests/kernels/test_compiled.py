@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from packed_cases import error_of, make_case, make_input
+from packed_cases import error_of, make_case, make_input, make_table_case
 
-from haversack.kernels import compiled, generic, ir_dequantize, ir_matmul, llvm
+from haversack.kernels import compiled, generic, ir_dequantize, ir_matmul, llvm, registry
 from haversack.kernels.dot_schemes import SCHEMES, VectorsF32
+from haversack.kernels.format import PackedFormat
 
 HOST = llvm.host_target()
 SHORT_OF_AVX512 = HOST.without(
@@ -25,7 +26,7 @@ KERNELS = [
 # As compiled.py states them; the result's own rounding comes on top in bfloat16.
 TOLERANCE = {torch.float32: 2**-16, torch.bfloat16: 2**-8}
 
-formats = st.tuples(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0, 64, 128, 256]), st.booleans())
+formats = st.tuples(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0, 16, 32, 64, 128, 256]), st.booleans())
 
 
 def test_lesser_machines_are_named():
@@ -66,11 +67,48 @@ def test_kernel_against_float64(kernel, fmt, num_tokens, out_features, in_featur
         assert error_of(y, x, case) < TOLERANCE[dtype]
 
 
+tables = st.tuples(
+    st.sampled_from([2, 3, 4]), st.sampled_from([0, 16, 32, 64, 128]), st.sampled_from(["f16", "e8m0"]), st.booleans()
+)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [k for k in KERNELS if k.activation_bits == 16],
+    ids=lambda k: f"{k.NAME}-{len(k.target.features)}",
+)
+@given(
+    tables,
+    st.sampled_from([1, 2, 3, 7]),
+    st.integers(1, 40),
+    st.integers(1, 700),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_tables_against_float64(kernel, fmt, num_tokens, out_features, in_features, dtype):
+    case = make_table_case(out_features, in_features, *fmt, seed=in_features)
+    assume(kernel.supports(case.fmt, num_tokens, dtype, 16))
+    x = make_input(num_tokens, in_features, dtype)
+    y = kernel.matmul(x, case.codes, case.scales, None, case.fmt, 16)
+    assert error_of(y, x, case) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_table_has_a_compiled_kernel_that_holds_its_values(bits):
+    """In bfloat16 where the values are exact there, else in float32; never with codes taken for integers."""
+    if not HOST.has("avx512bf16"):
+        pytest.skip("this CPU has no bfloat16 dot products")
+    exact, other = (make_table_case(4, 256, bits, 32, "e8m0", e).fmt for e in (True, False))
+    names = [registry.choose_kernel(f, 1, torch.bfloat16, 16).NAME for f in (exact, other)]
+    assert names == ["llvm-avx512-bf16" if bits == 4 else "llvm-avx512-f32", "llvm-avx512-f32"]
+    assert registry.choose_kernel(exact, 1, torch.bfloat16, 8).activation_bits == 16
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_scheme_reads_every_column_once(scheme, bits):
     """Each column of a chunk has a place in the activations, and no two columns share one."""
-    planned = scheme(bits)
+    planned = scheme(PackedFormat(bits, 128, 512, True), HOST)
     columns = [c for vector in planned.activation_columns for c in vector]
     assert sorted(columns) == list(range(planned.chunk_columns))
 
@@ -154,4 +192,4 @@ def _peak_bytes(work) -> int:
 def test_odd_groups_have_no_compiled_kernel():
     case = make_case(3, 96, 4, 24, True)
     assert not ir_dequantize.supports(case.fmt)
-    assert not any(ir_matmul.supports(case.fmt, scheme(4)) for scheme in SCHEMES)
+    assert not any(ir_matmul.supports(case.fmt, scheme(case.fmt, HOST)) for scheme in SCHEMES)

@@ -1,12 +1,15 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_cases import error_of, make_case, make_input
+from packed_cases import error_of, make_case, make_input, make_table_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from haversack.errors import UsageError
 from haversack.kernels import generic, registry
+from haversack.kernels.format import PackedFormat
 from haversack.kernels.registry import kernel_name, packed_matmul, packed_rows, workspace_bytes
 
 # One rounding of the result to its dtype, over the tolerance that the kernels state for float32.
@@ -23,6 +26,43 @@ def test_packed_matmul_against_float64(fmt, num_tokens, out_features, in_feature
     y = packed_matmul(x, case.codes, case.scales, case.zeros, **case.arguments)
     assert y.shape == (num_tokens, out_features) and y.dtype == dtype
     assert error_of(y, x, case) < RESULT_ROUNDING[dtype]
+
+
+tables = st.tuples(
+    st.sampled_from([2, 3, 4]), st.sampled_from([0, 16, 24, 32, 64]), st.sampled_from(["f16", "e8m0"]), st.booleans()
+)
+
+
+@given(tables, st.integers(1, 3), st.integers(1, 40), st.integers(1, 300), st.sampled_from([*RESULT_ROUNDING]))
+@settings(max_examples=30, deadline=None)
+def test_tables_against_float64(fmt, num_tokens, out_features, in_features, dtype):
+    case = make_table_case(out_features, in_features, *fmt, seed=in_features)
+    x = make_input(num_tokens, in_features, dtype)
+    y = packed_matmul(x, case.codes, case.scales, **case.arguments)
+    assert error_of(y, x, case) < RESULT_ROUNDING[dtype]
+    rows = packed_rows(torch.arange(out_features), case.codes, case.scales, **case.arguments)
+    torch.testing.assert_close(rows.double(), case.weight, rtol=2**-23, atol=0)
+
+
+def test_generic_computes_tables():
+    """The reference kernel, which the choice passes over."""
+    case = make_table_case(50, 300, 3, 32, "e8m0", False)
+    x = make_input(5, 300)
+    assert error_of(generic.matmul(x, case.codes, case.scales, None, case.fmt, 16), x, case) < 2**-16
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"table": (1.0, 2.0)}, "2^bits finite values"),
+        ({"table": (float("inf"),) * 16}, "2^bits finite values"),
+        ({"table": (1.0,) * 16, "symmetric": False}, "no zero points"),
+        ({"scales": "f8"}, "f16 or e8m0"),
+    ],
+)
+def test_formats_that_mean_nothing_are_refused(given, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        PackedFormat(**{"bits": 4, "group_size": 64, "in_features": 128, "symmetric": True} | given)
 
 
 @given(formats, st.integers(1, 40), st.integers(1, 300))

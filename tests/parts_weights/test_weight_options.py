@@ -321,7 +321,7 @@ def test_feedback_solves_the_recursion_of_its_source():
     """Against the textbook form through the Cholesky factor of the inverse, column by column in float64."""
     task = task_of((16, 128), seed=7)
     grid = IntegerGrid(4, 64)
-    codes, scales = HessianFeedback(activation_order=False).round(task, grid)
+    codes, scales = HessianFeedback(activation_order=False, num_sweeps=0).round(task, grid)
     hessian = task.hessian.double()
     hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128, dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
@@ -343,15 +343,28 @@ class UnevenToTheEye(IntegerGrid):
 @pytest.mark.parametrize("rounding", ROUNDINGS[1:])
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True)])
 def test_compiled_codes_are_those_of_the_column_loop(bits, symmetric, rounding):
-    task = task_of((70, 450), seed=11)
+    task, rounding = task_of((70, 450), seed=11), dataclasses.replace(rounding, num_sweeps=0)
     fast, slow = (rounding.round(task, grid(bits, 64, symmetric))[0] for grid in (IntegerGrid, UnevenToTheEye))
     assert (fast != slow).float().mean() < 1e-4  # a tie within float32's rounding may fall either way
+
+
+@pytest.mark.parametrize(
+    "grid", [IntegerGrid(2, 64), IntegerGrid(3, 128, False), IntegerGrid(8, 0), UnevenToTheEye(3, 64)]
+)
+def test_sweeps_only_lower_the_error(grid):
+    task = task_of((40, 300), seed=12)
+    errors = []
+    for num_sweeps in (0, 1, 8):
+        codes, scales = HessianFeedback(num_sweeps=num_sweeps).round(task, grid)
+        errors.append(damage(grid.dequantize(codes, scales) - task.weight, task.hessian))
+    assert errors[2] <= errors[1] * 1.001 <= errors[0] * 1.002
+    assert errors[2] < (0.95 if grid.bits < 8 else 1.001) * errors[0]
 
 
 def test_block_size_does_not_matter():
     task = task_of((16, 200), seed=9)
     grid = IntegerGrid(3, 64)
-    results = [HessianFeedback(block_size=b).round(task, grid)[0] for b in (1, 32, 1024)]
+    results = [HessianFeedback(block_size=b, num_sweeps=0).round(task, grid)[0] for b in (1, 32, 1024)]
     assert (results[0] != results[1]).float().mean() < 0.01
     assert (results[0] != results[2]).float().mean() < 0.01
 

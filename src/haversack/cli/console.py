@@ -59,6 +59,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     console.print(view)
 
 
+def passing_line(what: str) -> None:
+    """What is being done, on a terminal's standard error, in place of the line before; an empty one takes it away."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{what + ' ...' if what else ''}")
+        sys.stderr.flush()
+
+
 @contextmanager
 def progress_bar(quiet: bool = False) -> Iterator[Progress]:
     """A progress bar with time left on a terminal's standard error; silent under pipes or when `quiet`."""

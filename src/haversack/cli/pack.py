@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,61 +10,29 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.plan import plan_json, print_answer
-from haversack.cli.question import (
-    Asked,
-    BudgetOption,
-    CalibrationFile,
-    CalibrationTokens,
-    Context,
-    Evaluations,
-    GenerateTokens,
-    MachineName,
-    MaxDamage,
-    MinSpeed,
-    Placement,
-    PromptTokens,
-    Source,
-    TensorBudget,
-    Trust,
-    Users,
-    calibration_for,
-    calibration_text,
-    meter_for,
-)
+from haversack.cli.question import Asked, Calibrating, Source, Trust, spread_options, weighed_answer
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import UsageError
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
-    from haversack.cost.calibrated import Calibration
     from haversack.describe.model import Model
-    from haversack.plan.question import Answer
     from haversack.plan.schema import Plan
 
 
+@spread_options
 def pack(
     model: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    budget: BudgetOption = None,
-    tensor_budget: TensorBudget = None,
-    max_damage: MaxDamage = None,
-    context: Context = None,
-    prompt_tokens: PromptTokens = None,
-    generate_tokens: GenerateTokens = None,
-    users: Users = 1,
-    min_tokens_per_second: MinSpeed = None,
-    placement: Placement = "auto",
-    machine: MachineName = None,
-    calibration: CalibrationFile = None,
-    calibration_tokens: CalibrationTokens = 32_768,
-    evaluations: Evaluations = None,
+    asked: Asked,
+    calibrating: Calibrating,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Execute this plan instead of making one.")] = None,
     trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Calibrate MODEL, choose an option for every place in it, and pack it. Interrupt it and run it again: it goes on."""
     from haversack.describe.model import describe_model
-    from haversack.errors import CheckpointError, OutputError
+    from haversack.errors import OutputError
     from haversack.formats.output import check_output
     from haversack.jobs.pack import check_belongs, check_packable, unfinished
     from haversack.jobs.pack import pack as pack_job
@@ -74,41 +42,37 @@ def pack(
     if output.exists():
         raise OutputError(f"{output} exists already; choose another output or remove it first.")
     check_output(output)
-    calibration_text(calibration, calibration_tokens)
-    ready = asked = None
+    calibrating.text()
+    ready = None
     if plan_file is not None:
-        _only_plan(budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, min_tokens_per_second)
+        if asked.says_anything:
+            raise UsageError(
+                "--plan was given with a budget, a length or a bound, but the plan says them already; leave one out."
+            )
         ready = Plan.read(plan_file)
     else:
-        asked = Asked(
-            budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
-            placement, machine,
-        )  # fmt: skip
+        asked.check()
     described = describe_model(model, trust_remote_code=trust_remote_code)
     if described.folder is None:
-        raise CheckpointError(
-            f"{model} has no weights here; packing needs them, so name a folder with safetensors files."
-        )
+        if ready is None and asked.budget_text is not None:
+            _refuse_hopeless(asked, described, json)  # before gigabytes are fetched
+        described = _with_weights(model, described, trust_remote_code=trust_remote_code, quiet=json)
     if ready is not None:
         check_belongs(ready, described)
     if (left := unfinished(described, output)) is not None:
-        _check_same_question(left, asked, ready, described, output)
+        _check_same_question(left, None if plan_file else asked, ready, described, output)
         ready = left
     check_packable(described, trust_remote_code=trust_remote_code)
 
     with console.progress_bar(quiet=json) as progress:
-
-        def calibrate(context_tokens: int) -> Calibration:
-            return calibration_for(described, calibration, calibration_tokens, context_tokens, progress)
-
         found = None
         if ready is not None:
             answer = Answer(ready, fits=True, shortfall_bytes=0)
             if not all(is_neutral(row.option) for row in ready.weights):
-                found = calibrate(ServeWorkload.from_dict(ready.workload).context_tokens)
+                context_tokens = ServeWorkload.from_dict(ready.workload).context_tokens
+                found = calibrating.run(described, context_tokens, progress)
         else:
-            assert asked is not None
-            answer, found = _answer(asked, described, evaluations, calibrate, progress)
+            answer, found = weighed_answer(asked, described, calibrating, progress)
             if json and not answer.fits:
                 console.print_json(plan_json(answer))
         statistics = None if found is None else found.statistics
@@ -125,30 +89,32 @@ def pack(
     return 0
 
 
-def _answer(
-    asked: Asked,
-    described: Model,
-    evaluations: int | None,
-    calibrate: Callable[[int], Calibration],
-    progress: console.Progress,
-) -> tuple[Answer, Calibration | None]:
-    """The plan, and the calibration it rests on; none where everything fits as it is."""
-    from haversack.plan.make import make_plan
+def _refuse_hopeless(asked: Asked, described: Model, json: bool) -> None:
+    """Raise DoesNotFitError if no options at all fit this model."""
+    from haversack.plan.make import hopeless
 
-    if asked.budget_text is not None:
-        answer = make_plan(asked.question(described, None, lossless=True), progress)
-        if answer.fits:
-            return answer, None
-    # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
-    found = calibrate(asked.workload(described).context_tokens)
-    return make_plan(asked.question(described, found), progress, meter_for(found, evaluations, progress)), found
+    answer = hopeless(asked.question(described, None))
+    if answer is not None:
+        if json:
+            console.print_json(plan_json(answer))
+        answer.require_fit()
 
 
-def _only_plan(*others: object) -> None:
-    if any(value is not None for value in others):
-        raise UsageError(
-            "--plan was given with a budget, a length or a bound, but the plan says them already; leave one out."
+def _with_weights(source: str, described: Model, *, trust_remote_code: bool, quiet: bool) -> Model:
+    """The model with its weights, from the hub if that is where it is. Raises CheckpointError where there are none."""
+    from haversack.describe.hub import fetch_weights
+    from haversack.describe.model import describe_model
+    from haversack.errors import CheckpointError
+
+    if described.hub_id is None:
+        raise CheckpointError(
+            f"{source} has no weights here; packing needs them, so name a folder with safetensors files."
         )
+    fetch_weights(described.hub_id, described.revision, quiet=quiet or not sys.stderr.isatty())
+    found = describe_model(described.hub_id, revision=described.revision, trust_remote_code=trust_remote_code)
+    if found.folder is None:
+        raise CheckpointError(f"{source} has no safetensors files on the hub; packing needs them, so choose another.")
+    return found
 
 
 def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, model: Model, output: Path) -> None:

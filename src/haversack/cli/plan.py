@@ -8,77 +8,74 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haversack.cli import console
-from haversack.cli.question import (
-    Asked,
-    BudgetOption,
-    CalibrationFile,
-    CalibrationTokens,
-    Context,
-    Evaluations,
-    GenerateTokens,
-    MachineName,
-    MaxDamage,
-    MinSpeed,
-    Placement,
-    PromptTokens,
-    Source,
-    TensorBudget,
-    Trust,
-    Users,
-    calibration_for,
-    calibration_text,
-    meter_for,
-)
+from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
+from haversack.errors import UsageError
 from haversack.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from haversack.plan.question import Answer
     from haversack.plan.schema import DamageRecord
 
+TASKS = ("serve", "tune", "train")
 
+
+@spread_options
 def plan(
     model: Source,
-    budget: BudgetOption = None,
-    tensor_budget: TensorBudget = None,
-    max_damage: MaxDamage = None,
-    context: Context = None,
-    prompt_tokens: PromptTokens = None,
-    generate_tokens: GenerateTokens = None,
-    users: Users = 1,
-    min_tokens_per_second: MinSpeed = None,
-    placement: Placement = "auto",
-    machine: MachineName = None,
+    asked: Asked,
+    calibrating: Calibrating,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Weigh options on this model's weights (minutes) instead of citing.")
     ] = False,
-    calibration: CalibrationFile = None,
-    calibration_tokens: CalibrationTokens = 32_768,
-    evaluations: Evaluations = None,
     trust_remote_code: Trust = False,
+    task: Annotated[str, typer.Option("--task", help="serve, tune or train.")] = "serve",
+    batch: Annotated[int, typer.Option("--batch", help="Sequences per step and rank, to tune or train.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="KEY=VALUE", help="How to tune or train: optimizer=adamw8bit, zero=3."),
+    ] = None,
+    largest: Annotated[
+        str | None, typer.Option("--largest", help="To tune or train: the largest batch or context that fits.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
-    asked = Asked(
-        budget, tensor_budget, max_damage, context, prompt_tokens, generate_tokens, users, min_tokens_per_second,
-        placement, machine,
-    )  # fmt: skip
+    if task not in TASKS:
+        raise UsageError(f"--task {task!r} is not one of {', '.join(TASKS)}.")
+    if task != "serve":
+        from haversack.cli.training import plan_training_verb
+        from haversack.describe.model import describe_model
+
+        return plan_training_verb(
+            describe_model(model, trust_remote_code=trust_remote_code),
+            machine_named(asked.machine),
+            task,
+            budget=asked.budget,
+            tensor_budget=asked.tensor_budget,
+            batch=batch,
+            seq_len=asked.context,
+            pairs=settings or [],
+            largest_of=largest,
+            json=json,
+        )
+    if settings or largest:
+        raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
+    asked.check()
     from haversack.describe.model import describe_model
     from haversack.formats.output import check_output
     from haversack.plan.make import make_plan
 
-    if calibration is not None:
-        calibration_text(calibration, calibration_tokens)
+    if calibrating.calibration is not None:
+        calibrating.text()
     if output is not None:
         check_output(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     with console.progress_bar(quiet=json) as progress:
-        found = meter = None
-        if calibrate or calibration is not None:
-            tokens = asked.workload(described).context_tokens
-            found = calibration_for(described, calibration, calibration_tokens, tokens, progress)
-            meter = meter_for(found, evaluations, progress)
-        answer = make_plan(asked.question(described, found), progress, meter)
+        if calibrate or calibrating.calibration is not None:
+            answer, _ = weighed_answer(asked, described, calibrating, progress)
+        else:
+            answer = make_plan(asked.question(described, None), progress)
     if json:
         console.print_json(plan_json(answer))
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -18,40 +21,11 @@ if TYPE_CHECKING:
     from haversack.describe.machine import Machine
     from haversack.describe.model import Model
     from haversack.describe.workload import ServeWorkload
-    from haversack.plan.question import Question
+    from haversack.plan.question import Answer, Question
     from haversack.plan.refine import PlanMeter
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
-BudgetOption = Annotated[
-    str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
-]
-TensorBudget = Annotated[
-    str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
-]
-MaxDamage = Annotated[
-    float | None, typer.Option("--max-damage", help="Turn the question round: the fewest bytes at this many nats.")
-]
-Context = Annotated[int | None, typer.Option("--context", help="Tokens per user, prompt and answer together.")]
-PromptTokens = Annotated[int | None, typer.Option("--prompt-tokens", help="Tokens of each prompt.")]
-GenerateTokens = Annotated[int | None, typer.Option("--generate-tokens", help="Tokens generated after it.")]
-Users = Annotated[int, typer.Option("--users", help="Sequences at once.")]
-MinSpeed = Annotated[
-    float | None, typer.Option("--min-tokens-per-second", help="A bound on decoding speed, summed over users.")
-]
-Placement = Annotated[str, typer.Option("--placement", help="auto, resident, mapped or streamed.")]
-MachineName = Annotated[
-    str | None, typer.Option("--machine", help="A named machine, or a machine file; this one if left out.")
-]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code while describing it.")]
-CalibrationFile = Annotated[
-    Path | None, typer.Option("--calibration", help="Text to calibrate on; a built-in one if left out.")
-]
-CalibrationTokens = Annotated[int, typer.Option("--calibration-tokens", help="How much of it.")]
-
-Evaluations = Annotated[
-    int | None,
-    typer.Option("--evaluations", min=0, help="Whole plans to measure; 6 for models up to 100M parameters, else 0."),
-]
 
 DEFAULT_CONTEXT_TOKENS = 1024
 MIN_CALIBRATION_TOKENS = 2
@@ -66,20 +40,37 @@ PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 
 @dataclass(frozen=True)
 class Asked:
-    """The options as given."""
+    """The options of a question, as given."""
 
-    budget: str | None
-    tensor_budget: str | None
-    max_damage: float | None
-    context: int | None
-    prompt_tokens: int | None
-    generate_tokens: int | None
-    users: int
-    min_tokens_per_second: float | None
-    placement: str
-    machine: str | None
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
+    ] = None
+    tensor_budget: Annotated[
+        str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
+    ] = None
+    max_damage: Annotated[
+        float | None, typer.Option("--max-damage", help="Turn the question round: the fewest bytes at this many nats.")
+    ] = None
+    context: Annotated[int | None, typer.Option("--context", help="Tokens per user, prompt and answer together.")] = (
+        None
+    )
+    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Tokens of each prompt.")] = None
+    generate_tokens: Annotated[int | None, typer.Option("--generate-tokens", help="Tokens generated after it.")] = None
+    users: Annotated[int, typer.Option("--users", help="Sequences at once.")] = 1
+    min_tokens_per_second: Annotated[
+        float | None, typer.Option("--min-tokens-per-second", help="A bound on decoding speed, summed over users.")
+    ] = None
+    placement: Annotated[str, typer.Option("--placement", help="auto, resident, mapped or streamed.")] = "auto"
+    machine: Annotated[
+        str | None, typer.Option("--machine", help="A named machine, or a machine file; this one if left out.")
+    ] = None
 
-    def __post_init__(self) -> None:
+    @property
+    def says_anything(self) -> bool:
+        """Whether any option was given."""
+        return self != Asked()
+
+    def check(self) -> None:
         """Raises UsageError where options contradict each other, before any model is looked at."""
         if self.placement not in PLACEMENTS:
             raise UsageError(f"--placement {self.placement!r} is not one of {', '.join(PLACEMENTS)}.")
@@ -131,7 +122,7 @@ class Asked:
         """The question in the planner's words; with `lossless`, only what changes no value."""
         from haversack.plan.question import Question
 
-        machine = self.find_machine()
+        machine = machine_named(self.machine)
         text = self.budget_text
         available = machine.tiers()["device"]
         return Question(
@@ -146,16 +137,6 @@ class Asked:
             weight_damages=None if calibration is None else calibration.weight_damages,
             kv_damages=None if calibration is None else calibration.kv_damages,
         )
-
-    def find_machine(self) -> Machine:
-        """This machine with the rates measured earlier, a named one, or a file's."""
-        from haversack.describe import machine
-
-        if self.machine is None:
-            return machine.known()
-        if Path(self.machine).is_file() or Path(self.machine).suffix == ".json":
-            return machine.from_file(self.machine)
-        return machine.named(self.machine)
 
     def workload(self, model: Model) -> ServeWorkload:
         """Prompt and answer from whichever of the three lengths were given; three quarters prompt by default."""
@@ -180,6 +161,87 @@ class Asked:
                 "ask for fewer."
             )
         return ServeWorkload(prompt, generate, self.users, min_tokens_per_second=self.min_tokens_per_second)
+
+
+def machine_named(name: str | None) -> Machine:
+    """This machine with the rates measured earlier, a named one, or a file's."""
+    from haversack.describe import machine
+
+    if name is None:
+        return machine.known()
+    if Path(name).is_file() or Path(name).suffix == ".json":
+        return machine.from_file(name)
+    return machine.named(name)
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """What options are weighed on, as given."""
+
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Text to calibrate on; a built-in one if left out.")
+    ] = None
+    calibration_tokens: Annotated[int, typer.Option("--calibration-tokens", help="How much of it.")] = 32_768
+    evaluations: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluations", min=0, help="Whole plans to measure; 6 for models up to 100M parameters, else 0."
+        ),
+    ] = None
+
+    def text(self) -> str:
+        """The file's text, or the built-in one. Raises UsageError where there is none to calibrate on."""
+        return calibration_text(self.calibration, self.calibration_tokens)
+
+    def run(self, model: Model, context_tokens: int, progress: Progress) -> Calibration:
+        """Calibrate a model. Raises InterruptedJobError on Ctrl-C."""
+        return calibration_for(model, self.calibration, self.calibration_tokens, context_tokens, progress)
+
+
+def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
+    """A verb with one option per field for each of its parameters of the classes above, so that `plan` and `pack` take
+    the same options, written once."""
+    hints = get_type_hints(verb, include_extras=True)
+    groups = {name: cls for name, cls in hints.items() if cls in (Asked, Calibrating)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        options = get_type_hints(groups[parameter.name], include_extras=True)
+        for option in fields(groups[parameter.name]):
+            keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters.append(
+                inspect.Parameter(option.name, keyword, default=option.default, annotation=options[option.name])
+            )
+
+    @functools.wraps(verb)
+    def spread(**given: Any) -> int:
+        for name, cls in groups.items():
+            given[name] = cls(**{option.name: given.pop(option.name) for option in fields(cls)})
+        return verb(**given)
+
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spread
+
+
+def weighed_answer(
+    asked: Asked, model: Model, calibrating: Calibrating, progress: Progress
+) -> tuple[Answer, Calibration | None]:
+    """The plan, and the calibration that it rests on: none where everything fits as it is, or where nothing can."""
+    from haversack.plan.make import hopeless, make_plan
+
+    if asked.budget_text is not None:
+        answer = make_plan(asked.question(model, None, lossless=True), progress)
+        if answer.fits:
+            return answer, None
+        if (too_large := hopeless(asked.question(model, None))) is not None:
+            return too_large, None
+    # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
+    found = calibrating.run(model, asked.workload(model).context_tokens, progress)
+    meter = meter_for(found, calibrating.evaluations, progress)
+    return make_plan(asked.question(model, found), progress, meter), found
 
 
 def calibration_for(

@@ -79,6 +79,7 @@ def _complete(
         choice=choice,
         cap_bytes=cap_bytes,
         on_text=None if json else show,
+        on_stage=None if json else console.passing_line,
     )
     code = 130 if result["finish"] == "interrupted" else 0
     if json:
@@ -87,7 +88,8 @@ def _complete(
     typer.echo("")
     typer.echo(
         f"[{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens; first after "
-        f"{result['seconds_to_first_token']:.2f} s, then {result['tokens_per_second']:.1f} tokens/s; peak "
+        f"{result['seconds_to_first_token']:.2f} s, then {result['tokens_per_second']:.1f} tokens/s "
+        f"({result['loop']}); peak "
         f"{format_bytes(result['peak_private_bytes'])} private]",
         err=True,
     )

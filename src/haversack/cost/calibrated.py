@@ -1,8 +1,8 @@
-"""Damage of every option at every site of one model, from one calibration pass: *proxied* for weights, *measured* for caches.
+"""Damage of every option at every site of one model, from one calibration pass: proxies first, then single changes measured.
 
-Weights: an option's change of the matrix, weighted by the second-order statistics of `engine.calibrate`. Caches: KL of the whole
-model with one layer's cache changed (small models), or with all layers' changed and shared evenly (larger ones). Everything
-is kept by content hash and resumes site by site.
+Weights: an option's change of the matrix, weighted by the second-order statistics of `engine.calibrate`; then KL of the model
+with one site changed, for those that could be chosen (`cost.single_changes`). Caches: KL with one layer's cache changed.
+Everything is kept by content hash and resumes site by site.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from haversack._version import __version__
 from haversack.cost.damage import NONE, Damage
+from haversack.cost.single_changes import measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
@@ -31,7 +33,7 @@ from haversack.engine.calibrate import (
     Statistics,
     calibrate,
 )
-from haversack.engine.measure import DamageMeter
+from haversack.engine.layers import StreamedModel
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.windows import TextWindows, text_windows, token_windows
 from haversack.errors import CheckpointError, UsageError
@@ -44,7 +46,10 @@ SAMPLED_ROWS = 512
 """Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
 
 SMALL_MODEL_PARAMETERS = 100_000_000
-"""Up to here each layer's cache is measured on its own; above, all layers together."""
+"""Up to here single changes are measured on 2,048 tokens, and whole plans unless told not to; above on half as many."""
+
+_VERSION = 2
+"""Counts changes of how damages are found; part of their file's name."""
 
 _TINY = 1e-30
 
@@ -90,9 +95,12 @@ def calibrate_model(
     windows = text_windows(token_ids_of(model, text), num_tokens, min(seq_len, model.max_positions or seq_len))
     settings = CalibrationSettings()
     statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=progress)
-    table = _Table(statistics.folder / f"damages-{__version__}.jsonl")
-    weight_damages = _weight_damages(model, statistics, table, tell)
-    kv_damages = _kv_damages(model, windows.calibration, kv_capacity_tokens, table, tell)
+    table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
+    proxies = _weight_damages(model, statistics, table, tell)
+    staged, scratch = stage_model(model), statistics.folder / "scratch"
+    some = windows.search[:: 2 if _is_small(model) else 4]
+    weight_damages = measure_weight_options(staged, some, statistics, proxies, table, _key, scratch, tell)
+    kv_damages = _kv_damages(staged, windows.calibration, kv_capacity_tokens, table, scratch, tell)
     return Calibration(model, windows, statistics, weight_damages, kv_damages, windows.notes)
 
 
@@ -210,41 +218,29 @@ class _Weigher:
 
 
 def _kv_damages(
-    model: Model, token_ids: torch.Tensor, capacity_tokens: int, table: _Table, tell: Progress
+    staged: StreamedModel, token_ids: torch.Tensor, capacity_tokens: int, table: _Table, scratch: Path, tell: Progress
 ) -> dict[str, dict[KVOption, Damage]]:
+    """Every layer's cache under every option measured alone; where time ran out, the mean of the layers that were."""
+    model = staged.described
     options = [o for o in candidate_options("kv") if not o.is_neutral]
-    small = model.num_parameters <= SMALL_MODEL_PARAMETERS
-    sites = [site for site in model.attention if site.shares_with is None]
-    keys = {(site.id, option): _key(site.id if small else "all layers", option) for site in sites for option in options}
-    missing = sorted({key for key in keys.values() if key not in table.rows})
-    if missing:
-        length = min(capacity_tokens, model.max_positions or capacity_tokens)
-        rows = token_windows(token_ids.reshape(-1).tolist(), 2, length)
-        meter = DamageMeter(model, rows)
-        for done, key in enumerate(missing):
-            tell("measuring caches", done, len(missing))
-            changed = {
-                site.id: option
-                for (site_id, option), k in keys.items()
-                if k == key
-                for site in sites
-                if site.id == site_id
-            }
-            table.add(key, float(meter.kl_per_token({}, changed).mean()))
-        tell("measuring caches", len(missing), len(missing))
-    share = 1 if small else len(sites)
-    out: dict[str, dict[KVOption, Damage]] = {}
-    for site in model.attention:
-        out[site.id] = {KVOption(): NONE}
-        for option in options if site.shares_with is None else ():
-            nats = max(0.0, table.rows[keys[site.id, option]]) / share
-            label = "measured" if small else "proxied"
-            out[site.id][option] = Damage(
-                nats,
-                label,
-                source="KL of the model with this cache" if small else "KL of all layers' caches, shared evenly",
-            )
+    length = min(capacity_tokens, model.max_positions or capacity_tokens)
+    rows = token_windows(token_ids.reshape(-1).tolist(), 2 if _is_small(model) else 1, length)
+    measure_cache_options(staged, rows, options, table, _key, scratch, tell)
+    out: dict[str, dict[KVOption, Damage]] = {site.id: {KVOption(): NONE} for site in model.attention}
+    sites = [site.id for site in model.attention if site.shares_with is None]
+    for option in options:
+        found = {s: table.rows[f"KL {_key(s, option)}"] for s in sites if f"KL {_key(s, option)}" in table.rows}
+        for site_id in sites if found else ():
+            if site_id in found:
+                damage = Damage(found[site_id], "measured", source="KL of the model with this layer's cache so held")
+            else:
+                damage = Damage(fmean(found.values()), "proxied", source="mean KL of the same cache at other layers")
+            out[site_id][option] = damage
     return out
+
+
+def _is_small(model: Model) -> bool:
+    return model.num_parameters <= SMALL_MODEL_PARAMETERS
 
 
 def _key(where: str, option: WeightOption | KVOption) -> str:

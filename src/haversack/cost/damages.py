@@ -73,8 +73,11 @@ def unknown_kv_damages(model: Model, site: AttentionSite, options: Sequence[KVOp
 
 
 def total_damage(parts: Sequence[Damage]) -> Damage:
-    """The sum, under the worst label of its terms; no figure where a term is unknown."""
+    """The sum, under the worst label of its terms, and never *measured* where several were measured one by one: their sum
+    was not. No figure where a term is unknown."""
     label = worst_label([part.label for part in parts])
+    if label == "measured" and sum(bool(part.nats) for part in parts) > 1:
+        label = "proxied"
     sources = "; ".join(dict.fromkeys(part.source for part in parts if part.source and part.nats))
     if label == "unknown":
         known = [part for part in parts if part.label != "unknown"]

@@ -15,9 +15,9 @@ from pathlib import Path
 from haversack.cost.candidates import KVCandidate, Serving, WeightCandidate
 from haversack.describe.checkpoint import CheckpointTensor
 from haversack.describe.model import Model
-from haversack.engine.streaming import MERGE_GAP_BYTES, PAGE_BYTES, window_tensors
-from haversack.formats.packed_folder import PackedSite, packed_files
-from haversack.formats.safetensors_file import layout
+from haversack.engine.streaming import PAGE_BYTES, window_tensors
+from haversack.formats.packed_folder import MAX_SHARD_BYTES, PackedSite, packed_files
+from haversack.formats.safetensors_file import ALIGNMENT_BYTES, layout
 from haversack.ledger import Ledger, StoredTensor, total_bytes
 from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
@@ -28,9 +28,8 @@ GENERATION_ODDS_BYTES = 16 << 10
 """Scalars, rotary tables being made, flags of finished sequences: 5 to 8 KiB were seen on models of 0.1 to 14 million
 parameters; 64-byte alignment makes it hard to say exactly."""
 
-WINDOW_MARGIN_BYTES = 3 * PAGE_BYTES + MERGE_GAP_BYTES
-"""The most that one tensor adds to a window beside its own bytes: its first and last page, the gap to its neighbour, and
-its share of the buffer's alignment."""
+RUN_MARGIN_BYTES = 2 * PAGE_BYTES
+"""The most that a stretch of a file takes in a window beside its own bytes: its first and last page."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,8 @@ def serving_problem(
     weight_rows: dict[str, dict[str, WeightCandidate]] = {}
     kv_rows: dict[str, dict[str, KVCandidate]] = {}
     layers: set[int] = set()
+    streamed: list[str] = []
+    margin = _buffer_margin_bytes(weights)
     running: dict[str, list[str]] = {"prefill": ["prefill base"], "decode": ["decode base"]}
     for row in weights:
         site = row[0].site
@@ -99,7 +100,8 @@ def serving_problem(
             running[point].append(f"{point} {site.id}")
         if site.layer is not None and any(c.placement.mode == "streamed" for c in row):
             layers.add(site.layer)
-        groups.append(Group(site.id, tuple(_weight_choice(c) for c in row), kind=site.role))
+            streamed.append(f"streamed {site.id}")
+        groups.append(Group(site.id, tuple(_weight_choice(c, margin) for c in row), kind=site.role))
     for kv_row in kv:
         kv_site = kv_row[0].site
         kv_rows[kv_site.id] = {c.id: c for c in kv_row}
@@ -115,7 +117,7 @@ def serving_problem(
         "generation": generation_bytes(serving),
     }
     window = PeakTerm(tuple(f"window {layer}" for layer in sorted(layers)), STREAM_BUFFERS)
-    windows = (window,) if layers else ()
+    windows = (window, PeakTerm(tuple(streamed), STREAM_BUFFERS)) if layers else ()
     fixed_bytes = sum(fixed.values())
     points = [TimePoint("load", "device", (WEIGHTS,), windows, fixed_bytes)]
     for point, accounts in running.items():
@@ -141,7 +143,9 @@ def generation_bytes(serving: Serving) -> int:
 def stream_window(model: Model, weights: Sequence[WeightCandidate]) -> tuple[StoredTensor, ...]:
     """The buffers of the stream window, from the layout of the files that packing will write."""
     sites = {
-        c.site.id: PackedSite({}, c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype))
+        c.site.id: PackedSite(
+            {}, c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype), c.placement.mode == "streamed"
+        )
         for c in weights
     }
     spans: dict[str, CheckpointTensor] = {}
@@ -156,13 +160,26 @@ def stream_window(model: Model, weights: Sequence[WeightCandidate]) -> tuple[Sto
     return window_tensors([groups[layer] for layer in sorted(groups)], STREAM_BUFFERS)
 
 
-def _weight_choice(c: WeightCandidate) -> Choice:
+def _buffer_margin_bytes(weights: Sequence[Sequence[WeightCandidate]]) -> int:
+    """What a buffer of the window takes beside its layer's tensors: a page to align it, and the first and last page of
+    each file that the layer is cut over. Streamed sites lie first and in order, so that it is cut by shards alone."""
+    by_layer: dict[int | None, int] = {}
+    for row in weights:
+        layer = row[0].site.layer
+        by_layer[layer] = by_layer.get(layer, 0) + max(c.stored_bytes for c in row)
+    cuts = 0 if sum(by_layer.values()) <= MAX_SHARD_BYTES else 1 + max(by_layer.values()) // MAX_SHARD_BYTES
+    return PAGE_BYTES + (1 + cuts) * RUN_MARGIN_BYTES
+
+
+def _weight_choice(c: WeightCandidate, buffer_margin_bytes: int) -> Choice:
     accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes}
     if c.placement.mode == "resident":
         accounts[WEIGHTS] = c.stored_bytes
     elif c.placement.mode == "streamed":
-        tensors = len(c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype))
-        accounts[f"window {c.site.layer}"] = c.stored_bytes + tensors * WINDOW_MARGIN_BYTES
+        stored = c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype)
+        apart = sum(tensor.num_bytes % ALIGNMENT_BYTES > 0 for tensor in stored)  # files put these behind the others
+        accounts[f"window {c.site.layer}"] = c.stored_bytes + apart * RUN_MARGIN_BYTES
+        accounts[f"streamed {c.site.id}"] = buffer_margin_bytes
     return Choice(c.id, c.damage.nats or 0.0, (c.seconds, c.disk_seconds), accounts)
 
 

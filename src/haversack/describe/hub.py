@@ -73,16 +73,27 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def fetch_weights(hub_id: str, revision: str | None = None) -> Path:
-    """Download (or find in the cache) the safetensors and tokenizer files of a hub id; the local folder."""
-    from huggingface_hub import snapshot_download
+def fetch_weights(hub_id: str, revision: str | None = None, *, quiet: bool = False) -> Path:
+    """Download (or find in the cache) the safetensors and tokenizer files of a hub id; the local folder. The hub's own
+    bars show what is left unless `quiet`. What an interrupted call has fetched is kept.
 
+    Raises ModelNotFoundError where the hub does not have them, or can't be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silenced = quiet and not are_progress_bars_disabled()
+    if silenced:
+        disable_progress_bars()
     try:
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=[*_WEIGHT_PATTERNS, *_COMPANION_PATTERNS])
         )
     except Exception as error:
         raise _translated(error, hub_id, revision, "weights") from None
+    finally:
+        if silenced:
+            enable_progress_bars()
 
 
 def _from_hub(hub_id: str, revision: str | None) -> ModelSource:

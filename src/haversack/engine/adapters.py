@@ -22,6 +22,13 @@ BASE_GRID = IntegerGrid(bits=4, group_size=64, search=False)
 UNPACK_ELEMENTS = 2**20
 """Elements unpacked at a time in float32: 4 MiB of workspace beside the unpacked matrix in the input's dtype."""
 
+PACK_ELEMENTS = 2**18
+"""Elements rounded at a time."""
+
+PACK_BYTES_PER_ELEMENT = {"F32": 9, "BF16": 13}
+"""What rounding holds for each of them beside matrix and stored tensors, by the matrix's dtype: 8.5 to 9.1 and 12.5 to 13.1
+were counted on matrices of 0.07 to 2.4 million elements."""
+
 
 class LowRankAdapter(nn.Module):
     """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen.
@@ -137,19 +144,18 @@ def _pack(module: nn.Module, site: WeightSite) -> PackedLinear:
     declared = {t.name: t for t in BASE_GRID.stored(out_features, in_features)}
     codes = torch.empty(declared["codes"].shape, dtype=torch.uint8)
     scales = torch.empty(declared["scales"].shape, dtype=torch.float16)
-    if not _is_fake(weight):
+    if weight.device.type != "meta":
         matrix = weight.detach().T if hasattr(module, "nf") else weight.detach()
-        rows = max(1, UNPACK_ELEMENTS // in_features)
-        for start in range(0, out_features, rows):
-            block = matrix[start : start + rows].float()
-            fitted = BASE_GRID.fit(block)
-            packed = BASE_GRID.pack(BASE_GRID.quantize(block, fitted), fitted)
-            codes[start : start + rows], scales[start : start + rows] = packed["codes"], packed["scales"]
+        pack_rows(matrix, codes, scales)
     bias: Any = module.bias
     return PackedLinear(codes, scales, in_features, bias)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor) or tensor.device.type == "meta"
+def pack_rows(matrix: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Round a matrix `(out, in)` into its stored tensors."""
+    rows = max(1, PACK_ELEMENTS // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        block = matrix[start : start + rows].float()
+        fitted = BASE_GRID.fit(block)
+        packed = BASE_GRID.pack(BASE_GRID.quantize(block, fitted), fitted)
+        codes[start : start + rows], scales[start : start + rows] = packed["codes"], packed["scales"]

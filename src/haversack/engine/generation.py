@@ -62,7 +62,7 @@ def install_kv_plan(model: PreTrainedModel, plan: KVPlan) -> None:
             generation_config.prefill_chunk_size = _chunk_tokens(cache.plan, generation_config.prefill_chunk_size)
 
     setattr(model, _FACTORY, MethodType(prepare_cache, model))
-    model.haversack_kv_plan = plan
+    model.haversack_kv_plan = plan  # type: ignore[assignment]
 
 
 def uninstall_kv_plan(model: PreTrainedModel, attn_implementation: str = "sdpa") -> None:

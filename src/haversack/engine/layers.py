@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ from haversack.describe.model import Model, describe_model
 from haversack.describe.site import TensorSlice, WeightSite
 from haversack.describe.skeleton import build_skeleton
 from haversack.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from haversack.engine.kv_cache import HaversackCache
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,34 @@ class StreamedModel:
         if not isinstance(output, torch.Tensor):
             raise self._unsupported(f"return {type(output).__name__}, not hidden states alone")
         return output
+
+    def run_layer_cached(self, index: int, hidden: torch.Tensor, cache: HaversackCache) -> torch.Tensor:
+        """The output of a materialised layer for `hidden`, the tokens after those that `cache` has seen; no other
+        layer runs or fills its part of the cache."""
+        from haversack.engine import attention
+
+        found: list[torch.Tensor] = []
+
+        def stand_in(number: int, passed: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
+            if number == index:
+                layer = self.layer_module(index)
+                found.append(type(layer).forward(layer, hidden, *args, **kwargs))
+            return passed
+
+        attention.register()
+        before = self.module.config._attn_implementation
+        names = [n for n in self._outside_names() if n not in (self.input_name, self.head_name)]
+        materialize(self, names)
+        self.module.set_attn_implementation(attention.NAME)
+        try:
+            with self._layers_aside(stand_in):
+                self.module.base_model(inputs_embeds=torch.zeros_like(hidden), past_key_values=cache, use_cache=True)
+        finally:
+            self.module.set_attn_implementation(before)
+            self._release(names)
+        for layer in cache.planned:  # positions are asked of the first layer
+            layer.columns = cache.planned[index].columns
+        return found[0]
 
     @contextmanager
     def before_layers(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

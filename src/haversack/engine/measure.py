@@ -65,10 +65,6 @@ class DamageMeter:
             self.token_ids, self._reference = token_ids, []
             self._reference = [self._log_probabilities(row, {}) for row in token_ids]
 
-    def entropy(self) -> torch.Tensor:
-        """The reference's own uncertainty at every token, nats, `(sequences, tokens)`."""
-        return torch.stack([-(row.exp() * row).sum(-1) for row in self._reference])
-
     @property
     def num_tokens(self) -> int:
         """Tokens whose divergence is measured."""
@@ -176,16 +172,10 @@ def packed_matrix(site: WeightSite, option: WeightOption, tensors: Mapping[str, 
 def paired_bootstrap(
     first: torch.Tensor, second: torch.Tensor, *, num_samples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """95% interval of mean(first - second), both `(sequences, tokens)`, over paired blocks of tokens."""
-    return block_bootstrap(first - second, num_samples=num_samples, seed=seed)
-
-
-def block_bootstrap(values: torch.Tensor, *, num_samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of `(sequences, tokens)`, drawn in blocks of 64 tokens, since neighbouring ones are not
-    independent."""
-    flat = values.reshape(-1)
-    width = min(64, flat.numel())
-    blocks = flat[: flat.numel() // width * width].reshape(-1, width).mean(1)
+    """95% interval of mean(first - second) over paired blocks: rows `(sequences, tokens)` are cut into blocks of 64 tokens,
+    since neighbouring tokens are not independent."""
+    difference = (first - second).reshape(-1)
+    blocks = difference[: difference.numel() // 64 * 64].reshape(-1, 64).mean(1)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(blocks), (num_samples, len(blocks)), generator=generator)
     means = blocks[draws].mean(1)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from haversack.engine.decoder.loop import Decoder, Steps
 from haversack.engine.kv_cache import HaversackCache, KVPlan
 from haversack.errors import UsageError
 
@@ -27,20 +28,27 @@ class TokenSequence(Protocol):
 
 
 class PlannedSequence:
-    """A sequence of batch 1 through transformers' own forward, chunked as planned.
+    """A sequence of batch 1 through transformers' own forward, chunked as planned; single tokens by `decoder`'s steps.
 
     It holds at most `capacity_tokens` (default: the plan's). Raises DoesNotFitError for more than the plan's bytes hold.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: KVPlan, capacity_tokens: int | None = None):
+    def __init__(
+        self, model: PreTrainedModel, plan: KVPlan, capacity_tokens: int | None = None, decoder: Decoder | None = None
+    ):
         self.model = model
         self.cache = HaversackCache(plan, batch_size=1, capacity_tokens=capacity_tokens)
         self.tokens: list[int] = []
+        self._decoder = decoder
+        self._steps: Steps | None = None
+        self._stepped = 0  # tokens that the cache held after the last step
         self._chunk_tokens = plan.prefill_chunk_tokens or plan.capacity_tokens
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}
 
     def read(self, ids: Sequence[int], stopped: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+        if self._decoder is not None and self.tokens and len(ids) == 1:
+            return self._step(self._decoder, ids[0])
         logits = None
         for start in range(0, len(ids), self._chunk_tokens):
             if stopped():
@@ -54,7 +62,19 @@ class PlannedSequence:
             self.tokens += chunk
         return logits
 
+    def _step(self, decoder: Decoder, token: int) -> torch.Tensor:
+        given = torch.tensor([token])
+        if self._steps is None:
+            self._steps = decoder.steps(self.cache, given)
+        elif self._stepped != len(self.tokens):
+            self._steps.follow()
+        logits = self._steps.logits(given)[0]
+        self.tokens.append(token)
+        self._stepped = len(self.tokens)
+        return logits
+
     def rewind(self, num_tokens: int) -> int:
+        self._stepped = -1
         surplus = len(self.tokens) - num_tokens
         try:
             if surplus > 0:

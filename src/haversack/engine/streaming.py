@@ -37,9 +37,6 @@ PIECE_BYTES = 8 << 20
 NUM_READERS = 4
 """Requests in flight, as in the disk measurement."""
 
-MERGE_GAP_BYTES = 256 << 10
-"""Tensors of a layer nearer than this in a file are read in one run; the gap costs less than another request."""
-
 
 @dataclass(frozen=True)
 class StreamStatistics:
@@ -281,7 +278,7 @@ def _placed(group: Sequence[CheckpointTensor]) -> tuple[list[int], list[_Run], i
     """Where each tensor of a group lies in a buffer, the runs that bring it there, and the bytes they take.
 
     Runs start and end on pages, and lie on pages of the buffer, so that a tensor keeps the alignment it has in its
-    file.
+    file. What touches or shares a page is one run: packed folders keep a layer's tensors together.
     """
     order = sorted((i for i in range(len(group)) if group[i].num_bytes), key=lambda i: (group[i].file, group[i].start))
     offsets = [0] * len(group)
@@ -290,7 +287,7 @@ def _placed(group: Sequence[CheckpointTensor]) -> tuple[list[int], list[_Run], i
     for i in order:
         tensor = group[i]
         stop = -(-tensor.stop // PAGE_BYTES) * PAGE_BYTES
-        if runs and runs[-1].file == tensor.file and tensor.start <= runs[-1].stop + MERGE_GAP_BYTES:
+        if runs and runs[-1].file == tensor.file and tensor.start <= runs[-1].stop:
             runs[-1] = replace(runs[-1], stop=max(stop, runs[-1].stop), last=tensor)
         else:
             runs.append(_Run(tensor.file, tensor.start // PAGE_BYTES * PAGE_BYTES, stop, used, tensor))

@@ -23,6 +23,7 @@ from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.describe.model import Model
 from haversack.describe.skeleton import build_skeleton
 from haversack.describe.workload import TrainingWorkload
+from haversack.engine.adapters import PackedLinear
 from haversack.engine.kernel_workspace import workspace_of_kernels
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
@@ -50,7 +51,7 @@ class TrainingTrace:
     """Segments of one micro-step and of the update, with what stays.
 
     `resident_bytes` by owner (weights, packed weights, adapters, master weights) and `trained` are of the whole model,
-    all layers. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
+    all layers; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
     `drops_like[layer]` the one whose bytes go like its own when the loss is there (the one before the last layer loses its
     output then).
     """
@@ -58,6 +59,7 @@ class TrainingTrace:
     num_layers: int
     resident_bytes: Mapping[str, int]
     trained: tuple[TrainedTensor, ...] = field(repr=False)
+    packed: tuple[tuple[int, int], ...] = field(repr=False)
     stands_for: Mapping[int, int] = field(repr=False)
     drops_like: Mapping[int, int] = field(repr=False)
     segments: Mapping[str, Segment] = field(repr=False)
@@ -135,6 +137,7 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     resident = {owner: sum(t.nbytes for t in tensors) for owner, tensors in step.residents().items()}
     matrices = {id(p) for p in muon_matrices(skeleton, model)}
     trained = tuple(TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in step.trained)
+    packed = tuple((len(m.codes), m.in_features) for m in skeleton.modules() if isinstance(m, PackedLinear))
     kinds = layer_kinds(model)
     shown = set(range(model.num_layers)) if all_layers else {i for same in kinds.values() for i in same}
     shown.add(model.num_layers - 1)
@@ -142,7 +145,7 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     stands_for = {i: i if i in shown else kinds[i][-1] for i in range(model.num_layers)}
     drops_like = {i: i if i in shown else kinds[i][0] for i in range(model.num_layers)}
     segments = _run(step, model, sorted(shown))
-    return TrainingTrace(model.num_layers, resident, trained, stands_for, drops_like, segments)
+    return TrainingTrace(model.num_layers, resident, trained, packed, stands_for, drops_like, segments)
 
 
 def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> None:

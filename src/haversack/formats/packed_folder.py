@@ -211,10 +211,12 @@ class PackedFolder:
 
 @dataclass(frozen=True)
 class PackedSite:
-    """What a site will store: its option as `to_dict` wrote it and the tensors the option declares."""
+    """What a site will store: its option as `to_dict` wrote it and the tensors the option declares. Sites that are
+    streamed lie before the others, so that each layer is one stretch of a file."""
 
     option: Mapping[str, Any]
     stored: tuple[StoredTensor, ...]
+    is_streamed: bool = False
 
 
 class PackedFolderWriter:
@@ -427,7 +429,8 @@ def packed_files(
 ) -> dict[str, list[StoredTensor]]:
     """The safetensors files of a packed folder and what each will hold; nothing is written."""
     files = {REST_NAME: list(rest)}
-    packed = [tensor.prefixed(site_id) for site_id, site in sites.items() for tensor in site.stored]
+    in_order = sorted(sites.items(), key=lambda item: not item[1].is_streamed)
+    packed = [tensor.prefixed(site_id) for site_id, site in in_order for tensor in site.stored]
     cut = shards(packed, max_shard_bytes)
     for index, tensors in enumerate(cut, start=1):
         files[f"packed-{index:05d}-of-{len(cut):05d}.safetensors"] = tensors

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from haversack.errors import DoesNotFitError, PlanError, UsageError
 from haversack.jobs.answer import Ends, answer
 from haversack.jobs.interrupt import stoppable
-from haversack.jobs.run import check_new_tokens, check_prompt, load, open_tokenizer
+from haversack.jobs.run import check_new_tokens, check_prompt, load, open_decoder, open_tokenizer
 
 if TYPE_CHECKING:
     from haversack.engine.choice import Choice
@@ -51,7 +51,8 @@ class Chat:
         self.capacity_tokens: int = self.model.haversack.kv_plan.capacity_tokens
         self.max_new_tokens = max_new_tokens
         self.sampler = Sampler(self.model.generation_config, choice)
-        self.sequence = PlannedSequence(self.model, self.model.haversack.kv_plan)
+        self.decoder, self.loop_reason = open_decoder(self.model)
+        self.sequence = PlannedSequence(self.model, self.model.haversack.kv_plan, decoder=self.decoder)
         self.turns: list[tuple[str, str]] = []
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         templated = bool(getattr(self.tokenizer, "chat_template", None))

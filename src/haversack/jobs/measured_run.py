@@ -19,6 +19,8 @@ from haversack.jobs import memory
 if TYPE_CHECKING:
     import torch
 
+    from haversack.engine.decoder.loop import Decoder
+
 PROFILED_TOKENS = 8
 """Decode steps under the profiler: every step allocates alike."""
 
@@ -28,18 +30,21 @@ def measure_process(folder: Path) -> dict[str, Any]:
     memory.return_freed_memory()
     import torch
 
+    from haversack.jobs.run import loop_name, open_decoder
+
     _import_runtime()
     imported_private, imported_file = memory.private_bytes(), memory.file_bytes()
     marks: dict[str, int] = {}
     with memory.PeakSampler() as sampler:
         started = time.perf_counter()
         model = _load(folder)
+        decoder, refusal = open_decoder(model)
         load_seconds = time.perf_counter() - started
         load_private = memory.private_bytes()
         workload = model.haversack.plan["workload"]
         prompt = _prompt(folder, model, workload)
         started_ns = time.time_ns()
-        number, _ = _generate(model, prompt, max(1, workload["generate_tokens"]), marks)
+        number, _ = _generate(model, decoder, prompt, max(1, workload["generate_tokens"]), marks)
         ended_ns = time.time_ns()
     decode_seconds = (ended_ns - marks["decode"]) / 1e9
     steps = max(0, number - 1)
@@ -56,6 +61,8 @@ def measure_process(folder: Path) -> dict[str, Any]:
         "seconds_per_step": decode_seconds / steps if steps else 0.0,
         "threads": torch.get_num_threads(),
         "kernels": _kernels(model.haversack),
+        "loop": loop_name(decoder),
+        "loop_reason": refusal,
         "stall_seconds": window.statistics.stall_seconds if window is not None else None,
     }
 
@@ -64,14 +71,19 @@ def measure_tensors(folder: Path) -> dict[str, Any]:
     """Load and run a packed folder's workload under torch's profiler: allocated bytes by phase, residents by owner."""
     import torch
 
+    from haversack.jobs.run import open_decoder
+
     _import_runtime()
     marks = {"load": time.time_ns()}
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model = _load(folder)
+        decoder, _ = open_decoder(model)
         workload = model.haversack.plan["workload"]
         prompt = _prompt(folder, model, workload)
         marks["prefill"] = time.time_ns()
-        _, cache = _generate(model, prompt, max(1, workload["generate_tokens"]), marks, stop_after=PROFILED_TOKENS)
+        _, cache = _generate(
+            model, decoder, prompt, max(1, workload["generate_tokens"]), marks, stop_after=PROFILED_TOKENS
+        )
     return {"residents": _residents(model, cache), "tensor_peaks": _phase_peaks(profile, marks)}
 
 
@@ -108,9 +120,14 @@ def _prompt(folder: Path, model: Any, workload: dict[str, Any]) -> torch.Tensor:
 
 
 def _generate(
-    model: Any, prompt: torch.Tensor, new_tokens: int, marks: dict[str, int], stop_after: int | None = None
+    model: Any,
+    decoder: Decoder | None,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    marks: dict[str, int],
+    stop_after: int | None = None,
 ) -> tuple[int, Any]:
-    """Greedy generation of `new_tokens` per user, stopped `stop_after` tokens but in a cache for all of them; the number
+    """Greedy generation, by compiled steps where there is a decoder, of `new_tokens` per user, stopped `stop_after` tokens but in a cache for all of them; the number
     generated and the cache."""
     import torch
     from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -128,6 +145,20 @@ def _generate(
             marks.setdefault("decode", time.time_ns())
             return scores
 
+    if decoder is not None:
+
+        def mark(tokens: torch.Tensor) -> None:
+            marks.setdefault("decode", time.time_ns())
+
+        with torch.inference_mode():
+            out, cache = decoder.generate(
+                prompt,
+                torch.ones_like(prompt),
+                min(new_tokens, stop_after or new_tokens),
+                capacity_tokens=prompt.shape[1] + new_tokens - 1,
+                on_tokens=mark,
+            )
+        return out.shape[1] - prompt.shape[1], cache
     with torch.inference_mode():
         out = model.generate(
             prompt,

@@ -43,9 +43,12 @@ def pack(
     assert model.folder is not None, "packing needs weights"
     checkpoint = Checkpoint.open(model.folder)
     options = {row.site: WeightOption.from_dict(row.option) for row in plan.weights}
+    streamed = {row.site for row in plan.weights if row.placement["part"] == "streamed"}
     sites = {
         site.id: PackedSite(
-            options[site.id].to_dict(), options[site.id].stored(site.out_features, site.in_features, site.dtype)
+            options[site.id].to_dict(),
+            options[site.id].stored(site.out_features, site.in_features, site.dtype),
+            site.id in streamed,
         )
         for site in model.weights
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
 from haversack.formats.packed_folder import PLAN_NAME, PackedFolder, is_packed
 from haversack.jobs import memory
 from haversack.jobs.answer import Ends, answer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from haversack.engine.choice import Choice
+    from haversack.engine.decoder.loop import Decoder
 
 
 def check_packed(folder: str | Path) -> PackedFolder:
@@ -69,10 +71,13 @@ def generate(
     choice: Choice | None = None,
     cap_bytes: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Continue a prompt within the plan; the text, why it ended, token counts, times and the process's private peak.
+    """Continue a prompt within the plan; the text, why it ended, counts, times, the loop that ran, and the process's
+    private peak.
 
-    `choice` says how tokens are chosen, on top of the model's generation config. With `cap_bytes` this process is put
+    `choice` says how tokens are chosen, on top of the model's generation config. `on_stage` is told what is done before
+    the first token, and "" when it is there. With `cap_bytes` this process is put
     under a hard limit first. Raises UsageError for an empty prompt or a senseless count, PlanError for a folder that is
     not packed, DoesNotFitError for a prompt beyond the plan or a cap that is hit.
     """
@@ -80,7 +85,7 @@ def generate(
         raise UsageError("the prompt is empty; give --prompt or pipe a text in.")
     check_new_tokens(max_new_tokens)
     with within(folder, cap_bytes) as sampler:
-        return _generate(folder, prompt, max_new_tokens, choice, on_text) | {
+        return _generate(folder, prompt, max_new_tokens, choice, on_text, on_stage or (lambda what: None)) | {
             "peak_private_bytes": sampler.finish(),
             "cap_bytes": cap_bytes,
         }
@@ -140,10 +145,13 @@ def _generate(
     max_new_tokens: int | None,
     choice: Choice | None,
     on_text: Callable[[str], None] | None,
+    on_stage: Callable[[str], None],
 ) -> dict[str, Any]:
     from haversack.engine.sampling import Sampler, end_strings, end_tokens
     from haversack.engine.sequence import PlannedSequence
 
+    started = time.perf_counter()
+    on_stage("loading the model")
     model, tokenizer = load(folder), open_tokenizer(folder)
     ids = list(tokenizer(prompt)["input_ids"])
     check_prompt(ids, model, folder)
@@ -151,15 +159,25 @@ def _generate(
     room = plan.capacity_tokens + 1 - len(ids)  # the last token is never stored
     new_tokens = min(max_new_tokens or room, room)
     sampler = Sampler(model.generation_config, choice)
+    on_stage("compiling a decode step")
+    decoder, refusal = open_decoder(model)
+    on_stage("reading the prompt")
+    ready = time.perf_counter()
+
+    def show(piece: str) -> None:
+        on_stage("")
+        if on_text is not None:
+            on_text(piece)
+
     with stoppable() as stopped:
         given = answer(
-            PlannedSequence(model, plan, len(ids) + new_tokens - 1),
+            PlannedSequence(model, plan, len(ids) + new_tokens - 1, decoder),
             ids,
             sampler,
             tokenizer,
             max_new_tokens=new_tokens,
             ends=Ends(end_tokens(model.generation_config, tokenizer), end_strings(model.generation_config)),
-            on_text=on_text,
+            on_text=show,
             stopped=stopped,
         )
     return {
@@ -167,11 +185,31 @@ def _generate(
         "finish": given.finish,
         "prompt_tokens": len(ids),
         "new_tokens": len(given.tokens),
+        "seconds_to_load": ready - started,
         "seconds_to_first_token": given.seconds_to_first_token,
         "tokens_per_second": given.tokens_per_second,
+        "loop": loop_name(decoder),
+        "loop_reason": refusal,
         "sampling": sampler.settings,
         "notes": list(sampler.notes),
     }
+
+
+def open_decoder(model: Any) -> tuple[Decoder | None, str | None]:
+    """A decoder of compiled steps for a packed model; None where it can have none, with the reason by name."""
+    from haversack.engine.decoder.attach import attach_decoder
+
+    try:
+        return attach_decoder(model), None
+    except UnsupportedModelError as error:
+        return None, str(error)
+
+
+def loop_name(decoder: Decoder | None) -> str:
+    """Which decode loop runs: compiled steps, or transformers' own."""
+    from haversack.engine.decoder.loop import LOOP
+
+    return "transformers" if decoder is None else LOOP
 
 
 def check_prompt(ids: Sequence[int], model: Any, folder: str | Path) -> None:

@@ -122,5 +122,6 @@ def _figures(plan: Plan, measured: dict[str, Any]) -> list[dict[str, str]]:
         ("tokens/s", "", f"{measured['decode_tokens_per_second']:.3g}"),
         ("fraction of the bound", "1", f"{prediction.seconds_per_token / seconds:.2f}" if seconds else "-"),
     ]
+    rows.append(("decode loop", "", measured["loop"]))
     rows += [("kernel " + kernel, "", "; ".join(grids)) for kernel, grids in measured["kernels"].items()]
     return [{"what": what, "predicted": predicted, "measured": found} for what, predicted, found in rows]

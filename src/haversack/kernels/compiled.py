@@ -15,14 +15,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import ClassVar
 
 import torch
 
 from haversack.kernels import ir_dequantize, ir_matmul, ir_run
 from haversack.kernels.activations import rounded_activations, rounding_bytes
-from haversack.kernels.dot_schemes import SCHEMES, DotScheme
+from haversack.kernels.dot_schemes import SCHEMES, Avx512Bf16, Avx512F32, Avx512Vnni, DotScheme, VectorsF32
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_matmul import MatmulCase
 from haversack.kernels.ir_team import SMALLEST_TURN_BYTES
@@ -33,9 +33,9 @@ ROUND_TOKENS = (1, 2, 4)
 """Tokens multiplied with a row while it is read once; other numbers are padded to the next, more run in rounds over
 rows that stay in cache. Eight at once ran out of registers: 62 us where two rounds of four took 47."""
 
-MATVEC_MAX_TOKENS = {16: 16, 8: 64}
-"""Tokens, by activation bits, up to which codes go straight into dot products; beyond, tiles are dequantized for a
-matmul. 2,048 x 4,096 at 4 bits, one thread, 16 tokens: 1.6 ms as floats, 1.3 ms as int8, 2.7 ms by tiles."""
+MATVEC_MAX_TOKENS = {Avx512Bf16: 64, Avx512F32: 16, Avx512Vnni: 128, VectorsF32: 16}
+"""Tokens up to which codes go straight into dot products; beyond, tiles are dequantized for a matmul. 4,096 x 4,096 at 4
+bits, two threads, 64 tokens: 3.1 ms as bfloat16, 2.2 ms as int8, 3.7 ms by tiles; they meet at 96."""
 
 TILE_BYTES = 2 << 20
 """Bytes of one dequantized tile."""
@@ -65,17 +65,18 @@ class CompiledMatvec:
         return self.scheme.activation_bits
 
     def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool:
-        scheme = self.scheme(fmt.bits)
+        scheme = self.scheme(fmt, self.target)
         return (
             num_tokens <= self.max_tokens
             and scheme.activation_bits in (activation_bits, 16)
+            and scheme.holds_table
             and ir_matmul.supports(fmt, scheme)
         )
 
     def workspace_bytes(
         self, fmt: PackedFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
     ) -> int:
-        case = _case(fmt, _round_tokens(num_tokens), _computed(dtype), self.scheme, self.target)
+        case = _case(fmt, num_tokens, _computed(dtype), self.scheme, self.target)
         converted = 4 * num_tokens * (fmt.in_features + out_features) if dtype == torch.float16 else 0
         rounding = rounding_bytes(fmt, num_tokens) if activation_bits < self.scheme.activation_bits else 0
         return case.workspace_bytes(num_tokens) + converted + rounding
@@ -97,8 +98,7 @@ class CompiledMatvec:
         if activation_bits < self.scheme.activation_bits:
             x = rounded_activations(x, fmt)
         x = x.to(_computed(dtype)).contiguous()
-        run = matvec(fmt, _round_tokens(x.shape[0]), x.dtype, self.scheme, self.target)
-        return run(x, codes, scales, zeros).to(dtype)
+        return matvec(fmt, x.shape[0], x.dtype, self.scheme, self.target)(x, codes, scales, zeros).to(dtype)
 
 
 class Matvec:
@@ -224,22 +224,28 @@ def dequantize_rows(
 
 def matvecs(target: Target) -> tuple[CompiledMatvec, ...]:
     """The matvecs that run on `target`, fast to general."""
-    return tuple(
-        CompiledMatvec(s, target, MATVEC_MAX_TOKENS[s.activation_bits]) for s in SCHEMES if target.has(*s.features)
-    )
+    return tuple(CompiledMatvec(s, target, MATVEC_MAX_TOKENS[s]) for s in SCHEMES if target.has(*s.features))
+
+
+def matvec(fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target) -> Matvec:
+    """The matvec for a number of tokens: compiled, or loaded from the cache, when first needed."""
+    rounds = -(-num_tokens // ROUND_TOKENS[-1])
+    return _matvec(fmt, _round_tokens(num_tokens), min(4, 1 << (rounds - 1).bit_length()), dtype, scheme, target)
 
 
 @cache
-def matvec(fmt: PackedFormat, round_tokens: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target) -> Matvec:
-    """Compile, or load from the cache, one matvec."""
-    case = _case(fmt, round_tokens, dtype, scheme, target)
+def _matvec(
+    fmt: PackedFormat, tokens: int, rounds: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target
+) -> Matvec:
+    case = MatmulCase(fmt, tokens, _name(dtype), scheme(fmt, target), target, rounds)
     return Matvec(case, compile_text(ir_run.matmul_text(case), target))
 
 
+@lru_cache(maxsize=4096)
 def _case(
-    fmt: PackedFormat, round_tokens: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target
+    fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, scheme: type[DotScheme], target: Target
 ) -> MatmulCase:
-    return MatmulCase(fmt, round_tokens, _name(dtype), scheme(fmt.bits), target)
+    return MatmulCase(fmt, _round_tokens(num_tokens), _name(dtype), scheme(fmt, target), target)
 
 
 @cache

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS
+from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir import Function, Value, constant, splat_constant, vector, zeros
 from haversack.kernels.llvm import Target
 
@@ -39,8 +40,10 @@ class DotScheme(ABC):
     activation_bits: ClassVar[int] = 16
     features: ClassVar[tuple[str, ...]]
 
-    def __init__(self, bits: int):
-        self.bits = bits
+    def __init__(self, fmt: PackedFormat, target: Target):
+        self.bits = bits = fmt.bits
+        self.table = fmt.table
+        self.target = target
         self.base = 2 if bits == 3 else bits  # 3-bit rows are a 2-bit row and a 1-bit row
         self.unit_bytes = 8 * self.base
         self.chunk_bytes = max(64, self.unit_bytes)
@@ -61,9 +64,14 @@ class DotScheme(ABC):
         """Element type of an activation vector."""
 
     @property
-    def lane_units(self) -> Sequence[int]:
-        """Per accumulator lane, the unit of the chunk whose columns it sums."""
-        return [4 * lane // self.unit_bytes for lane in range(self.lanes)]
+    def holds_table(self) -> bool:
+        """Whether values of a table, if there is one, are held exactly."""
+        return True
+
+    @property
+    def code_values(self) -> list[float]:
+        """The value of every code, before its scale."""
+        return list(self.table or (q - (1 << (self.bits - 1)) for q in range(1 << self.bits)))
 
     @abstractmethod
     def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
@@ -121,6 +129,11 @@ class Avx512Bf16(DotScheme):
     activation_element = "bfloat"
 
     @property
+    def holds_table(self) -> bool:
+        """Four bits, and values of bfloat16's precision."""
+        return self.table is None or (self.bits == 4 and all(_is_bf16(value) for value in self.table))
+
+    @property
     def activation_columns(self) -> list[list[int]]:
         if self.bits == 8:
             return [[2 * word + half for word in range(32)] for half in range(2)]
@@ -136,7 +149,7 @@ class Avx512Bf16(DotScheme):
             tables = [_bf16_table([float(q) for q in range(16)]), _bf16_table([16.0 * q - 128 for q in range(16)])]
             return [Operand(self._look_up(f, tables[s % 2], _shift(f, words, 4 * s)), s // 2) for s in range(4)]
         if self.bits == 4:
-            table = _bf16_table([float(q - 8) for q in range(16)])
+            table = _bf16_table(self.code_values)
             places = [(plane, half) for plane in range(2) for half in range(2)]
             return [
                 Operand(self._look_up(f, table, _shift(f, words, 8 * half + 4 * plane)), 2 * plane + half)
@@ -205,8 +218,7 @@ class Avx512F32(DotScheme):
     def operands(self, f: Function, low: Value, high: Value | None, num_units: int) -> list[Operand]:
         if self.bits == 8:
             return [Operand(_bytes_to_float(f, f.load("<16 x i8>", f.offset(low, 16 * i)), 128), i) for i in range(4)]
-        values = [f"{float(q - (1 << (self.bits - 1))):e}" for q in range(1 << self.bits)]
-        table = constant("float", values * (16 // len(values)))
+        table = _float_table(self.code_values)
         words = f.cast("bitcast", self._chunk(f, low, num_units * self.unit_bytes), "<16 x i32>")
         bits = f.cast("bitcast", self._high_bits(f, high, num_units), "<16 x i32>") if high is not None else None
         found = []
@@ -235,6 +247,11 @@ class Avx512Vnni(DotScheme):
     accumulator = "<16 x i32>"
     activation_bits = 8
     activation_element = "i8"
+
+    @property
+    def holds_table(self) -> bool:
+        """Values of a table aren't the consecutive integers that codes stand for here."""
+        return self.table is None
 
     @property
     def activation_columns(self) -> list[list[int]]:
@@ -270,14 +287,10 @@ class VectorsF32(DotScheme):
     features = ()
     activation_element = "float"
 
-    def __init__(self, bits: int):
-        super().__init__(bits)
+    def __init__(self, fmt: PackedFormat, target: Target):
+        super().__init__(fmt, target)
         self.chunk_bytes = self.unit_bytes
         self.chunk_units, self.chunk_columns = 1, UNIT_COLUMNS
-
-    @property
-    def lane_units(self) -> list[int]:
-        return [0] * self.lanes
 
     @property
     def activation_columns(self) -> list[list[int]]:
@@ -297,12 +310,26 @@ class VectorsF32(DotScheme):
                     codes = _merge(f, codes, _shift(f, bits, 2 * plane - 2), 0x03)
                 if self.bits < 8:
                     codes = f.binary("and", codes, splat_constant(codes.type, (1 << self.bits) - 1))
-                weights = _bytes_to_float(f, codes, 1 << (self.bits - 1))
+                weights = self._look_up(f, codes) if self.table else _bytes_to_float(f, codes, 1 << (self.bits - 1))
                 found.append(Operand(weights, plane * len(pieces) + i))
         return found
 
     def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
         return multiply_add(f, weights, activations, accumulator)
+
+    def _look_up(self, f: Function, codes: Value) -> Value:
+        """Values of sixteen codes (bytes): one permutation, or sixteen loads where the CPU has none that wide."""
+        index = f.cast("zext", codes, "<16 x i32>")
+        table = _float_table(self.code_values)
+        if self.target.has("avx512f"):
+            return f.call("<16 x float>", "llvm.x86.avx512.permvar.sf.512", table, index)
+        found = Value("<16 x float>", "poison")
+        f.module.declare(f"@values = private unnamed_addr constant {table}, align 64")
+        for lane in range(16):
+            code = f.cast("zext", f.value("i32", f"extractelement {index}, i32 {lane}"), "i64")
+            value = f.load("float", f.offset(Value("ptr", "@values"), f.times(code, 4)), 4)
+            found = f.value(found.type, f"insertelement {found}, {value}, i32 {lane}")
+        return found
 
 
 SCHEMES: tuple[type[DotScheme], ...] = (Avx512Bf16, Avx512F32, Avx512Vnni, VectorsF32)
@@ -340,6 +367,16 @@ def _bf16_table(values: Sequence[float]) -> Value:
     """Thirty-two words: the values in bfloat16, repeated."""
     words = [_bf16_bits(v) for v in values]
     return constant("i16", words * (32 // len(words)))
+
+
+def _float_table(values: Sequence[float]) -> Value:
+    """Sixteen floats: the values, repeated. Spelled as the bits of a double, which holds them exactly."""
+    rounded = [struct.unpack("<f", struct.pack("<f", value))[0] for value in values]
+    return constant("float", [f"0x{struct.pack('>d', value).hex().upper()}" for value in rounded] * (16 // len(values)))
+
+
+def _is_bf16(value: float) -> bool:
+    return struct.unpack("<f", struct.pack("<f", value))[0] == value and struct.pack("<f", value)[:2] == bytes(2)
 
 
 def _bf16_bits(value: float) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from haversack.codecs.bitpack import PACKED_BITS, UNIT_COLUMNS, packed_row_bytes
 from haversack.errors import UsageError
@@ -10,19 +12,26 @@ from haversack.errors import UsageError
 WHOLE_ROW = 0
 """`group_size` of a matrix with one scale per row."""
 
+SCALE_BYTES = {"f16": 2, "e8m0": 1}
+"""How scales are stored, and the bytes of one."""
+
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """A matrix of integer codes in layout `rows-v1` with one float16 scale per group of columns.
+    """A matrix of codes in layout `rows-v1` with one scale per group of columns.
 
     The value of code q is `(q - 2^(bits-1)) * scale` when symmetric, else `(q - zero) * scale` with a uint8 zero per
-    group. Columns are padded to whole groups before they are packed; padding columns are never read as values.
+    group; or, with a `table` of 2^bits values, `table[q] * scale`. `scales` says how scales are stored: "f16", or
+    "e8m0", a byte e for 2^(e - 127), 0 for 0. Columns are padded to whole groups before they are packed; padding columns
+    are never read as values.
     """
 
     bits: int
     group_size: int
     in_features: int
     symmetric: bool
+    table: tuple[float, ...] | None = None
+    scales: str = "f16"
 
     def __post_init__(self) -> None:
         if self.bits not in PACKED_BITS:
@@ -32,22 +41,36 @@ class PackedFormat:
         if self.group_size < 0:
             raise UsageError(f"group_size is a number of columns, or 0 for whole rows, asked for {self.group_size}")
 
-    @property
+        if self.scales not in SCALE_BYTES:
+            raise UsageError(f"scales of packed matrices are {' or '.join(SCALE_BYTES)}, asked for {self.scales!r}")
+        if self.table is not None:
+            if self.bits > 4 or len(self.table) != 1 << self.bits or not all(map(math.isfinite, self.table)):
+                raise UsageError(
+                    f"a table holds 2^bits finite values for 2 to 4 bits, got {len(self.table)} for {self.bits} bits"
+                )
+            if not self.symmetric:
+                raise UsageError("a table of values has no zero points beside it")
+
+    @cached_property
     def padded_columns(self) -> int:
         """Columns that are packed: whole groups (for whole rows, the columns there are)."""
         if self.group_size == WHOLE_ROW:
             return self.in_features
         return -(-self.in_features // self.group_size) * self.group_size
 
-    @property
+    @cached_property
     def num_groups(self) -> int:
         return 1 if self.group_size == WHOLE_ROW else self.padded_columns // self.group_size
 
-    @property
+    @cached_property
     def unit_columns(self) -> int:
         """Columns with the padding to whole units of the layout."""
         return -(-self.padded_columns // UNIT_COLUMNS) * UNIT_COLUMNS
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return packed_row_bytes(self.padded_columns, self.bits)
+
+    @cached_property
+    def scale_row_bytes(self) -> int:
+        return SCALE_BYTES[self.scales] * self.num_groups

@@ -81,14 +81,24 @@ def rows(
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, fmt: PackedFormat
 ) -> torch.Tensor:
-    """Values, float32 `(rows, in)`, of packed rows: `(q - zero) * scale` group by group."""
+    """Values, float32 `(rows, in)`, of packed rows: `(q - zero) * scale`, or `table[q] * scale`, group by group."""
     groups = (codes.shape[0], fmt.num_groups, fmt.padded_columns // fmt.num_groups)
-    weight = unpack_codes(codes, fmt.bits, fmt.padded_columns).to(torch.float32).view(groups)
-    weight -= float(1 << (fmt.bits - 1)) if zeros is None else zeros.unsqueeze(-1)
-    weight *= scales.unsqueeze(-1)
+    unpacked = unpack_codes(codes, fmt.bits, fmt.padded_columns)
+    if fmt.table is not None:
+        table = torch.tensor(fmt.table, device=codes.device)
+        weight = table.index_select(0, unpacked.reshape(-1).int()).view(groups)
+    else:
+        weight = unpacked.to(torch.float32).view(groups)
+        weight -= float(1 << (fmt.bits - 1)) if zeros is None else zeros.unsqueeze(-1)
+    weight *= scale_values(scales, fmt).unsqueeze(-1)
     return weight.view(codes.shape[0], fmt.padded_columns)[:, : fmt.in_features]
 
 
+def scale_values(scales: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+    """float32 scales, or float16 ones as they are, of stored ones."""
+    return scales if fmt.scales == "f16" else (scales.to(torch.int32) << 23).view(torch.float32)
+
+
 def _row_bytes(fmt: PackedFormat) -> int:
-    """Workspace of one row: unpacking first, then codes and their float32 values, and type-promoted scales."""
-    return max(UNPACK_BYTES_PER_CODE, 1 + 4) * fmt.unit_columns + 8 * fmt.num_groups
+    """Workspace of one row: unpacking first, then codes (also as indices of a table) and values, and wider scales."""
+    return max(UNPACK_BYTES_PER_CODE, 1 + 4 if fmt.table is None else 2 + 4 + 4) * fmt.unit_columns + 8 * fmt.num_groups

@@ -24,6 +24,16 @@ def half_to_float(f: Function, bits: Value, target: Target) -> Value:
     return f.cast("bitcast", f.binary("or", f.cast("bitcast", value, wide), sign), type_)
 
 
+def scale_to_float(f: Function, bits: Value, stored: str, target: Target) -> Value:
+    """float32 of stored scales: float16 ("f16"), or a byte e for 2^(e - 127), 0 for 0 ("e8m0")."""
+    if stored == "f16":
+        return half_to_float(f, bits, target)
+    lanes = lanes_of(bits.type)
+    wide = vector(lanes, "i32")
+    exponent = f.binary("shl", f.cast("zext", bits, wide), splat_constant(wide, 23))
+    return f.cast("bitcast", exponent, vector(lanes, "float"))
+
+
 def bf16_to_float(f: Function, bits: Value) -> Value:
     """float32 of bfloat16 bits (i16 or a vector of them), exact."""
     wide = "i32" if bits.type == "i16" else vector(lanes_of(bits.type), "i32")

@@ -17,14 +17,18 @@ from dataclasses import dataclass
 from haversack.kernels.dot_schemes import DotScheme, multiply_add
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
-from haversack.kernels.ir_float import bf16_of, half_to_float
+from haversack.kernels.ir_float import bf16_of, scale_to_float
 from haversack.kernels.llvm import Target
 
 MAX_SEGMENT_CHUNKS = 8
 """Chunks unrolled between two scalings."""
 
+PASS_BYTES = 64 << 10
+"""Bytes of packed rows that all rounds of tokens go over before the next rows are read: they stay in L2 meanwhile. Each
+change of round brings other activations to L1: 8 tokens at 4 bits took 20% longer with 16 KiB."""
+
 PREFETCH_BYTES = 8 << 10
-"""How far ahead codes are asked for, in whole blocks of rows. Without, four rows abreast reach 17 of the 41 GB/s that a
+"""The same for one round: how far ahead codes are asked for, in whole blocks of rows. Without, four rows abreast reach 17 of the 41 GB/s that a
 plain read does here, and one row alone 31; with it 32 and 35. 4 and 16 KiB are within 5% of 8."""
 
 SCALE_PREFETCH_ROWS = 16
@@ -41,6 +45,8 @@ class MatmulCase:
     dtype: str  # "float32" or "bfloat16", of activations and result
     scheme: DotScheme
     target: Target
+    rounds: int = 1
+    """Rounds of tokens that share the asking for later rows: 1, 2, or 4 for more."""
 
     @property
     def terms(self) -> int:
@@ -60,18 +66,14 @@ class MatmulCase:
         return self.fmt.num_groups == 1
 
     @property
-    def group_units(self) -> int:
-        return self.fmt.group_size // 64
-
-    @property
     def chunk_groups(self) -> int:
         """Groups that share a chunk; 1 where groups are as long or longer."""
-        return 1 if self.whole_row else max(1, self.scheme.chunk_units // self.group_units)
+        return 1 if self.whole_row else max(1, self.scheme.chunk_columns // self.fmt.group_size)
 
     @property
     def segment_chunks(self) -> int:
         """Chunks between two scalings."""
-        return 1 if self.whole_row else max(1, self.group_units // self.scheme.chunk_units)
+        return 1 if self.whole_row else max(1, self.fmt.group_size // self.scheme.chunk_columns)
 
     @property
     def num_segments(self) -> int:
@@ -84,11 +86,38 @@ class MatmulCase:
     @property
     def block_rows(self) -> int:
         """Rows computed together. One token: one row, 0.92 of a plain read at 4 bits where four rows abreast reach 0.83;
-        at 2 bits, which computing bounds, two: 0.74 to 0.68. Else as many as leave registers for codes and activations.
+        at 2 bits, which computing bounds, two: 0.74 to 0.68. More tokens: as many as leave registers for sums; four rows
+        of four tokens, with sums in memory, were no faster than two.
         """
         if self.tokens == 1:
             return 2 if self.fmt.bits == 2 else 1
         return 4 if self.tokens == 2 else 2
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows that all rounds of tokens go over before the next rows."""
+        wanted = PREFETCH_BYTES if self.rounds == 1 else PASS_BYTES
+        return max(1, round(wanted / (self.block_rows * self.fmt.row_bytes))) * self.block_rows
+
+    def asked_bytes(self, num_rows: int) -> int:
+        """Bytes of later rows that one chunk of a block asks for: its share of as many rows, or of a round's part."""
+        share = num_rows * -(-self.fmt.row_bytes // self.num_chunks)
+        return share if self.rounds == 1 else -(-share // (64 * self.rounds)) * 64
+
+    def asked_block_bytes(self, num_rows: int) -> int:
+        """The same for the whole block."""
+        whole = num_rows * self.fmt.row_bytes
+        return whole if self.rounds == 1 else self.num_chunks * self.asked_bytes(num_rows)
+
+    @property
+    def lane_groups(self) -> list[tuple[int, ...]]:
+        """Per activation vector of a chunk, the group (within the chunk) that each of the sixteen lanes belongs to."""
+        if self.chunk_groups == 1:
+            return [(0,) * 16] * len(self.scheme.activation_columns)
+        return [
+            tuple(columns[lane * len(columns) // 16] // self.fmt.group_size for lane in range(16))
+            for columns in self.scheme.activation_columns
+        ]
 
     # The workspace of one round: activations, start values and scales of int8 activations, group sums; one float32 row.
 
@@ -105,22 +134,30 @@ class MatmulCase:
 
     @property
     def start_bytes(self) -> int:
-        """Per segment and token: sixteen start values if the scheme has offsets, sixteen int8 scales."""
-        return self.num_segments * self.tokens * self.start_stride
+        """Per segment and token, sixteen start values, if the scheme has offsets."""
+        return 0 if self.scheme.offsets() is None else self.num_segments * self.tokens * 64
 
     @property
-    def start_stride(self) -> int:
-        """64 bytes for start values (first), 64 for scales (after them)."""
-        scaled = 64 if self.scheme.activation_bits == 8 else 0
-        return (64 if self.scheme.offsets() is not None else 0) + scaled
+    def scale_bytes(self) -> int:
+        """Per token and group, the scale of int8 activations."""
+        return self.tokens * self.padded_groups * 4 if self.scheme.activation_bits == 8 else 0
 
     @property
     def sum_bytes(self) -> int:
+        """Per token and group, the sum of the activations, where there are zero points."""
         return 0 if self.fmt.symmetric else self.tokens * self.padded_groups * 4
 
     @property
+    def scales_at(self) -> int:
+        return self.activation_bytes + self.start_bytes
+
+    @property
+    def sums_at(self) -> int:
+        return self.scales_at + self.scale_bytes
+
+    @property
     def round_bytes(self) -> int:
-        return self.activation_bytes + self.start_bytes + self.sum_bytes
+        return self.sums_at + self.sum_bytes
 
     @property
     def scratch_bytes(self) -> int:
@@ -133,49 +170,47 @@ class MatmulCase:
 
 
 def supports(fmt: PackedFormat, scheme: DotScheme) -> bool:
-    """Groups are whole units, and whole chunks or an even part of one."""
+    """Groups are whole chunks or an even part of one; smaller than a unit only for floats without offsets."""
     if fmt.num_groups == 1:
         return True
-    units, chunk = fmt.group_size // 64, scheme.chunk_units
     if fmt.group_size % 64:
-        return False
+        even = fmt.group_size in (16, 32) and scheme.chunk_columns // fmt.group_size <= 16
+        return even and scheme.activation_bits == 16 and scheme.offsets() is None
+    units, chunk = fmt.group_size // 64, scheme.chunk_units
     return chunk % units == 0 or (units % chunk == 0 and units // chunk <= MAX_SEGMENT_CHUNKS)
 
 
 def add_rows(module: Module, case: MatmulCase) -> None:
-    """`rows(round, codes, scales, zeros, out, stride, valid, limit, first, last)`: those rows, for one round of tokens.
+    """`rows(round, codes, scales, zeros, out, stride, valid, ask, first, last)`: those rows, for one round of tokens.
 
-    `out` is that of the round's first token; `stride` the elements between tokens; `valid` the tokens to write; rows
-    from `limit` on are someone else's and not prefetched.
+    `out` is that of the round's first token; `stride` the elements between tokens; `valid` the tokens to write; `ask`
+    where later rows are asked for.
     """
     _add_block(module, case, case.block_rows)
     if case.block_rows > 1:
         _add_block(module, case, 1)
     f = Function(module, "rows", [*_BLOCK_ARGUMENTS, ("i64", "last")])
-    last = f.arguments["last"]
+    first, last = f.arguments["first"], f.arguments["last"]
 
-    def call(rows: int, row: Value) -> None:
-        passed = [f.arguments[name] if name != "first" else row for _, name in _BLOCK_ARGUMENTS]
-        f.do(f"call void @block{rows}({', '.join(map(str, passed))})")
+    def call(rows: int, row: Value, ask: Value) -> None:
+        given = f.arguments | {"first": row, "ask": ask}
+        f.do(f"call void @block{rows}({', '.join(str(given[name]) for _, name in _BLOCK_ARGUMENTS)})")
 
     step = case.block_rows
-    end = f.binary("sub", last, step - 1)
 
-    def blocks(row: Value, _: list[Value]) -> Sequence[Value]:
-        call(step, row)
-        return []
+    def block(row: Value, carried: list[Value]) -> Sequence[Value]:
+        call(step, row, carried[0])
+        return [f.offset(carried[0], case.asked_block_bytes(step))]
 
-    f.loop(end, [], blocks, first=f.arguments["first"], step=step)
+    ask = f.loop(f.binary("sub", last, step - 1), [f.arguments["ask"]], block, first=first, step=step)[0]
     if step > 1:
-        count = f.binary("sub", last, f.arguments["first"])
-        done = f.binary("and", count, -step)
-        rest = f.binary("add", f.arguments["first"], done)
+        rest = f.binary("add", first, f.binary("and", f.binary("sub", last, first), -step))
 
-        def singles(row: Value, _: list[Value]) -> Sequence[Value]:
-            call(1, row)
+        def single(row: Value, _: list[Value]) -> Sequence[Value]:
+            call(1, row, ask)
             return []
 
-        f.loop(last, [], singles, first=rest)
+        f.loop(last, [], single, first=rest)
     f.end()
 
 
@@ -187,7 +222,7 @@ _BLOCK_ARGUMENTS = [
     ("ptr", "out"),
     ("i64", "stride"),
     ("i64", "valid"),
-    ("i64", "limit"),
+    ("ptr", "ask"),
     ("i64", "first"),
 ]
 
@@ -199,21 +234,24 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
     arguments = f.arguments
     rows = [f.binary("add nuw nsw", arguments["first"], r) for r in range(num_rows)]
     codes = [f.offset(arguments["codes"], f.times(row, fmt.row_bytes)) for row in rows]
-    scales = [f.offset(arguments["scales"], f.times(row, 2 * fmt.num_groups)) for row in rows]
+    scales = [f.offset(arguments["scales"], f.times(row, case.fmt.scale_row_bytes)) for row in rows]
     low_bytes = case.num_units * scheme.unit_bytes
     high = [f.offset(pointer, low_bytes) for pointer in codes] if fmt.bits == 3 else None
+    # Activation vectors whose lanes belong to the same groups are summed together.
+    sets = list(dict.fromkeys(case.lane_groups))
     # Two sums per row and token where registers allow: one chain of dependent dot products would set the pace.
-    chains = 2 if num_rows * case.tokens <= 4 else 1
+    chains = 2 if num_rows * case.tokens * len(sets) <= 4 else 1
     chunk_bytes = len(scheme.activation_columns) * case.tokens * case.terms * case.vector_bytes
     starts = f.offset(arguments["round"], case.activation_bytes)
-    ahead = _rows_ahead(f, case, rows[0], num_rows)
     _prefetch_scales(f, case, scales[0], num_rows)
     floats = [_scales_as_floats(f, case, pointer) for pointer in scales]
+    # What a row's sums are multiplied with, per row and token: its scales, times the token's if it is quantized.
+    factors = [_factors(f, case, pointer, t) for pointer in floats for t in tokens]
 
     def dots(accumulators: list[Value], chunk: Value | int, units: int) -> list[Value]:
-        """Accumulators, ordered row, token, chain, plus the products of one chunk."""
+        """Accumulators, ordered row, token, set, chain, plus the products of one chunk."""
         accumulators = list(accumulators)
-        _prefetch_codes(f, case, codes[0], ahead, chunk, num_rows)
+        _prefetch_codes(f, case, chunk, num_rows)
         low_at = f.times(chunk, scheme.chunk_bytes) if isinstance(chunk, Value) else chunk * scheme.chunk_bytes
         operands = []
         for r in range(num_rows):
@@ -227,20 +265,22 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
         vectors = f.offset(arguments["round"], at)
         type_ = vector(len(scheme.activation_columns[0]), scheme.activation_element)
         for number, step_operands in enumerate(zip(*operands, strict=True)):
+            activations = step_operands[0].activations
+            part = sets.index(case.lane_groups[activations])
             for t in tokens:
                 for term in range(case.terms):
-                    place = (step_operands[0].activations * case.tokens + t) * case.terms + term
+                    place = (activations * case.tokens + t) * case.terms + term
                     x = f.load(
                         type_, f.offset(vectors, place * case.vector_bytes), 64 if case.vector_bytes == 64 else 16
                     )
                     for r in range(num_rows):
-                        slot = (r * case.tokens + t) * chains + (number + term) % chains
+                        slot = ((r * case.tokens + t) * len(sets) + part) * chains + (number + term) % chains
                         accumulators[slot] = scheme.dot(f, accumulators[slot], step_operands[r].weights, x)
         return accumulators
 
     def start(segment: Value | int) -> list[Value]:
         if scheme.offsets() is None:
-            return [zeros(scheme.accumulator)] * (num_rows * case.tokens * chains)
+            return [zeros(scheme.accumulator)] * (num_rows * case.tokens * len(sets) * chains)
         per_token = []
         for t in tokens:
             per_token.append(f.load(scheme.accumulator, _start_pointer(f, case, starts, segment, t), 64))
@@ -250,21 +290,19 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
     def scaled(sums: list[Value], accumulators: list[Value], segment: Value | int, groups: int) -> list[Value]:
         """`sums`, ordered row, token, plus a segment's accumulators times its scales."""
         result = []
-        for r in range(num_rows):
-            at = 4 * case.chunk_groups
-            offset = f.times(segment, at) if isinstance(segment, Value) else segment * at
-            scale = _lane_scales(f, case, f.offset(floats[r], offset), groups)
-            for t in tokens:
-                first = (r * case.tokens + t) * chains
+        at = 4 * case.chunk_groups
+        offset = f.times(segment, at) if isinstance(segment, Value) else segment * at
+        for slot, total in enumerate(sums):
+            for part, lane_groups in enumerate(sets):
+                first = (slot * len(sets) + part) * chains
                 inner = accumulators[first]
                 for other in accumulators[first + 1 : first + chains]:
                     inner = f.binary("fadd" if scheme.accumulator == "<16 x float>" else "add", inner, other)
-                factor = scale
-                if scheme.activation_bits == 8:
+                if scheme.accumulator != "<16 x float>":
                     inner = f.cast("sitofp", inner, "<16 x float>")
-                    pointer = f.offset(_start_pointer(f, case, starts, segment, t), 64)
-                    factor = f.binary("fmul", scale, f.load("<16 x float>", pointer, 64))
-                result.append(multiply_add(f, inner, factor, sums[r * case.tokens + t]))
+                factor = _lane_factors(f, f.offset(factors[slot], offset), lane_groups, groups)
+                total = multiply_add(f, inner, factor, total)
+            result.append(total)
         return result
 
     sums = [zeros("<16 x float>")] * (num_rows * case.tokens)
@@ -288,7 +326,7 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
         sums = f.loop(full_segments, sums, segment)
         if tail_units:
             accumulators = dots(start(full_segments), full_chunks, tail_units)
-            sums = scaled(sums, accumulators, full_segments, tail_units // case.group_units)
+            sums = scaled(sums, accumulators, full_segments, max(1, tail_units * 64 // fmt.group_size))
     if not fmt.symmetric:
         sums = _take_zeros(f, case, sums, rows, floats)
     for r in range(num_rows):
@@ -298,21 +336,22 @@ def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
 
 
 def _start_pointer(f: Function, case: MatmulCase, starts: Value, segment: Value | int, token: int) -> Value:
-    step = case.start_stride * case.tokens
+    step = 64 * case.tokens
     at = f.times(segment, step) if isinstance(segment, Value) else segment * step
-    return f.offset(f.offset(starts, at), case.start_stride * token)
+    return f.offset(f.offset(starts, at), 64 * token)
 
 
 def _scales_as_floats(f: Function, case: MatmulCase, scales: Value) -> Value:
     """One row's scales in float32, on the stack: converted sixteen at a time, which a chunk's own would not fill."""
     fmt = case.fmt
+    element, size = ("i16", 2) if fmt.scales == "f16" else ("i8", 1)
     floats = f.value("ptr", f"alloca [{case.padded_groups} x float], align 64")
 
     def convert(group: Value | int, width: int) -> list[Value]:
-        at = f.times(group, 2) if isinstance(group, Value) else 2 * group
-        halves = _widened(f, f.load(vector(width, "i16"), f.offset(scales, at), 2))
+        at = f.times(group, size) if isinstance(group, Value) else size * group
+        stored = _widened(f, f.load(vector(width, element), f.offset(scales, at), size))
         place = f.offset(floats, f.times(group, 4) if isinstance(group, Value) else 4 * group)
-        f.store(half_to_float(f, halves, case.target), place, 64)
+        f.store(scale_to_float(f, stored, fmt.scales, case.target), place, 64)
         return []
 
     full = fmt.num_groups // 16 * 16
@@ -322,13 +361,27 @@ def _scales_as_floats(f: Function, case: MatmulCase, scales: Value) -> Value:
     return floats
 
 
-def _lane_scales(f: Function, case: MatmulCase, pointer: Value, groups: int) -> Value:
-    """Sixteen scales, lane by lane, from the `groups` scales of a segment."""
+def _factors(f: Function, case: MatmulCase, floats: Value, token: int) -> Value:
+    """Per group of a row: its scale, or its scale times that of the token's int8 activations."""
+    if case.scheme.activation_bits == 16:
+        return floats
+    given = f.offset(f.arguments["round"], case.scales_at + 4 * case.padded_groups * token)
+    factors = f.value("ptr", f"alloca [{case.padded_groups} x float], align 64")
+
+    def multiply(at: Value, _: list[Value]) -> list[Value]:
+        both = [f.load("<16 x float>", f.offset(pointer, at), 64) for pointer in (floats, given)]
+        f.store(f.binary("fmul", *both), f.offset(factors, at), 64)
+        return []
+
+    f.loop(4 * case.padded_groups, [], multiply, step=64)
+    return factors
+
+
+def _lane_factors(f: Function, pointer: Value, lane_groups: tuple[int, ...], groups: int) -> Value:
+    """Sixteen factors, lane by lane, from those of a segment's `groups` groups."""
     if groups == 1:
         return f.splat(f.load("float", pointer, 4), 16)
-    loaded = f.load(vector(groups, "float"), pointer, 4)
-    units = case.group_units
-    return f.shuffle(loaded, None, [min(u // units, groups - 1) for u in case.scheme.lane_units])
+    return f.shuffle(f.load(vector(groups, "float"), pointer, 4), None, [min(g, groups - 1) for g in lane_groups])
 
 
 def _take_zeros(
@@ -337,7 +390,7 @@ def _take_zeros(
     """Take `scale * (zero - centre) * (sum of the group's activations)` off, sixteen groups at a time."""
     fmt = case.fmt
     zero_rows = [f.offset(f.arguments["zeros"], f.times(row, fmt.num_groups)) for row in rows]
-    group_sums = f.offset(f.arguments["round"], case.activation_bytes + case.start_bytes)
+    group_sums = f.offset(f.arguments["round"], case.sums_at)
     centre = splat_constant("<16 x float>", f"{float(1 << (fmt.bits - 1)):e}")
 
     def step(group: Value | int, carried: list[Value], width: int) -> list[Value]:
@@ -382,31 +435,22 @@ def _store(f: Function, case: MatmulCase, lanes: Value, row: Value, token: int) 
         f.when(f.value("i1", f"icmp sgt {f.arguments['valid']}, {token}"), write)
 
 
-def _rows_ahead(f: Function, case: MatmulCase, row: Value, num_rows: int) -> Value:
-    """Bytes from a block of rows to the one that is asked for meanwhile; none where that belongs to another thread."""
-    blocks = max(1, round(PREFETCH_BYTES / (num_rows * case.fmt.row_bytes)))
-    there = f.value("i1", f"icmp slt {f.binary('add', row, num_rows * blocks)}, {f.arguments['limit'].name}")
-    return f.value("i64", f"select {there}, i64 {num_rows * blocks * case.fmt.row_bytes}, i64 0")
-
-
-def _prefetch_codes(
-    f: Function, case: MatmulCase, block: Value, ahead: Value, chunk: Value | int, num_rows: int
-) -> None:
-    """Ask for one chunk's share of a later block of rows, in the order of addresses."""
-    share = num_rows * -(-case.fmt.row_bytes // case.num_chunks)
-    at = f.offset(block, f.times(chunk, share) if isinstance(chunk, Value) else chunk * share)
+def _prefetch_codes(f: Function, case: MatmulCase, chunk: Value | int, num_rows: int) -> None:
+    """Ask for one chunk's share of later rows, in the order of addresses."""
+    share = case.asked_bytes(num_rows)
+    at = f.offset(f.arguments["ask"], f.times(chunk, share) if isinstance(chunk, Value) else chunk * share)
     for line in range(0, share, 64):
-        _prefetch(f, case, f.offset(f.offset(at, ahead), line))
+        _prefetch(f, case, f.offset(at, line))
 
 
 def _prefetch_scales(f: Function, case: MatmulCase, block: Value, num_rows: int) -> None:
     """Ask for the scales of a later block of rows, which follow each other without a gap."""
-    row_bytes = 2 * case.fmt.num_groups
+    row_bytes = case.fmt.scale_row_bytes
     for line in range(0, num_rows * row_bytes, 64):
         _prefetch(f, case, f.offset(block, SCALE_PREFETCH_ROWS * row_bytes + line))
 
 
 def _prefetch(f: Function, case: MatmulCase, pointer: Value) -> None:
-    """Ask for a line; never faults. For one token it is read once and need not stay in L2, else it may be read again."""
+    """Ask for a line; never faults. In one round it is read once and need not stay in L2."""
     f.module.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-    f.do(f"call void @llvm.prefetch.p0({pointer}, i32 0, i32 {0 if case.tokens == 1 else 2}, i32 1)")
+    f.do(f"call void @llvm.prefetch.p0({pointer}, i32 0, i32 {0 if case.rounds == 1 else 2}, i32 1)")

@@ -19,14 +19,17 @@ def add_prepare(module: Module, case: MatmulCase) -> None:
     f = Function(module, "prepare", [("ptr", "x"), ("ptr", "scratch"), ("ptr", "round"), ("i64", "token")])
     scratch, token = f.arguments["scratch"], f.arguments["token"]
     round_ = f.arguments["round"]
-    starts = f.offset(f.offset(round_, case.activation_bytes), f.times(token, case.start_stride))
-    sums = f.offset(f.offset(round_, case.activation_bytes + case.start_bytes), f.times(token, 4 * case.padded_groups))
+    starts = f.offset(f.offset(round_, case.activation_bytes), f.times(token, 64))
+    scales = f.offset(f.offset(round_, case.scales_at), f.times(token, 4 * case.padded_groups))
+    sums = f.offset(f.offset(round_, case.sums_at), f.times(token, 4 * case.padded_groups))
     _clear(f, scratch, case.scratch_bytes)
+    if case.scale_bytes:
+        _clear(f, scales, 4 * case.padded_groups)
     if case.sum_bytes:
         _clear(f, sums, 4 * case.padded_groups)
     f.when(f.value("i1", f"icmp ne {f.arguments['x']}, null"), lambda: _convert(f, case))
     if case.scheme.activation_bits == 8:
-        _quantize_groups(f, case, starts, sums)
+        _quantize_groups(f, case, scales, sums)
     elif case.sum_bytes:
         _sum_groups(f, case, sums)
     _permute(f, case, starts)
@@ -85,10 +88,9 @@ def _sum_groups(f: Function, case: MatmulCase, sums: Value) -> None:
     f.loop(case.fmt.num_groups, [], group)
 
 
-def _quantize_groups(f: Function, case: MatmulCase, starts: Value, sums: Value) -> None:
-    """Round each group to whole numbers of its scale, in place; write the scales lane by lane, and the sums."""
-    columns, shared = _group_columns(case), case.chunk_groups
-    lane_bytes = 64 // shared  # the lanes of a segment that belong to one of its groups
+def _quantize_groups(f: Function, case: MatmulCase, scales: Value, sums: Value) -> None:
+    """Round each group to whole numbers of its scale, in place; write the scales and, for zero points, the sums."""
+    columns = _group_columns(case)
 
     def group(g: Value, _: list[Value]) -> list[Value]:
         base = f.offset(f.arguments["scratch"], f.times(g, 4 * columns))
@@ -115,16 +117,12 @@ def _quantize_groups(f: Function, case: MatmulCase, starts: Value, sums: Value) 
             return [f.binary("fadd", carried[0], whole)]
 
         total = f.loop(4 * columns, [zeros(_F16)], round_, step=64)[0]
-        segment = f.binary("udiv", g, shared)
-        within = f.binary("urem", g, shared)
-        place = f.offset(starts, f.times(segment, case.start_stride * case.tokens))
-        place = f.offset(f.offset(place, 64), f.times(within, lane_bytes))
-        f.store(f.splat(scale, lane_bytes // 4), place, 4)
+        f.store(scale, f.offset(scales, f.times(g, 4)), 4)
         if case.sum_bytes:
             f.store(f.binary("fmul", _sum(f, total), scale), f.offset(sums, f.times(g, 4)), 4)
         return []
 
-    f.loop(case.num_segments * shared, [], group)
+    f.loop(case.fmt.num_groups, [], group)
 
 
 def _permute(f: Function, case: MatmulCase, starts: Value) -> None:
@@ -179,7 +177,7 @@ def _permute(f: Function, case: MatmulCase, starts: Value) -> None:
         )[0]
         subtract = "fsub" if scheme.accumulator == _F16 else "sub"
         negative = f.value(total.type, f"{subtract} {total.type} zeroinitializer, {total.name}")
-        f.store(negative, f.offset(starts, f.times(s, case.start_stride * case.tokens)), 64)
+        f.store(negative, f.offset(starts, f.times(s, 64 * case.tokens)), 64)
         return []
 
     f.loop(1 if case.whole_row else case.num_segments, [], segment)

@@ -29,9 +29,6 @@ ENTRY_ARGUMENTS = [*RUN_ARGUMENTS, *TEAM_ARGUMENTS]
 MATRIX_WORDS = 5
 """64-bit words per matrix: codes, scales, zeros, out, rows."""
 
-PASS_BYTES = 64 << 10
-"""Bytes of packed rows that all rounds of tokens go over before the next rows are read: they stay in L2 meanwhile."""
-
 
 def matmul_text(case: MatmulCase) -> str:
     """The whole module, entry `run`."""
@@ -80,7 +77,8 @@ def _turn(f: Function, case: MatmulCase, fields: dict[str, Value], turn: Value) 
     tokens = fields["tokens"]
     num_rounds = _rounds(f, case, tokens)
     size = 4 if case.dtype == "float32" else 2
-    pass_rows = max(BLOCK_ROWS, PASS_BYTES // case.fmt.row_bytes // BLOCK_ROWS * BLOCK_ROWS)
+    pass_rows = case.pass_rows
+    part_bytes = pass_rows // case.block_rows * case.asked_block_bytes(case.block_rows)
 
     def matrix(m: Value, carried: list[Value]) -> list[Value]:
         """`carried` is the number of this matrix's first row."""
@@ -92,13 +90,19 @@ def _turn(f: Function, case: MatmulCase, fields: dict[str, Value], turn: Value) 
 
         def pass_(start: Value, _: list[Value]) -> list[Value]:
             end = smaller(f, f.binary("add", start, pass_rows), last)
+            # At the end of a turn, rows that are there already: the next ones are another thread's.
+            more = f.value("i1", f"icmp slt {end}, {last.name}")
+            next_row = f.value("i64", f"select {more}, {end}, {start}")
+            next_codes = f.offset(codes, f.times(next_row, case.fmt.row_bytes))
 
             def round_(r: Value, _: list[Value]) -> list[Value]:
+                part = f.binary("and", r, case.rounds - 1)
+                ask = next_codes if case.rounds == 1 else f.offset(next_codes, f.times(part, part_bytes))
                 done = f.times(r, case.tokens)
                 here = f.offset(fields["rounds"], f.times(r, case.round_bytes))
                 result = f.offset(out, f.times(f.binary("mul", done, rows), size))
                 valid = f.binary("sub", tokens, done)
-                given = [here, codes, scales, zeros, result, rows, valid, last, start, end]
+                given = [here, codes, scales, zeros, result, rows, valid, ask, start, end]
                 f.do(f"call void @rows({', '.join(map(str, given))})")
                 return []
 

@@ -5,6 +5,8 @@ Fake implementations give shapes and dtypes alone, so that plans, `torch.compile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -17,11 +19,11 @@ from haversack.kernels.registry import choose_kernel
 _LIBRARY = torch.library.Library("haversack", "FRAGMENT")
 _LIBRARY.define(
     "packed_matmul(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, int in_features, "
-    "int activation_bits=16) -> Tensor"
+    "int activation_bits=16, float[]? table=None) -> Tensor"
 )
 _LIBRARY.define(
-    "packed_rows(Tensor index, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, int in_features) "
-    "-> Tensor"
+    "packed_rows(Tensor index, Tensor codes, Tensor scales, Tensor? zeros, int bits, int group_size, int in_features, "
+    "float[]? table=None) -> Tensor"
 )
 
 packed_matmul = torch.ops.haversack.packed_matmul
@@ -37,8 +39,9 @@ def _matmul(
     group_size: int,
     in_features: int,
     activation_bits: int = 16,
+    table: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    fmt = PackedFormat(bits, group_size, in_features, zeros is None)
+    fmt = _format(bits, group_size, in_features, zeros is None, table and tuple(table), scales.dtype)
     _check(fmt, codes, scales, zeros)
     if x.shape[-1] != in_features or not x.is_floating_point():
         raise UsageError(f"the packed matrix has {in_features} columns; got input {x.dtype} {tuple(x.shape)}")
@@ -59,8 +62,9 @@ def _rows(
     bits: int,
     group_size: int,
     in_features: int,
+    table: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    fmt = PackedFormat(bits, group_size, in_features, zeros is None)
+    fmt = _format(bits, group_size, in_features, zeros is None, table and tuple(table), scales.dtype)
     _check(fmt, codes, scales, zeros)
     if index.dtype not in (torch.int64, torch.int32):
         raise UsageError(f"row numbers are int64 or int32, got {index.dtype}")
@@ -78,6 +82,19 @@ def _rows(
     return values.reshape(*index.shape, in_features)
 
 
+@lru_cache(maxsize=4096)
+def _format(
+    bits: int,
+    group_size: int,
+    in_features: int,
+    symmetric: bool,
+    table: tuple[float, ...] | None,
+    scale_dtype: torch.dtype,
+) -> PackedFormat:
+    stored = "e8m0" if scale_dtype == torch.uint8 else "f16"
+    return PackedFormat(bits, group_size, in_features, symmetric, table, stored)
+
+
 def _check(fmt: PackedFormat, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> None:
     """The tensors are what the format says: a wrong row length read by a kernel would be read beyond its end."""
     out_features = codes.shape[0]
@@ -87,17 +104,19 @@ def _check(fmt: PackedFormat, codes: torch.Tensor, scales: torch.Tensor, zeros: 
             f"(out, {fmt.row_bytes}), got {codes.dtype} {tuple(codes.shape)}"
         )
     per_group = (out_features, fmt.num_groups)
-    if scales.dtype != torch.float16 or scales.shape != per_group or not scales.is_contiguous():
-        raise UsageError(f"scales are contiguous float16 {per_group}, got {scales.dtype} {tuple(scales.shape)}")
+    if scales.dtype not in (torch.float16, torch.uint8) or scales.shape != per_group or not scales.is_contiguous():
+        raise UsageError(
+            f"scales are contiguous float16 (or uint8 exponents) {per_group}, got {scales.dtype} {tuple(scales.shape)}"
+        )
     if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != per_group or not zeros.is_contiguous()):
         raise UsageError(f"zeros are contiguous uint8 {per_group}, got {zeros.dtype} {tuple(zeros.shape)}")
 
 
-def _fake_matmul(x, codes, scales, zeros, bits, group_size, in_features, activation_bits=16):
+def _fake_matmul(x, codes, scales, zeros, bits, group_size, in_features, activation_bits=16, table=None):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-def _fake_rows(index, codes, scales, zeros, bits, group_size, in_features):
+def _fake_rows(index, codes, scales, zeros, bits, group_size, in_features, table=None):
     return codes.new_empty(*index.shape, in_features, dtype=torch.float32)
 
 

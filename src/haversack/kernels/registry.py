@@ -57,17 +57,19 @@ def packed_matmul(
     group_size: int,
     in_features: int,
     activation_bits: int = 16,
+    table: tuple[float, ...] | None = None,
 ) -> torch.Tensor:
     """`x W^T`, `(..., out)` in x's dtype, from packed codes uint8 `(out, row_bytes)` in layout `rows-v1`.
 
-    `scales` is float16 `(out, groups)`; `zeros` uint8 `(out, groups)`, or None for a symmetric grid. `group_size` 0
-    means one group per row. `activation_bits` 16 computes with the activations as they are (at most rounded to
+    `scales` is `(out, groups)`, float16, or uint8 exponents e of 2^(e - 127), where 0 stands for 0; `zeros` uint8
+    `(out, groups)`, or None for a symmetric grid. With a `table` of 2^bits values (2 to 4 bits) a code stands for its
+    value there. `group_size` 0 means one group per row. `activation_bits` 16 computes with the activations as they are (at most rounded to
     bfloat16 on long inputs); 8 quantizes them to int8 per group of columns, which is faster and has a damage of its
     own. Allocates at most `workspace_bytes` beyond its result.
     """
     import haversack.kernels.operators as operators
 
-    return operators.packed_matmul(x, codes, scales, zeros, bits, group_size, in_features, activation_bits)
+    return operators.packed_matmul(x, codes, scales, zeros, bits, group_size, in_features, activation_bits, table)
 
 
 def packed_rows(
@@ -79,11 +81,12 @@ def packed_rows(
     bits: int,
     group_size: int,
     in_features: int,
+    table: tuple[float, ...] | None = None,
 ) -> torch.Tensor:
     """Rows `index` (integers, any shape) of the packed matrix: float32 `(*index.shape, in)`."""
     import haversack.kernels.operators as operators
 
-    return operators.packed_rows(index, codes, scales, zeros, bits, group_size, in_features)
+    return operators.packed_rows(index, codes, scales, zeros, bits, group_size, in_features, table)
 
 
 def kernel_name(
@@ -96,11 +99,13 @@ def kernel_name(
     symmetric: bool = True,
     activation_bits: int = 16,
     dtype: torch.dtype | None = None,
+    table: tuple[float, ...] | None = None,
+    scales: str = "f16",
 ) -> str:
     """Name of the kernel that computes this case here. `dtype` is that of the activations, float32 if not given."""
     import torch
 
-    fmt = PackedFormat(bits, group_size, in_features, symmetric)
+    fmt = PackedFormat(bits, group_size, in_features, symmetric, table, scales)
     return choose_kernel(fmt, num_tokens, dtype or torch.float32, activation_bits).NAME
 
 
@@ -114,12 +119,14 @@ def workspace_bytes(
     symmetric: bool = True,
     activation_bits: int = 16,
     dtype: torch.dtype | None = None,
+    table: tuple[float, ...] | None = None,
+    scales: str = "f16",
 ) -> int:
     """The most bytes `packed_matmul` allocates beyond its result for `num_tokens` rows of input."""
     import torch
 
     dtype = dtype or torch.float32
-    fmt = PackedFormat(bits, group_size, in_features, symmetric)
+    fmt = PackedFormat(bits, group_size, in_features, symmetric, table, scales)
     kernel = choose_kernel(fmt, num_tokens, dtype, activation_bits)
     return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
 

@@ -51,11 +51,7 @@ def make_plan(
     """
     check_positions(question.workload, question.model.max_positions, question.model.name)
     tell = progress or (lambda what, done, total: None)
-    if question.workload.prefill_chunk_tokens is not None:
-        chunks: tuple[int, ...] = (question.workload.prefill_chunk_tokens,)
-    else:
-        prompt = question.workload.prompt_tokens
-        chunks = tuple(dict.fromkeys(min(chunk, prompt) for chunk in PREFILL_CHUNKS))
+    chunks = _chunks(question)
     best: tuple[ServingProblem, Solution, int] | None = None
     for done, chunk in enumerate(chunks):
         tell("solving", done, len(chunks))
@@ -74,6 +70,12 @@ def make_plan(
     return write_answer(question, built, solution, chunk, refined, _front(built, solution, question))
 
 
+def _chunks(question: Question) -> tuple[int, ...]:
+    if question.workload.prefill_chunk_tokens is not None:
+        return (question.workload.prefill_chunk_tokens,)
+    return tuple(dict.fromkeys(min(chunk, question.workload.prompt_tokens) for chunk in PREFILL_CHUNKS))
+
+
 def _better(new: Solution, old: Solution) -> bool:
     if new.fits != old.fits:
         return new.fits
@@ -84,14 +86,7 @@ def _better(new: Solution, old: Solution) -> bool:
 
 def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
     """The best solution with one prefill chunk, streaming only where nothing resident fits or where it was asked for."""
-    users = question.workload.users
-    serving = Serving(
-        question.model,
-        question.workload,
-        question.machine,
-        profile_forward(question.model, batch_size=users, new_tokens=chunk),
-        profile_forward(question.model, batch_size=users, new_tokens=1),
-    )
+    serving = _serving(question, chunk)
     resident, streamed = Resident(), Streamed()
     if question.placement == "mapped":
         return _solve_with(question, serving, (Mapped(),))
@@ -101,6 +96,58 @@ def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
     if solution.fits or question.placement == "resident":
         return problem, solution
     return _solve_streamed(question, serving, (resident, streamed))
+
+
+def _serving(question: Question, chunk: int) -> Serving:
+    users = question.workload.users
+    return Serving(
+        question.model,
+        question.workload,
+        question.machine,
+        profile_forward(question.model, batch_size=users, new_tokens=chunk),
+        profile_forward(question.model, batch_size=users, new_tokens=1),
+    )
+
+
+def hopeless(question: Question) -> Answer | None:
+    """The answer with the fewest bytes, where that is proven to be too much whatever options are taken; else None.
+
+    It weighs no damage, so that it can be asked before minutes of calibration, or before weights are fetched.
+    """
+    if question.budget_bytes is None:
+        return None
+    unknown = Damage(None, "unknown")
+    weight_options = dict.fromkeys([WeightOption(), *candidate_options("weights")], unknown)
+    kv_options = dict.fromkeys([KVOption(), *candidate_options("kv")], unknown)
+    free = dataclasses.replace(
+        question,
+        max_damage=None,
+        weight_damages=dict.fromkeys([site.id for site in question.model.weights], weight_options),
+        kv_damages=dict.fromkeys([site.id for site in question.model.attention], kv_options),
+    )
+    placements: dict[str, tuple[Placement, ...]] = {
+        "mapped": (Mapped(),),
+        "streamed": (Streamed(),),
+        "resident": (Resident(),),
+        "auto": (Resident(), Streamed()),
+    }
+    chunk = min(_chunks(question))
+    built = _built(free, _serving(question, chunk), placements[question.placement])
+    problem = dataclasses.replace(built.problem, capacity_bytes={}, max_seconds=None)
+    found = bound(problem, "bytes")
+    if found.chosen is None or found.lower_bound <= question.budget_bytes:
+        return None
+    least = Solution(
+        found.chosen,
+        "bytes",
+        found.objective or 0.0,
+        found.lower_bound,
+        False,
+        problem.evaluate(found.chosen),
+        0.0,
+        "relaxation",
+    )
+    return write_answer(free, built, least, chunk, None, ())
 
 
 def _solve_streamed(
@@ -125,6 +172,13 @@ def _solve_with(
     lossless: bool = False,
     minimise: Literal["damage", "seconds"] = "damage",
 ) -> tuple[ServingProblem, Solution]:
+    built = _built(question, serving, placements, lossless=lossless)
+    return built, _minimise(built.problem, "bytes" if question.budget_bytes is None else minimise, question)
+
+
+def _built(
+    question: Question, serving: Serving, placements: Sequence[Placement], *, lossless: bool = False
+) -> ServingProblem:
     model, lossless = question.model, lossless or question.lossless
     options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights")
     damages = damage_table(model, options, None if lossless else question.weight_damages)
@@ -141,7 +195,7 @@ def _solve_with(
         kv.append(kv_candidates(serving, site, kv_damages))
     speed = question.workload.min_tokens_per_second
     max_seconds = None if speed is None else question.workload.users / speed
-    built = serving_problem(
+    return serving_problem(
         serving,
         weights,
         kv,
@@ -150,7 +204,6 @@ def _solve_with(
         max_damage=question.max_damage,
         max_seconds=max_seconds,
     )
-    return built, _minimise(built.problem, "bytes" if question.budget_bytes is None else minimise, question)
 
 
 def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], question: Question) -> Solution:

@@ -5,7 +5,7 @@ the calibration text that no statistics saw; the errors are fitted, the problem 
 *measured* plan wins. Evaluations are bounded, logged in a file beside the calibration, and resumed from it.
 
 What is promised is measured last, on windows that the search did not see either: the mean over easy to hard text, with
-the range from the easiest third's lower to the hardest third's upper 95% bound, since damage follows the difficulty.
+the range of its windows, since damage follows the difficulty of a text and nobody knows which text will come.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from haversack.cost.serving import ServingProblem
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.site import WeightSite
-from haversack.engine.measure import DamageMeter, block_bootstrap
+from haversack.engine.measure import DamageMeter
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.solve.correct import Trial, correct, solution_hash
 from haversack.solve.exact import Solution
@@ -89,12 +89,9 @@ class PlanMeter:
         return Refined(replace(solution, chosen=best.chosen, evaluation=evaluation), damage, corrected.trials)
 
     def judge(self, built: ServingProblem, chosen: Sequence[int]) -> Damage:
-        """KL of one solution on the windows that no search saw, with its range from easy to hard text."""
-        windows = self.calibration.windows
-        self._meter.use(windows.judge)
-        kl, entropy = self._kl(built, chosen), self._meter.entropy()
-        self._meter.use(windows.search)
-        return promised(kl, entropy)
+        """KL of one solution on the windows that no search saw, with the range of its windows."""
+        self._meter.use(self.calibration.windows.judge)
+        return promised(self._kl(built, chosen))
 
     def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float:
         """KL in nats per token of one solution, on the windows of the search."""
@@ -127,11 +124,10 @@ class PlanMeter:
         return self._encoded[key]
 
 
-def promised(kl: torch.Tensor, entropy: torch.Tensor) -> Damage:
-    """What to promise from nats at every token `(sequences, tokens)`, and the reference's entropy there."""
-    order = entropy.mean(1).argsort()
-    third = max(1, len(order) // 3)
-    low, _ = block_bootstrap(kl[order[:third]])
-    _, high = block_bootstrap(kl[order[-third:]])
-    source = f"KL of the whole plan on {kl.numel()} tokens of held-back calibration text; the range is from easy to hard text"
-    return Damage(max(0.0, float(kl.mean())), "measured", max(0.0, low), max(0.0, high), source)
+def promised(kl: torch.Tensor) -> Damage:
+    """What to promise from nats at every token `(windows, tokens)`: the mean, and the least and the most of a window."""
+    each = kl.mean(1).clamp_min(0)
+    source = (
+        f"KL of the whole plan on {kl.numel()} tokens of held-back calibration text; the range is that of its windows"
+    )
+    return Damage(float(each.mean()), "measured", float(each.min()), float(each.max()), source)

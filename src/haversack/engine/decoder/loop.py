@@ -8,7 +8,7 @@ made for some positions ahead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -55,13 +55,16 @@ class Decoder:
         *,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int = 0,
+        capacity_tokens: int | None = None,
         on_tokens: Callable[[torch.Tensor], None] | None = None,
     ) -> tuple[torch.Tensor, HaversackCache]:
-        """Greedy tokens `(batch, prompt + new)` and the cache; a finished sequence goes on with `pad_token_id`."""
+        """Greedy tokens `(batch, prompt + new)` and the cache, which has room for `capacity_tokens` (default: for these).
+
+        A finished sequence goes on with `pad_token_id`.
+        """
         batch_size, num_prompt = input_ids.shape
-        cache = HaversackCache(
-            self.model.haversack_kv_plan, batch_size=batch_size, capacity_tokens=num_prompt + max_new_tokens - 1
-        )
+        capacity_tokens = capacity_tokens or num_prompt + max_new_tokens - 1
+        cache = HaversackCache(self.model.haversack_kv_plan, batch_size=batch_size, capacity_tokens=capacity_tokens)
         out = self.model.generate(
             input_ids,
             attention_mask=attention_mask,
@@ -103,7 +106,7 @@ class Decoder:
             return forward
 
         for i, layer in enumerate(layers):
-            layer.forward = forward_of(i)  # type: ignore[method-assign]
+            layer.forward = forward_of(i)
         try:
             yield
         finally:
@@ -117,11 +120,8 @@ class Decoder:
         found: dict[int, Any] = {}
         width = self.model.get_input_embeddings().weight.shape[1]
         hidden = torch.zeros(*positions.shape, width, dtype=self.model.dtype)
-        with torch.inference_mode(False), torch.no_grad(), self._layers_aside(found):
-            try:
-                self.model.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False)
-            except _Enough:
-                pass
+        with torch.inference_mode(False), torch.no_grad(), self._layers_aside(found), suppress(_Enough):
+            self.model.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False)
         tables = {}
         for node, (layer, path) in self.graph.tables.items():
             value = dict(tensors_in(found[layer]))[path]
@@ -155,6 +155,11 @@ class Steps:
         program.tokens[:, 0] = tokens
         program.run()
         return program.logits
+
+    def follow(self) -> None:
+        """Other tokens were stored or taken back since the last step."""
+        self.program.follow()
+        self._used = self._made = 0
 
     def next_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """The likeliest tokens `(batch,)` after `tokens`."""

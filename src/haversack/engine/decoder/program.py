@@ -62,6 +62,7 @@ class StepProgram:
             self._bind(action)
         self._end_stretch()
         self._append = self._bind_appends()
+        self.follow()
         view = schedule.graph.logits
         self.logits = self._tensor(view.node, view.offset, view.sizes, view.strides).view(self.batch_size, -1)
 
@@ -258,19 +259,18 @@ class StepProgram:
                 if needed > self._workspace.nbytes:
                     self._workspace = torch.empty(needed, dtype=torch.uint8)
             layers[node] = _Layer(planned, store, node, self.batch_size)
-        counts = {tuple(layer.store.counts) for layer in layers.values()}
-        if len(counts) != 1:
-            raise UnsupportedModelError("the cache's layers have seen different tokens")
-        self.follow(next(iter(counts)))
-        for layer in layers.values():
-            layer.follow()
         return layers
 
-    def follow(self, counts: Sequence[int]) -> None:
-        """`counts` tokens of each sequence are stored."""
-        for row, count in enumerate(counts):
+    def follow(self) -> None:
+        """Take over from the cache what it holds: before the first step, and when others stored tokens or took them back."""
+        counts = {tuple(layer.store.counts) for layer in self._layers.values()}
+        if len(counts) != 1:
+            raise UnsupportedModelError("the cache's layers have seen different tokens")
+        for row, count in enumerate(next(iter(counts))):
             self._counts[row] = count
-        self.positions[:, 0] = torch.tensor(counts)
+            self.positions[row, 0] = count
+        for layer in self._layers.values():
+            layer.follow()
 
     def _bind_appends(self) -> Callable[[], None]:
         calls: list[int] = []

@@ -100,7 +100,7 @@ def _actions(graph: StepGraph) -> list[Action]:
             rows.append(node)
             continue
         flush()
-        group = (node,)
+        group: tuple[Node, ...] = (node,)
         if node.kind == "linear":
             group = tuple(n for n in graph.nodes[i:] if n.kind == "linear" and n.inputs == node.inputs)
         actions.append(Action(node.kind, group))
@@ -188,7 +188,7 @@ def _step(
             last -= 1
         else:
             at += 1
-    operands = []
+    operands: list[Operand | float] = []
     for x, s in zip((*inputs, out), strides, strict=True):
         if isinstance(x, float):
             operands.append(x)

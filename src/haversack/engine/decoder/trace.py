@@ -116,6 +116,10 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
             hook.remove()
         model.set_attn_implementation(attention_name)
     logits = recorder.view(output.logits)
+    for node in recorder.nodes:  # what was computed is not wanted any more, only its shape
+        if not node.is_constant:
+            shape, strides = node.tensor.shape, node.tensor.stride()
+            node.tensor = torch.empty_strided(shape, strides, dtype=node.tensor.dtype, device="meta")
     return StepGraph(_live(recorder.nodes, logits.node), logits, recorder.tables)
 
 
@@ -238,7 +242,7 @@ class _Recorder(TorchDispatchMode):
             node = Node("constant", "parameter", (), tensor.detach())
             self._by_storage[_storage(tensor)] = node
             self.nodes.append(node)
-        return View(node, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+        return View(node, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
     def layer_hook(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -93,6 +93,11 @@ class Grid(WeightPart):
 
     group_size: int
 
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Bits of a code."""
+
     def num_groups(self, in_features: int) -> int:
         """Groups of columns per row, the last one possibly padded."""
         return -(-in_features // self.group_size) if self.group_size else 1
@@ -114,6 +119,17 @@ class Grid(WeightPart):
         self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0
     ) -> torch.Tensor:
         """Values, float32, of codes."""
+
+    def branches(self, history: torch.Tensor, scales: Mapping[str, torch.Tensor], column: int) -> torch.Tensor:
+        """The value of every code at a column, float32 `(rows, paths, codes)`, after paths `(rows, paths)` of codes.
+
+        A path is an int64 with the newest code in its lowest bits. Grids without memory answer `(rows, 1, codes)`.
+        """
+        import torch
+
+        codes = torch.arange(1 << self.bits, dtype=torch.uint8)
+        values = [self.dequantize(code.expand(len(history), 1), scales, column) for code in codes]
+        return torch.cat(values, 1)[:, None]
 
     def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes | None:
         """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""

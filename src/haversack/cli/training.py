@@ -1,0 +1,149 @@
+"""`haversack plan --task tune|train`: does a step fit, what holds the bytes, what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from haversack.cli import console
+from haversack.errors import UsageError
+from haversack.units import format_bytes, parse_budget
+
+if TYPE_CHECKING:
+    from haversack.describe.machine import Machine
+    from haversack.describe.model import Model
+    from haversack.describe.parallel import Parallelism
+    from haversack.describe.workload import TrainingWorkload
+    from haversack.plan.training import TrainingAnswer
+
+DEFAULT_SEQ_LEN = 1024
+
+
+def settings_of(task: str, batch: int, seq_len: int, pairs: list[str]) -> tuple[TrainingWorkload, Parallelism]:
+    """The workload and the layout of `--with KEY=VALUE` pairs. Raises UsageError for an unknown key, with all there are."""
+    from haversack.describe.parallel import Parallelism
+    from haversack.describe.workload import TrainWorkload, TuneWorkload
+
+    kind: Any = {"tune": TuneWorkload, "train": TrainWorkload}[task]
+    own = {f.name: f for f in dataclasses.fields(kind) if f.name not in ("batch_size", "seq_len")}
+    spread = {f.name: f for f in dataclasses.fields(Parallelism)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign or key not in {**own, **spread}:
+            raise UsageError(
+                f"--with {pair!r} is no setting of {task}; write KEY=VALUE with one of {', '.join([*own, *spread])}."
+            )
+        values[key] = _value(key, text, {**own, **spread}[key].default)
+    workload = kind(batch, seq_len, **{k: v for k, v in values.items() if k in own})
+    return workload, Parallelism(**{k: v for k, v in values.items() if k in spread})
+
+
+def plan_training_verb(
+    model: Model,
+    machine: Machine,
+    task: str,
+    *,
+    budget: str | None,
+    tensor_budget: str | None,
+    batch: int,
+    seq_len: int | None,
+    pairs: list[str],
+    largest_of: str | None,
+    json: bool,
+) -> int:
+    """Print the answer; 0 if it fits, 1 if not."""
+    from haversack.plan.training import TrainingQuestion, largest, plan_training
+
+    length = seq_len or min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
+    workload, parallel = settings_of(task, batch, length, pairs)
+    text = budget if budget is not None else tensor_budget
+    question = TrainingQuestion(
+        model,
+        workload,
+        machine,
+        parallel,
+        None if text is None else parse_budget(text, machine.tiers()["device"]),
+        "tensor" if tensor_budget is not None else "process",
+    )
+    if largest_of is not None:
+        found = largest(question, largest_of)
+        if json:
+            console.print_json({"largest": largest_of, "value": found})
+        else:
+            console.paragraph(
+                f"{model.name}: largest {largest_of} that fits: {found if found is not None else 'none'}."
+            )
+        return 0 if found is not None else 1
+    answer = plan_training(question)
+    if json:
+        console.print_json(training_json(answer))
+    else:
+        _print(answer)
+    return 0 if answer.fits else 1
+
+
+def training_json(answer: TrainingAnswer) -> dict[str, Any]:
+    """What `--json` prints."""
+    question = answer.question
+    point, peak = answer.ledger.peak()
+    return {
+        "fits": answer.fits,
+        "budget_bytes": question.budget_bytes,
+        "budget_kind": question.budget_kind,
+        "peak_bytes": peak,
+        "peak_time_point": point,
+        "shortfall_bytes": answer.shortfall_bytes,
+        "cheapest_change": answer.cheapest_change,
+        "timeline": answer.ledger.to_dict(),
+        "workload": question.workload.to_dict(),
+        "parallel": question.parallel.to_dict(),
+        "stages": [
+            {"layers": layers, "peak_bytes": ledger.peak()[1], "host_bytes": ledger.peak("host")[1]}
+            for layers, ledger in zip(answer.rank.layers, answer.rank.stages, strict=True)
+        ],
+    }
+
+
+def _print(answer: TrainingAnswer) -> None:
+    question, ledger = answer.question, answer.ledger
+    workload, parallel = question.workload, question.parallel
+    asked = f" in {format_bytes(question.budget_bytes)}" if question.budget_bytes else ""
+    of = "the whole process" if question.budget_kind == "process" else "tensors alone"
+    spread = "" if parallel.ranks == 1 else f" on each of {parallel.ranks} ranks"
+    settings = ", ".join(
+        f"{k} {v}" for k, v in workload.to_dict().items() if k not in ("task", "batch_size", "seq_len")
+    )
+    console.paragraph(f"{question.model.name}: {workload.batch_size} x {workload.seq_len} tokens{spread} ({settings}).")
+    console.paragraph(f"{'fits' if answer.fits else 'does not fit'}{asked} ({of}).")
+    if not answer.fits:
+        console.paragraph(f"{answer.problem} {answer.cheapest_change or ''}".rstrip())
+    if len(answer.rank.stages) > 1:
+        console.paragraph(
+            f"shown: stage {answer.stage} of {len(answer.rank.stages)}, with {answer.rank.layers[answer.stage]} layers."
+        )
+    typer.echo("")
+    points = list(ledger.timeline)
+    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
+    rows = []
+    for owner in owners:
+        for tier in sorted({tier for point in points for tier in ledger.timeline[point].get(owner, {})}):
+            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
+            label = owner if tier == "device" else f"{owner} [{tier}]"
+            rows.append([label, *(format_bytes(n) if n else "-" for n in cells)])
+    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
+    console.table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
+
+
+def _value(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise UsageError(f"{key} is {text!r}, but must be one of true, false.")
+        return text == "true"
+    if isinstance(default, int):
+        if not text.isdigit():
+            raise UsageError(f"{key} is {text!r}, but must be a whole number.")
+        return int(text)
+    return text

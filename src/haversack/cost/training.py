@@ -1,0 +1,119 @@
+"""Tuning and training as time points and owners: what a step holds at its highest moments, loading and saving too.
+
+Time points on the device tier: *load* (weights as they come, before they are packed), *forward*, *loss*, *backward*,
+*update*, *save*. Each shows its highest moment. From the second step on every step is alike, so optimizer states are there
+throughout; the first step, without them, is lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from haversack.cost.optimizer_states import state_tensors
+from haversack.describe.model import Model
+from haversack.describe.workload import TrainingWorkload
+from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
+from haversack.engine.training_trace import (
+    BACKWARD,
+    EMBED_BACKWARD,
+    GRADIENTS,
+    LOSS,
+    LOSS_BACKWARD,
+    Moment,
+    TrainingTrace,
+    compose,
+    trace_training,
+)
+from haversack.ledger import DTYPE_BYTES, Ledger, total_bytes
+
+STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
+POINTS = ("load", "forward", "loss", "backward", "update", "save")
+
+SLACK_FRACTION = 0.02
+"""Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
+them (`jobs/memory.py`). With glibc's own thresholds it is 14 to 34%."""
+
+DEFAULT_TRAINING_RUNTIME_BYTES = 420 * 2**20
+"""Private bytes of a process that has trained a small model (torch 2.13 for CPUs, transformers 5.23): the optimizers import
+torch's compiler. Replaced by a measurement of the machine at hand where there is one."""
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What a workload takes: the trace behind it, bytes by owner that stay, and the moments of a step."""
+
+    workload: TrainingWorkload
+    trace: TrainingTrace = field(repr=False)
+    staying: Mapping[str, int]
+    moments: tuple[Moment, ...] = field(repr=False)
+    load_bytes: int
+
+    @property
+    def state_bytes(self) -> int:
+        return self.staying.get(STATES, 0)
+
+    @property
+    def tensor_peak_bytes(self) -> int:
+        """The most bytes of tensors at any time."""
+        return self.ledger().peak()[1]
+
+    def ledger(self, *, runtime_bytes: int = 0, slack_fraction: float = 0.0) -> Ledger:
+        """Bytes by time point and owner. With a runtime, allocator slack is booked as a line of its own."""
+        ledger = Ledger()
+        for point, owners in self._points().items():
+            if runtime_bytes:
+                ledger.add(point, RUNTIME, "device", runtime_bytes)
+            for owner, num_bytes in owners.items():
+                if num_bytes:
+                    ledger.add(point, owner, "device", num_bytes)
+            if slack_fraction:
+                ledger.add(point, SLACK, "device", int(slack_fraction * sum(owners.values())))
+        return ledger
+
+    def _points(self) -> dict[str, dict[str, int]]:
+        stays = dict(self.staying)
+        points: dict[str, dict[str, int]] = {"load": {"weights (as they come)": self.load_bytes}}
+        for point in ("forward", "loss", "backward"):
+            moments = [moment for moment in self.moments if _point_of(moment) == point]
+            highest = max(moments, key=lambda moment: moment.num_bytes)
+            owners = {("other" if owner in ("embed", "update") else owner): n for owner, n in highest.owners.items()}
+            points[point] = {**stays, **owners}
+        points["update"] = {**stays, GRADIENTS: self.trace.gradient_bytes, "workspace": self.trace.update_bytes}
+        widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
+        points["save"] = {**stays, "workspace": widest}
+        return points
+
+
+def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
+    """Trace a workload and declare what stays. About half a second of CPU time for layers of any width."""
+    trace = trace_training(model, workload)
+    staying = dict(trace.resident_bytes)
+    widened = workload.precision == "master"
+    staying[STATES] = sum(
+        total_bytes(state_tensors(workload.optimizer, tensor, "F32" if widened else tensor.dtype))
+        for tensor in trace.trained
+    )
+    staying[BATCH] = 8 * workload.step_tokens
+    return TrainingCost(workload, trace, staying, tuple(compose(trace)), _load_bytes(trace, workload.weights_dtype))
+
+
+def _load_bytes(trace: TrainingTrace, dtype: str) -> int:
+    """The most while weights come: all of them unpacked at first, then each matrix beside its packed form."""
+    resident = trace.resident_bytes
+    width = DTYPE_BYTES[dtype]
+    live = resident["weights"] + width * sum(prod(shape) for shape in trace.packed)
+    peak = live
+    for out_features, in_features in trace.packed:
+        packed = total_bytes(BASE_GRID.stored(out_features, in_features))
+        working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
+        peak = max(peak, live + packed + working)
+        live += packed - width * out_features * in_features
+    return max(peak, live + resident.get("adapters", 0) + resident.get("master weights", 0))
+
+
+def _point_of(moment: Moment) -> str:
+    if moment.name in (LOSS, LOSS_BACKWARD):
+        return "loss"
+    return "backward" if moment.name.startswith(BACKWARD) or moment.name == EMBED_BACKWARD else "forward"

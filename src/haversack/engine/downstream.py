@@ -1,0 +1,176 @@
+"""KL of single changes from cached layer inputs: a change of layer L runs layers L and after, one layer in memory at a time.
+
+The layers' inputs are computed once. A change then starts from the input of its own layer, so that it costs half a
+forward pass on average, and changes of one layer go through the rest together: each later layer is read once for all
+of them. Divergence is of the unpacked model's next-token distribution from the changed one's, in nats per token.
+
+Memory: one layer (or embedding, or head) in the compute dtype and the matrix that a change replaces; logits of
+`HEAD_TOKENS` tokens, three times in float32. Disk: `tokens * hidden_size * itemsize` for every layer's input, and twice
+for every change of the layer in hand.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from haversack.describe.site import AttentionSite, WeightSite
+from haversack.engine.calibrate import check_token_ids
+from haversack.engine.hidden_states import HiddenStates
+from haversack.engine.kv_cache import DTYPE_NAMES, HaversackCache, KVPlan
+from haversack.engine.layers import StreamedModel, matrix_view
+from haversack.parts.kv.base import KVOption
+
+HEAD_TOKENS = 512
+CHUNK_TOKENS = 256
+"""Tokens that a changed cache takes at a time: what it holds of earlier ones is what a prefill in chunks reads."""
+
+
+@dataclass(frozen=True)
+class MatrixChange:
+    """`site`'s matrix replaced by what `matrix` returns, `(out, in)`; asked for when its layer's turn comes."""
+
+    key: str
+    site: WeightSite
+    matrix: Callable[[], torch.Tensor]
+
+    @property
+    def layer(self) -> int | None:
+        return self.site.layer
+
+
+@dataclass(frozen=True)
+class CacheChange:
+    """One layer's keys and values held as `option` says."""
+
+    key: str
+    site: AttentionSite
+    option: KVOption
+
+    @property
+    def layer(self) -> int | None:
+        return self.site.layer
+
+
+Change = MatrixChange | CacheChange
+
+
+class Downstream:
+    """Measures changes of one model on fixed tokens `(sequences, tokens)`; its files lie in `scratch` until `close`."""
+
+    def __init__(self, model: StreamedModel, token_ids: torch.Tensor, scratch: str | Path):
+        check_token_ids(token_ids, model.described)
+        self.model, self.token_ids = model, token_ids
+        self.num_sequences, num_tokens = token_ids.shape
+        self._folder = Path(scratch)
+        self._states = HiddenStates(self._folder, num_tokens, model.described.hidden_size, model.compute_dtype)
+        self._prepare()
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder)
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
+        """Every layer's input; what an earlier run finished is kept."""
+        if "clean-0" not in self._states:
+            with self.model.before_layers() as embed:
+                hidden = self._states.create("clean-0", self.num_sequences)
+                for i in range(self.num_sequences):
+                    hidden[i : i + 1] = embed(self.token_ids[i : i + 1])
+            self._states.finish("clean-0")
+        for layer in range(self.model.num_layers):
+            if f"clean-{layer + 1}" not in self._states:
+                after = self._states.create(f"clean-{layer + 1}", self.num_sequences)
+                with self.model.layer(layer):
+                    self._advance(layer, self._clean(layer), after)
+                self._states.finish(f"clean-{layer + 1}")
+
+    @torch.no_grad()
+    def measure(self, changes: Sequence[Change]) -> dict[str, float]:
+        """Nats per token of each change alone, by key. All are of one layer, or all of no layer."""
+        where = {change.layer for change in changes}
+        assert len(where) == 1, "changes of one layer go through the rest together"
+        layer = where.pop()
+        states = [self._states.create(f"change-{i}", self.num_sequences) for i in range(len(changes))]
+        if layer is None:
+            self._start_outside(changes, states)
+        else:
+            with self.model.layer(layer):
+                for change, state in zip(changes, states, strict=True):
+                    if isinstance(change, CacheChange):
+                        self._advance_cached(change, state)
+                    else:
+                        with self._replaced(change):
+                            self._advance(layer, self._clean(layer), state)
+        for later in range(0 if layer is None else layer + 1, self.model.num_layers):
+            with self.model.layer(later):
+                for state in states:
+                    self._advance(later, state, state)
+        return self._divergences(changes, states)
+
+    def _clean(self, layer: int) -> torch.Tensor:
+        return self._states.open(f"clean-{layer}", self.num_sequences)
+
+    def _advance(self, layer: int, hidden: torch.Tensor, after: torch.Tensor) -> None:
+        for i in range(self.num_sequences):
+            after[i : i + 1] = self.model.run_layer(layer, hidden[i : i + 1])
+
+    def _advance_cached(self, change: CacheChange, after: torch.Tensor) -> None:
+        hidden, sites = self._clean(change.site.layer), self.model.described.attention
+        options = tuple(change.option if site.id == change.site.id else KVOption() for site in sites)
+        plan = KVPlan(sites, options, 1, self.token_ids.shape[1], DTYPE_NAMES[self.model.compute_dtype])
+        for i in range(self.num_sequences):
+            cache = HaversackCache(plan)
+            for start in range(0, hidden.shape[1], CHUNK_TOKENS):
+                part = slice(start, start + CHUNK_TOKENS)
+                after[i : i + 1, part] = self.model.run_layer_cached(change.site.layer, hidden[i : i + 1, part], cache)
+
+    def _start_outside(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> None:
+        """First hidden states under a changed embedding; a changed head alone starts from the plain ones."""
+        with self.model.before_layers() as embed:
+            for change, state in zip(changes, states, strict=True):
+                assert isinstance(change, MatrixChange), "caches belong to layers"
+                if not self._is_loaded(change.site):
+                    state.copy_(self._clean(0))
+                    continue
+                with self._replaced(change):
+                    for i in range(self.num_sequences):
+                        state[i : i + 1] = embed(self.token_ids[i : i + 1])
+
+    def _divergences(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> dict[str, float]:
+        last = self._clean(self.model.num_layers)
+        total = dict.fromkeys((change.key for change in changes), 0.0)
+        with self.model.after_layers() as logits_of:
+            for i in range(self.num_sequences):
+                for start in range(0, last.shape[1], HEAD_TOKENS):
+                    part = slice(start, start + HEAD_TOKENS)
+                    reference = logits_of(last[i : i + 1, part]).float().log_softmax(-1)
+                    p = reference.exp()
+                    for change, state in zip(changes, states, strict=True):
+                        with self._replaced(change):
+                            changed = logits_of(state[i : i + 1, part]).float().log_softmax(-1)
+                        total[change.key] += float((changed.neg_().add_(reference).mul_(p)).sum())
+        return {key: value / self.token_ids.numel() for key, value in total.items()}
+
+    def _is_loaded(self, site: WeightSite) -> bool:
+        return not self.model.module.get_parameter(f"{site.module}.{site.parameter}").is_meta
+
+    @contextmanager
+    def _replaced(self, change: Change) -> Iterator[None]:
+        """The change's matrix in place of its site's, where that is loaded; a tied one is replaced at both ends."""
+        if not isinstance(change, MatrixChange) or not self._is_loaded(change.site):
+            yield
+            return
+        parameter = self.model.module.get_parameter(f"{change.site.module}.{change.site.parameter}")
+        view = matrix_view(parameter, change.site.module_slice)
+        before = view.clone()
+        view.copy_(change.matrix())
+        try:
+            yield
+        finally:
+            view.copy_(before)

@@ -1,0 +1,159 @@
+"""Does a training or tuning run fit: predicted before anything loads, with the cheapest change that would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from haversack.cost.parallel import RankCost, rank_cost
+from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES
+from haversack.describe.machine import Machine
+from haversack.describe.model import Model
+from haversack.describe.parallel import Parallelism
+from haversack.describe.workload import TrainingWorkload, TuneWorkload, check_positions
+from haversack.errors import DoesNotFitError, UsageError
+from haversack.ledger import Ledger
+from haversack.units import format_bytes
+
+LARGEST = ("batch", "context")
+_MAX_TRIES = 12
+
+
+@dataclass(frozen=True)
+class TrainingQuestion:
+    """What is asked: a model, a workload and a machine, within `budget_bytes` on each rank (None: not limited)."""
+
+    model: Model
+    workload: TrainingWorkload
+    machine: Machine
+    parallel: Parallelism
+    budget_bytes: int | None
+    budget_kind: Literal["process", "tensor"] = "process"
+
+    @property
+    def runtime_bytes(self) -> int:
+        return 0 if self.budget_kind == "tensor" else DEFAULT_TRAINING_RUNTIME_BYTES
+
+
+@dataclass(frozen=True)
+class TrainingAnswer:
+    """The worst rank's ledger; whether it fits, by how much not, and one change that would do."""
+
+    question: TrainingQuestion
+    rank: RankCost
+    stage: int
+    ledger: Ledger
+    shortfall_bytes: int
+    cheapest_change: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortfall_bytes
+
+    @property
+    def problem(self) -> str:
+        """What is short, in one sentence."""
+        point, peak = self.ledger.peak()
+        owners = ", ".join(f"{k} {format_bytes(n)}" for k, n in list(self.ledger.owners_at(point).items())[:3])
+        return (
+            f"{self.question.model.name} needs {format_bytes(peak)} at {point} ({owners}), but the budget is "
+            f"{format_bytes(self.question.budget_bytes or 0)}: {format_bytes(self.shortfall_bytes)} short."
+        )
+
+    def require_fit(self) -> None:
+        """Raise DoesNotFitError with shortfall, owners and the cheapest change, before anything loads."""
+        if self.fits:
+            return
+        raise DoesNotFitError(
+            self.problem,
+            budget_bytes=self.question.budget_bytes or 0,
+            shortfall_bytes=self.shortfall_bytes,
+            owners=self.ledger.owners_at(self.ledger.peak()[0]),
+            cheapest_change=self.cheapest_change,
+        )
+
+
+def plan_training(question: TrainingQuestion) -> TrainingAnswer:
+    """Answer. Raises UsageError for sequences beyond the model's positions and for degrees that don't divide."""
+    check_positions(question.workload, question.model.max_positions, question.model.name)
+    answer = _answer(question)
+    if answer.fits:
+        return answer
+    for change, other in _changes(question):
+        if _answer(other).fits:
+            return dataclasses.replace(answer, cheapest_change=f"It would fit with {change}.")
+    needed = format_bytes(answer.ledger.peak()[1])
+    return dataclasses.replace(
+        answer, cheapest_change=f"None of the changes tried would do; a budget of {needed} would."
+    )
+
+
+def largest(question: TrainingQuestion, what: str) -> int | None:
+    """The largest `batch` (sequences per rank), or the longest `context` (tokens), that fits; None where not even the smallest
+    does. Raises UsageError for another word, or without a budget."""
+    if what not in LARGEST:
+        raise UsageError(f"--largest {what!r} is not one of {', '.join(LARGEST)}.")
+    if question.budget_bytes is None:
+        raise UsageError(f"the largest {what} was asked without a budget; say --budget 8GiB.")
+    if what == "batch":
+        least, most, step, field = 1, 2**20, 1, "batch_size"
+    else:
+        step = question.parallel.context
+        least, field = 2 * step, "seq_len"
+        most = question.model.max_positions or 2**20
+
+    def fits(value: int) -> bool:
+        workload = dataclasses.replace(question.workload, **{field: value})
+        return _answer(dataclasses.replace(question, workload=workload)).fits
+
+    return _largest_that(fits, least, most, step)
+
+
+def _largest_that(fits: Callable[[int], bool], least: int, most: int, step: int) -> int | None:
+    """Doubling, then halving the interval, in steps of `step`."""
+    if not fits(least):
+        return None
+    low, high = least, least
+    while high < most and fits(min(most, high * 4)):
+        low = high = min(most, high * 4)
+    if low >= most:
+        return most // step * step
+    high = min(most, low * 4)
+    while high - low > max(step, low // 64):
+        middle = (low + high) // 2 // step * step
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _answer(question: TrainingQuestion) -> TrainingAnswer:
+    rank = rank_cost(question.model, question.workload, question.parallel, runtime_bytes=question.runtime_bytes)
+    stage, ledger = rank.worst()
+    peak = ledger.peak()[1]
+    short = 0 if question.budget_bytes is None else max(0, peak - question.budget_bytes)
+    return TrainingAnswer(question, rank, stage, ledger, short)
+
+
+def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion]]:
+    """Changes from the cheapest: what costs time alone, then what rounds states or weights, then what trains less."""
+    workload = question.workload
+
+    def changed(**fields: object) -> TrainingQuestion:
+        return dataclasses.replace(question, workload=dataclasses.replace(workload, **fields))  # type: ignore[arg-type]
+
+    sparing: dict[str, object] = {}
+    if workload.recompute == "none":
+        sparing["recompute"] = "full"
+        yield "recompute=full (the same result, about a third more time)", changed(**sparing)
+    if workload.batch_size > 1:
+        sparing |= {"batch_size": 1, "accumulation_steps": workload.accumulation_steps * workload.batch_size}
+        yield f"batch 1, accumulated {sparing['accumulation_steps']} times, and recompute=full", changed(**sparing)
+    if workload.optimizer in ("adamw", "muon"):
+        yield "optimizer=adamw8bit besides", changed(**sparing, optimizer="adamw8bit")
+    if isinstance(workload, TuneWorkload) and workload.method != "qlora" and workload.precision != "master":
+        if workload.method == "full":
+            yield "method=lora besides", changed(**sparing, method="lora")
+        yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")

@@ -1,0 +1,198 @@
+"""Compiled steps against the model's own: the same greedy tokens, whatever the family, the cache, the weights, the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.engine.tiny import tiny_config
+
+from haversack import data
+from haversack.cost.damage import NONE
+from haversack.describe.machine import Machine
+from haversack.describe.model import describe_model
+from haversack.describe.workload import ServeWorkload
+from haversack.engine.attach import PackedSite, attach
+from haversack.engine.decoder import attach as attaching
+from haversack.engine.decoder.loop import LOOP, Decoder
+from haversack.engine.generation import install_kv_plan
+from haversack.engine.kv_cache import KVPlan
+from haversack.engine.reach import neutral_plan, small_copy
+from haversack.errors import UnsupportedModelError
+from haversack.jobs.pack import pack
+from haversack.jobs.run import load, loop_name, open_decoder
+from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.nearest import NearestRounding
+from haversack.plan.make import make_plan
+from haversack.plan.question import Question
+
+CACHES = {
+    "plain": KVOption(),
+    "window": KVOption(SinksAndWindow(2, 9)),
+    "packed": KVOption(None, QuantizedKV(8, 4, 32, 4)),
+    "window-packed": KVOption(SinksAndWindow(2, 40), QuantizedKV(8, 8, 32, 0)),
+}
+FAMILIES = {  # every family with one kind of cache; llama and gemma2 (windows, softcaps) with all
+    "qwen2": ["plain"], "qwen3": ["window"], "mistral": ["packed"], "phi3": ["window-packed"], "olmo2": ["packed"],
+    "gemma3_text": ["window-packed"], "llama": list(CACHES), "gemma2": list(CACHES),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def planned(model, option: KVOption, batch_size: int, capacity_tokens: int = 120):
+    sites = neutral_plan(model, batch_size=batch_size, capacity_tokens=capacity_tokens).sites
+    dtype = {torch.float32: "F32", torch.bfloat16: "BF16"}[model.dtype]
+    install_kv_plan(model, KVPlan(sites, (option,) * len(sites), batch_size, capacity_tokens, dtype, 16))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def padded_prompt(batch_size: int, length: int = 37, vocab_size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(batch_size)
+    ids = torch.randint(1, vocab_size, (batch_size, length), generator=generator)
+    real = torch.ones_like(ids)
+    for row in range(1, batch_size):
+        real[row, : 7 * row] = 0
+    return ids * real, real
+
+
+def both(model, decoder: Decoder, ids, real, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    expected = model.generate(ids, attention_mask=real, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    return decoder.generate(ids, real, new_tokens)[0], expected
+
+
+@pytest.mark.parametrize(("family", "cache"), [(f, c) for f, caches in FAMILIES.items() for c in caches])
+def test_greedy_tokens_are_those_of_generate(family, cache):
+    """Two sequences of different length, past windows, until groups of tokens were packed and dropped."""
+    model = planned(small_copy(tiny_config(family)), CACHES[cache], 2)
+    found, expected = both(model, Decoder(model), *padded_prompt(2), 75)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_with_packed_weights(bits, batch_size):
+    """In float32: a random model's logits in bfloat16 have ties, which the last bit of a sum decides."""
+    from haversack.engine.measure import packed_matrix
+    from haversack.parts.weights.base import WeightTask
+
+    model = small_copy(tiny_config("qwen3"))
+    described = describe_model(model.config.to_dict())
+    option = WeightOption(IntegerGrid(bits, 64, symmetric=bits % 2 == 0, search=False), NearestRounding())
+    packed = []
+    for site in described.weights:
+        weight = model.get_submodule(site.module)._parameters[site.parameter]
+        packed.append(PackedSite(site, packed_matrix(site, option, option.encode(WeightTask(weight.detach().float())))))
+    attach(model, packed, torch.float32)
+    planned(model, KVOption(), batch_size)
+    found, expected = both(model, Decoder(model), *padded_prompt(batch_size), 20)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_shipped_models(name, tmp_path):
+    """Packed at 4 bits, through the folder, as `haversack run` decodes it."""
+    model = describe_model(data.reference_model(name))
+    option = WeightOption(IntegerGrid(4, 64, symmetric=False, search=False), NearestRounding())
+    answer = make_plan(
+        Question(
+            model=model,
+            workload=ServeWorkload(24, 40),
+            machine=Machine("test", 2, 2**33, 2**33),
+            budget_bytes=2**33,
+            budget_kind="tensor",
+            weight_damages={site.id: {option: NONE} for site in model.weights},
+            kv_damages={site.id: {KVOption(None, QuantizedKV(4, 4, 32, 32)): NONE} for site in model.attention},
+            placement="resident",
+        )
+    )
+    pack(model, answer.plan, tmp_path / "packed")
+    loaded = load(tmp_path / "packed")
+    ids = torch.randint(5, 4000, (1, 24), generator=torch.Generator().manual_seed(0))
+    decoder, refusal = open_decoder(loaded)
+    assert refusal is None and loop_name(decoder) == LOOP
+    found, expected = both(loaded, decoder, ids, torch.ones_like(ids), 40)
+    assert torch.equal(found, expected)
+
+
+def test_finished_sequences_are_padded_and_end_the_loop():
+    model = planned(small_copy(tiny_config("llama")), KVOption(), 3)
+    ids, real = padded_prompt(3)
+    free, _ = Decoder(model).generate(ids, real, 30)
+    ends = [int(free[0, 40]), int(free[1, 45])]
+    model.generation_config.eos_token_id = ends
+    expected = model.generate(ids, attention_mask=real, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    found, _ = Decoder(model).generate(ids, real, 30, eos_token_ids=ends)
+    assert torch.equal(found, expected)
+
+
+def test_a_step_allocates_nothing_that_stays():
+    """All buffers exist before the first step, and their bytes are those the program states."""
+    model = planned(small_copy(tiny_config("llama")), KVOption(), 1)
+    decoder = Decoder(model)
+    ids, real = padded_prompt(1)
+    _, cache = decoder.generate(ids, real, 2)
+    steps = decoder.steps(cache, ids[:, 0])
+    addresses = [t.data_ptr() for t in (steps.program.arena, steps.program._workspace, steps.program.logits)]
+    held = steps.program.num_bytes
+    for _ in range(3):
+        steps.next_tokens(ids[:, 0])
+    assert [t.data_ptr() for t in (steps.program.arena, steps.program._workspace, steps.program.logits)] == addresses
+    assert steps.program.num_bytes == held
+
+
+@pytest.mark.parametrize(("family", "reason"), [("mixtral", "mixtral"), ("gpt2", "native_layer_norm")])
+def test_what_cannot_be_compiled_is_refused_by_name(family, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        attaching.check_steps(tiny_config(family))
+
+
+def test_a_wrong_graph_is_found_by_its_logits(tmp_path, monkeypatch):
+    """A trace that takes the wrong scaling gives other logits than the model, and is refused."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    from haversack.engine.decoder import loop, trace
+
+    def wrong(*args):
+        graph = trace.trace_step(*args)
+        for node in graph.nodes:
+            if node.kind == "attention":
+                node.facts["scaling"] *= 1.01
+        return graph
+
+    monkeypatch.setattr(loop, "trace_step", wrong)
+    with pytest.raises(UnsupportedModelError, match="differ by"):
+        attaching.check_steps(tiny_config("llama"))
+
+
+def test_a_sequence_reads_steps_and_rewinds():
+    """Prompts through the model, single tokens by steps, and back again: the logits of transformers' forward throughout."""
+    from haversack.engine.sequence import PlannedSequence
+
+    model = planned(small_copy(tiny_config("llama")), KVOption(), 1)
+    decoder, plan = Decoder(model), model.haversack_kv_plan
+    fast, slow = PlannedSequence(model, plan, decoder=decoder), PlannedSequence(model, plan)
+    for ids, keep in (
+        ([3, 4, 5], 3),
+        ([6], 4),
+        ([7], 4),
+        ([8], 5),
+        ([9, 10], 6),
+        ([11], 7),
+        ([12], 0),
+        ([1, 2], 2),
+        ([3], 3),
+    ):
+        found, expected = fast.read(ids), slow.read(ids)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert fast.rewind(keep) == slow.rewind(keep) == keep and fast.tokens == slow.tokens
