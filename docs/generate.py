@@ -68,7 +68,7 @@ def record(names: Sequence[str]) -> None:
         command = COMMANDS[name]
         if name == "pack":
             shutil.rmtree(ROOT / PACKED, ignore_errors=True)
-        shell = re.sub(r"^haversack ", f"{sys.executable} -m haversack ", command)
+        shell = re.sub(r"(^|\| )haversack ", rf"\1{sys.executable} -m haversack ", command)
         shell = re.sub(r"^make demo$", f"demo/demo.sh {sys.executable}", shell)
         done = subprocess.run(
             ["bash", "-c", shell],
