@@ -96,21 +96,30 @@ def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
         for tensor in trace.trained
     )
     staying[BATCH] = 8 * workload.step_tokens
-    return TrainingCost(workload, trace, staying, tuple(compose(trace)), _load_bytes(trace, workload.weights_dtype))
+    return TrainingCost(
+        workload, trace, staying, tuple(compose(trace)), _load_bytes(model, trace, workload.weights_dtype)
+    )
 
 
-def _load_bytes(trace: TrainingTrace, dtype: str) -> int:
-    """The most while weights come: all of them unpacked at first, then each matrix beside its packed form."""
+def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
+    """The most while weights come: all of them unpacked at first (made from a config alone, a tied head has a matrix of its
+    own until it is tied), then each matrix beside its packed form."""
     resident = trace.resident_bytes
     width = DTYPE_BYTES[dtype]
     live = resident["weights"] + width * sum(prod(shape) for shape in trace.packed)
-    peak = live
+    tied = sum(width * site.num_parameters for site in model.weights if site.role == "embedding" and site.tied_modules)
+    peak = live + (0 if has_weights(model) else tied)
     for out_features, in_features in trace.packed:
         packed = total_bytes(BASE_GRID.stored(out_features, in_features))
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
         peak = max(peak, live + packed + working)
         live += packed - width * out_features * in_features
     return max(peak, live + resident.get("adapters", 0) + resident.get("master weights", 0))
+
+
+def has_weights(model: Model) -> bool:
+    """Whether a folder's weights are loaded, instead of random ones made."""
+    return model.folder is not None and any(model.folder.glob("*.safetensors"))
 
 
 def _point_of(moment: Moment) -> str:
