@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from haversack.describe.machine import Machine
     from haversack.describe.model import Model
     from haversack.describe.parallel import Parallelism
-    from haversack.describe.workload import TrainingWorkload
+    from haversack.describe.workload import TrainWorkload, TuneWorkload
     from haversack.plan.training import TrainingAnswer
 
 DEFAULT_SEQ_LEN = 1024
 
 
-def settings_of(task: str, batch: int, seq_len: int, pairs: list[str]) -> tuple[TrainingWorkload, Parallelism]:
+def settings_of(
+    task: str, batch: int, seq_len: int, pairs: list[str]
+) -> tuple[TuneWorkload | TrainWorkload, Parallelism]:
     """The workload and the layout of `--with KEY=VALUE` pairs. Raises UsageError for an unknown key, with all there are."""
     from haversack.describe.parallel import Parallelism
     from haversack.describe.workload import TrainWorkload, TuneWorkload

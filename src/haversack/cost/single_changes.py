@@ -58,6 +58,10 @@ class Rows(Protocol):
     def add(self, key: str, value: object) -> None: ...
 
 
+def _bytes_at(site: WeightSite) -> Callable[[WeightOption], int]:
+    return lambda option: option.stored_bytes(site.out_features, site.in_features, site.dtype)
+
+
 def survivors(proxies: Mapping[WeightOption, Damage], bytes_of: Callable[[WeightOption], int]) -> list[WeightOption]:
     """Options that none beats in bytes and damage at once, in the order in which they are measured: the middle one, the
     smallest, the largest, then what lies between."""
@@ -90,11 +94,7 @@ def measure_weight_options(
 
     described = model.described
     wanted = {
-        site.id: survivors(
-            proxies[site.id], lambda o, site=site: o.stored_bytes(site.out_features, site.in_features, site.dtype)
-        )
-        for site in described.weights
-        if site.id in statistics
+        site.id: survivors(proxies[site.id], _bytes_at(site)) for site in described.weights if site.id in statistics
     }
     layers = [*reversed(range(described.num_layers)), None]
     batches = [

@@ -63,7 +63,7 @@ def rank_config(config: Mapping[str, Any], parallel: Parallelism, name: str) -> 
     """The config of what one tensor- and expert-parallel rank computes: its heads, its columns, its experts, its rows of the
     vocabulary. Raises UsageError where a degree does not divide.
     """
-    cut = dict(config)
+    cut: dict[str, Any] = dict(config)
     if parallel.tensor > 1:
         hidden, heads = config.get("hidden_size", config.get("n_embd")), config.get("num_attention_heads")
         if "num_key_value_heads" not in config and heads and "n_head" not in config:
@@ -86,12 +86,12 @@ def rank_config(config: Mapping[str, Any], parallel: Parallelism, name: str) -> 
             cut["vocab_size"] = -(-cut["vocab_size"] // parallel.tensor)
             cut["pad_token_id"] = None  # it may lie in another rank's rows
     if parallel.expert > 1:
-        key = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
-        if key is None:
+        found = next((key for key in _EXPERTS if isinstance(config.get(key), int)), None)
+        if found is None:
             raise UsageError(f"expert parallelism was asked, but {name} has no experts; leave expert at 1.")
-        if config[key] % parallel.expert:
+        if config[found] % parallel.expert:
             raise UsageError(
-                f"{parallel.expert} expert-parallel ranks don't divide the {config[key]} experts of {name}; choose a divisor."
+                f"{parallel.expert} expert-parallel ranks don't divide the {config[found]} experts of {name}; choose a divisor."
             )
     return cut
 

@@ -93,6 +93,8 @@ class TrainingWorkload:
     value and what is allowed.
     """
 
+    task: ClassVar[str]
+
     batch_size: int
     seq_len: int
     accumulation_steps: int = 1
@@ -117,6 +119,10 @@ class TrainingWorkload:
         """Positions a sequence needs."""
         return self.seq_len
 
+    def to_dict(self) -> dict[str, Any]:
+        """`{"task": task, field: value, ...}`, JSON-ready."""
+        return {"task": self.task, **dataclasses.asdict(self)}
+
     @property
     def step_tokens(self) -> int:
         """Tokens of one optimizer step on one rank."""
@@ -138,10 +144,6 @@ class TrainWorkload(TrainingWorkload):
     """Train every weight, from a config or a checkpoint."""
 
     task: ClassVar[str] = "train"
-
-    def to_dict(self) -> dict[str, Any]:
-        """`{"task": "train", field: value, ...}`, JSON-ready."""
-        return {"task": self.task, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainWorkload:
@@ -173,10 +175,6 @@ class TuneWorkload(TrainingWorkload):
                 f"precision is 'master' with method {self.method!r}, but only method 'full' has master weights; "
                 "choose bf16, autocast or fp32."
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """`{"task": "tune", field: value, ...}`, JSON-ready."""
-        return {"task": self.task, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TuneWorkload:

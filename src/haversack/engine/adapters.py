@@ -130,12 +130,12 @@ def whole_linears(model: nn.Module, described: Model) -> Iterator[tuple[WeightSi
 
 def site_out(module: nn.Module) -> int:
     """Rows of a linear, or of a transposed Conv1D."""
-    return int(module.nf) if hasattr(module, "nf") else int(module.weight.shape[0])  # type: ignore[arg-type, union-attr]
+    return module.get_parameter("weight").shape[1 if hasattr(module, "nf") else 0]
 
 
 def site_in(module: nn.Module) -> int:
     """Columns of a linear, or of a transposed Conv1D."""
-    return int(module.weight.shape[0 if hasattr(module, "nf") else 1])  # type: ignore[index, arg-type, union-attr]
+    return module.get_parameter("weight").shape[0 if hasattr(module, "nf") else 1]
 
 
 def _pack(module: nn.Module, site: WeightSite) -> PackedLinear:

@@ -12,7 +12,7 @@ from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
-from haversack.describe.workload import TrainingWorkload, TuneWorkload, check_positions
+from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
 from haversack.units import format_bytes
@@ -26,7 +26,7 @@ class TrainingQuestion:
     """What is asked: a model, a workload and a machine, within `budget_bytes` on each rank (None: not limited)."""
 
     model: Model
-    workload: TrainingWorkload
+    workload: TuneWorkload | TrainWorkload
     machine: Machine
     parallel: Parallelism
     budget_bytes: int | None
@@ -105,7 +105,7 @@ def largest(question: TrainingQuestion, what: str) -> int | None:
         most = question.model.max_positions or 2**20
 
     def fits(value: int) -> bool:
-        workload = dataclasses.replace(question.workload, **{field: value})
+        workload = dataclasses.replace(question.workload, **{field: value})  # type: ignore[arg-type]
         return _answer(dataclasses.replace(question, workload=workload)).fits
 
     return _largest_that(fits, least, most, step)
