@@ -47,9 +47,9 @@ def converse(
                 err=True,
             )
         for message in _messages(talks):
-            if _command(message, chat, talks):
-                continue
             try:
+                if _command(message, chat, talks):
+                    continue
                 result = chat.say(message, None if json else show, None if json else _print_forgotten)
             except (HaversackError, KeyboardInterrupt) as error:
                 if not talks:
