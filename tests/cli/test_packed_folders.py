@@ -11,7 +11,7 @@ from tests.cli.conftest import CONTEXT_TOKENS
 MEASURED = {
     "residents": {"weights": 5}, "tensor_peaks": {"load": 5, "prefill": 5, "decode": 5}, "peak_private_bytes": 9,
     "imported_private_bytes": 2, "file_bytes": 3, "load_seconds": 1.0, "prefill_seconds": 1.0, "seconds_per_step": 1.0,
-    "decode_tokens_per_second": 1.0, "kernels": {"k": ["as is"]},
+    "decode_tokens_per_second": 1.0, "kernels": {"k": ["as is"]}, "loop": "compiled step",
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_run_as_json(cli, packed):
     ran = cli("run", packed, "--prompt", "abc", "--max-new-tokens", "2", "--json")
     assert ran.code == 0 and set(ran.json) == {
         "text", "finish", "prompt_tokens", "new_tokens", "seconds_to_first_token", "tokens_per_second", "sampling", "notes",
-        "peak_private_bytes", "cap_bytes",
+        "peak_private_bytes", "cap_bytes", "seconds_to_load", "loop", "loop_reason",
     }  # fmt: skip
     assert ran.json["prompt_tokens"] == 3 and ran.json["new_tokens"] == 2
 

@@ -7,7 +7,7 @@ import torch
 from tests.engine.tiny import tiny_config
 
 from haversack import data
-from haversack.cost.damage import NONE
+from haversack.cost.damage import NONE, Damage
 from haversack.describe.machine import Machine
 from haversack.describe.model import describe_model
 from haversack.describe.workload import ServeWorkload
@@ -39,6 +39,10 @@ FAMILIES = {  # every family with one kind of cache; llama and gemma2 (windows, 
     "qwen2": ["plain"], "qwen3": ["window"], "mistral": ["packed"], "phi3": ["window-packed"], "olmo2": ["packed"],
     "gemma3_text": ["window-packed"], "llama": list(CACHES), "gemma2": list(CACHES),
 }  # fmt: skip
+
+
+TIE = 2.0**-12
+"""Logits this close, as a part of the largest: two orders of summing float32 products of 64 to 128 columns, four layers deep."""
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +99,19 @@ def test_with_packed_weights(bits, batch_size):
         packed.append(PackedSite(site, packed_matrix(site, option, option.encode(WeightTask(weight.detach().float())))))
     attach(model, packed, torch.float32)
     planned(model, KVOption(), batch_size)
-    found, expected = both(model, Decoder(model), *padded_prompt(batch_size), 20)
-    assert torch.equal(found, expected)
+    ids, real = padded_prompt(batch_size)
+    told = model.generate(
+        ids, attention_mask=real, max_new_tokens=20, do_sample=False, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    found, _ = Decoder(model).generate(ids, real, 20)
+    for row in range(batch_size):
+        differs = (found[row] != told.sequences[row]).nonzero()
+        if len(differs):  # only where the two tokens were as good as equal, and then the texts go their own ways
+            place = int(differs[0])
+            logits = told.logits[place - ids.shape[1]][row]
+            gap = logits[told.sequences[row, place]] - logits[found[row, place]]
+            assert 0 <= gap <= TIE * logits.abs().max()
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
@@ -112,7 +127,10 @@ def test_shipped_models(name, tmp_path):
             budget_bytes=2**33,
             budget_kind="tensor",
             weight_damages={site.id: {option: NONE} for site in model.weights},
-            kv_damages={site.id: {KVOption(None, QuantizedKV(4, 4, 32, 32)): NONE} for site in model.attention},
+            kv_damages={
+                site.id: {KVOption(None, QuantizedKV(4, 4, 32, 32)): NONE, KVOption(): Damage(1.0, "measured")}
+                for site in model.attention
+            },
             placement="resident",
         )
     )

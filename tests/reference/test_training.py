@@ -101,7 +101,7 @@ def test_what_counts_in_full_can_be_predicted(tokenizer):
 
     pieces = rows(tokenizer)._records(random.Random(0), 200)
     stated = tokenizer.decode([token for ids, weight in pieces if weight < 1 for token in ids])
-    answers = [tokenizer.decode(ids) for ids, weight in pieces if weight == 1]
+    answers = [tokenizer.decode(ids) for ids, weight in pieces if weight >= 1]
     assert answers
     assert all(answer in stated for answer in answers)
 
