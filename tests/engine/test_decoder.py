@@ -214,3 +214,13 @@ def test_a_sequence_reads_steps_and_rewinds():
         found, expected = fast.read(ids), slow.read(ids)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert fast.rewind(keep) == slow.rewind(keep) == keep and fast.tokens == slow.tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_two_shallow_steps_forecast_a_deep_one(family):
+    from haversack.engine.decoder.forecast import _step_bytes, decode_step_bytes
+
+    config = {**tiny_config(family).to_dict(), "num_hidden_layers": 40, "layer_types": None}
+    model = describe_model(config)
+    for batch_size in (1, 3):
+        assert decode_step_bytes(model, batch_size) == _step_bytes(model, model.config, 40, batch_size) > 0
