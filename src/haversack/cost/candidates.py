@@ -22,7 +22,8 @@ ASSUMED_DISK_BYTES_PER_SECOND = 1e9
 
 LAYER_OVERHEAD_SECONDS = 5e-5
 """Beside reading weights and cache, per layer and compiled step, at batch 1: norms, rotations and activations in one thread,
-and the starts of five teams. Where transformers' own loop decodes, about 6e-4 (both on a 2025 server)."""
+and the starts of five teams. An estimate, not fitted to measurements; where transformers' own loop decodes, about 6e-4 were
+measured on a 2025 server, and a plan does not know that loop."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from haversack.describe.model import Model
 from haversack.describe.skeleton import build_skeleton
 from haversack.describe.workload import TrainingWorkload
 from haversack.engine.adapters import PackedLinear
-from haversack.engine.kernel_workspace import workspace_of_kernels
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
@@ -163,7 +162,7 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
 def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Segment]:
     """Segments of a step whose model, on meta, is filled with fakes; states and, while gradients accumulate, gradients
     are there from its beginning."""
-    live = OwnedBytes(workspace_of_kernels())
+    live = OwnedBytes()
     workload = step.workload
     with FakeTensorMode(), _plain_data(), live:
         live.owner = "weights"
