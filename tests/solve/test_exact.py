@@ -247,3 +247,16 @@ def check_against_brute_force(problem: Problem, minimise: str) -> None:
     assert solution.lower_bound <= solution.objective
     num_tolerated = 1e-11 * max(peaks.values()) if minimise == "bytes" or not solution.fits else 0.0
     assert solution.objective - solution.lower_bound <= max(1e-6 * abs(solution.objective), num_tolerated, 1e-9)
+
+
+def test_what_the_solver_prints_does_not_reach_the_output(capfd):
+    import ctypes
+
+    from haversack.solve.program import _silent_stdout
+
+    libc = ctypes.CDLL(None)
+    with _silent_stdout():
+        libc.puts(b"a line of the solver's own debugging")
+    libc.puts(b"an answer")
+    libc.fflush(None)
+    assert capfd.readouterr().out == "an answer\n"

@@ -31,8 +31,11 @@ without presolve, and the caller solves again without it where an answer contrad
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -149,16 +152,17 @@ class Program:
         options: dict[str, float | bool] = {"mip_rel_gap": 0.0, "presolve": presolve}
         if time_limit_seconds is not None:
             options["time_limit"] = max(0.0, time_limit_seconds)
-        result = milp(
-            np.append(cost / scale, np.zeros(num_levels)),
-            integrality=integrality,
-            bounds=Bounds(
-                np.append(self.lower / self.unit, np.zeros(num_levels)),
-                np.append(top / self.unit, np.ones(num_levels)),
-            ),
-            constraints=LinearConstraint(matrix, low, high),
-            options=options,
-        )
+        with _silent_stdout():
+            result = milp(
+                np.append(cost / scale, np.zeros(num_levels)),
+                integrality=integrality,
+                bounds=Bounds(
+                    np.append(self.lower / self.unit, np.zeros(num_levels)),
+                    np.append(top / self.unit, np.ones(num_levels)),
+                ),
+                constraints=LinearConstraint(matrix, low, high),
+                options=options,
+            )
         bound = getattr(result, "mip_dual_bound", None)
         return Answer(
             flat=None if result.x is None else self._rounded(result.x),
@@ -491,3 +495,26 @@ def _spread(values: np.ndarray, arrays: Arrays) -> float:
     np.maximum.at(most, arrays.group_of, np.abs(values).max(axis=0, initial=0.0))
     mean = float(most.mean()) if len(most) else 0.0
     return mean if mean > 0 else 1.0
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Nothing reaches the process's standard output meanwhile: HiGHS (scipy 1.17.1) prints a line of its own debugging at
+    some solutions, whatever its options say, and would spoil what `--json` prints.
+    """
+    flush = ctypes.CDLL(None).fflush  # what C has buffered goes where it was meant for, before and after
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    flush(None)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
