@@ -199,6 +199,9 @@ def _first_sentence(path: Path) -> str:
     return re.split(r"(?<=[.])\s", text)[0].rstrip(":")
 
 
+MOST_ROWS = 40
+"""More rows than this stay in the JSON file."""
+
 MOST_SENTENCES = 16
 """A benchmark of more rows is shown as a table."""
 
@@ -224,7 +227,7 @@ def results_page() -> str:
             "",
             f"{title} {stored['date'][:10]}, commit `{stored['commit'][:10]}`; {where}; {versions}.",
         ]
-        lines += [f"Note: {note}." for note in stored["notes"]]
+        lines += [f"Note: {note.rstrip('.')}." for note in stored["notes"]]
         if "busy" in stored:
             lines[-1] += f" Meanwhile other processes used {stored['busy']:.0%} of the machine's cores."
         for table in stored.get("tables", ()):
@@ -237,8 +240,11 @@ def results_page() -> str:
             lines += ["", *_table(figures)]
             continue
         for row in figures if isinstance(figures, list) else [figures]:
-            facts = {k: v for k, v in row.items() if isinstance(v, (str, int, float))}
-            lines += ["", "; ".join(f"{k.replace('_', ' ')}: {_shown(k, v)}" for k, v in facts.items()) + "."]
+            if facts := _facts(row):
+                lines += ["", "; ".join(facts) + "."]
+            for name, rows in row.items():
+                if name not in ("bytes", "figures") and _are_rows(rows):
+                    lines += ["", *_table([{k: v for k, v in r.items() if isinstance(v, SCALARS)} for r in rows])]
             if "bytes" in row:
                 lines += ["", "| what | predicted | measured | difference |", "|---|---:|---:|---:|"]
             for line in row.get("bytes", ()):
@@ -257,6 +263,26 @@ def results_page() -> str:
                 lines += ["", "| what | predicted | measured |", "|---|---:|---:|"]
                 lines += [f"| {line['what']} | {line['predicted']} | {line['measured']} |" for line in row["figures"]]
     return "\n".join(lines) + "\n"
+
+
+SCALARS = (str, int, float)
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
+    """`name: value` of what is one value, or a few numbers, in the row and in what is grouped in it."""
+    facts = []
+    for name, value in row.items():
+        if isinstance(value, SCALARS):
+            facts.append(f"{name.replace('_', ' ')}: {_shown(name, value)}")
+        elif isinstance(value, dict):
+            facts += [f"{name.replace('_', ' ')}, {fact}" for fact in _facts(value)]
+        elif isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
+            facts.append(f"{name.replace('_', ' ')}: {', '.join(_shown(name, v) for v in value)}")
+    return facts
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MOST_ROWS and all(isinstance(row, dict) for row in value)
 
 
 def _markdown(cells: Sequence[str]) -> str:
