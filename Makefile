@@ -38,7 +38,7 @@ fuzz: env
 # per model, of which auto-round's take longest.
 bench: bench-quick bench-plans peers bench-weights bench-decode_peers
 
-bench-quick: bench-kernels bench-process_peak bench-streaming
+bench-quick: bench-kernels bench-exact_bytes bench-process_peak bench-streaming
 
 bench-%: env
 	$(PY) -m benchmarks.$*

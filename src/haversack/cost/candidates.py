@@ -11,6 +11,7 @@ from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.profile import ActivationProfile
+from haversack.ledger import DTYPE_BYTES
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
 from haversack.parts.weights.base import WeightOption
@@ -83,6 +84,22 @@ class Serving:
     def disk_rate(self) -> float:
         return self.machine.rates.disk_read_bytes_per_second or ASSUMED_DISK_BYTES_PER_SECOND
 
+    @property
+    def scores_bytes(self) -> int:
+        """The last logits in float32, before and after `generate`'s processors: beside the next step, never beside prefill."""
+        return 2 * DTYPE_BYTES["F32"] * self.workload.users * self.model.vocab_size
+
+    def base_bytes(self, point: str) -> int:
+        """What a pass holds at its fullest, workspaces left out; after prefill, logits and scores."""
+        if point == "decode":
+            return self.decode.peak_bytes + self.scores_bytes
+        logits = self.workload.users * self.model.vocab_size * DTYPE_BYTES[self.model.dtype]
+        return max(self.prefill.peak_bytes, logits + self.scores_bytes)
+
+    def decode_bytes(self, live_bytes: int) -> int:
+        """What a place of the step holds of which the traced pass holds `live_bytes`: compiled steps count their scores."""
+        return max(live_bytes + self.scores_bytes, self.step_bytes)
+
     def sizes(self, site: WeightSite, option: WeightOption) -> tuple[int, int, int]:
         """Stored bytes of an option at a site, and its workspace in prefill and in decoding: one look per shape, for
         layers are many and their shapes few."""
@@ -123,7 +140,7 @@ def weight_candidates(
                     placement=placement,
                     stored_bytes=stored_bytes,
                     prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
-                    decode_bytes=max(serving.decode.at_site[site.id], serving.step_bytes) + decode_workspace,
+                    decode_bytes=serving.decode_bytes(serving.decode.at_site[site.id]) + decode_workspace,
                     seconds=_read_bytes(site, stored_bytes, serving.workload.users) / serving.read_rate,
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
@@ -153,7 +170,7 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
                 option=option,
                 stored_bytes=stored_bytes,
                 prefill_bytes=serving.prefill.at_attention[site.layer] + prefill,
-                decode_bytes=max(serving.decode.at_attention[site.layer], serving.step_bytes) + decode,
+                decode_bytes=serving.decode_bytes(serving.decode.at_attention[site.layer]) + decode,
                 seconds=stored_bytes / serving.read_rate + LAYER_OVERHEAD_SECONDS,
                 damage=damage,
             )

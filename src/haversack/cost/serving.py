@@ -18,7 +18,7 @@ from haversack.describe.model import Model
 from haversack.engine.streaming import PAGE_BYTES, window_tensors
 from haversack.formats.packed_folder import MAX_SHARD_BYTES, PackedSite, packed_files
 from haversack.formats.safetensors_file import ALIGNMENT_BYTES, layout
-from haversack.ledger import Ledger, StoredTensor, total_bytes
+from haversack.ledger import DTYPE_BYTES, Ledger, StoredTensor, total_bytes
 from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
 WEIGHTS, KV, MAPPED, GENERATION = "weights", "kv", "weights (mapped)", "generation"
@@ -69,7 +69,7 @@ class ServingProblem:
                 ledger.add(point, "weights (streamed)", "disk", streamed)
             if point != "load":
                 ledger.add(point, KV, "device", sum(c.stored_bytes for c in kv))
-                base = getattr(self.serving, point).peak_bytes
+                base = self.serving.base_bytes(point)
                 running = max([base, *(getattr(c, f"{point}_bytes") for c in (*weights, *kv))])
                 ledger.add(point, "activations", "device", base)
                 ledger.add(point, "workspace", "device", running - base)
@@ -109,7 +109,7 @@ def serving_problem(
         for point in running:
             running[point].append(f"{point} {kv_site.id}")
         groups.append(Group(kv_site.id, tuple(_kv_choice(c) for c in kv_row), kind="kv"))
-    base = {"prefill base": serving.prefill.peak_bytes, "decode base": serving.decode.peak_bytes}
+    base = {f"{point} base": serving.base_bytes(point) for point in running}
     groups.append(Group("activations", (Choice("as traced", account_bytes=base),)))
 
     fixed = {
@@ -135,9 +135,12 @@ def serving_problem(
 
 def generation_bytes(serving: Serving) -> int:
     """What `generate` itself keeps beside the model: token ids, mask and positions (int64, with a copy while one is
-    extended) and the last logits in float32, before and after its processors; and odds and ends."""
-    workload = serving.workload
-    per_user = 4 * 8 * workload.context_tokens + 2 * 4 * serving.model.vocab_size
+    extended); the logits of the chunk before, if the prompt is cut; and odds and ends. Scores in float32 live where no pass
+    runs, or are part of a step (`Serving.base_bytes`)."""
+    workload, model = serving.workload, serving.model
+    per_user = 4 * 8 * workload.context_tokens
+    if serving.prefill.new_tokens < workload.prompt_tokens:
+        per_user += model.vocab_size * DTYPE_BYTES[model.dtype]
     return workload.users * per_user + GENERATION_ODDS_BYTES
 
 

@@ -160,19 +160,23 @@ def attention_workspace_bytes(
 ) -> int:
     """The most bytes `attend_blocks` allocates beyond its output.
 
-    `block_bytes` is what making one block of `block_tokens` takes (keys, values and their temporaries). Scaled queries,
-    one block of scores, three outputs (old, its rescaling, new), nine columns of statistics, the masks of one block.
+    `block_bytes` is what making one block of `block_tokens` takes (keys, values and their temporaries). Always there: scaled
+    queries, nine columns of statistics, positions. Beside them, first a block and its mask (three of its planes) are made while
+    one output is held; then block and mask live beside the scores and three outputs (old, its rescaling, new).
     """
     f32 = DTYPE_BYTES["F32"]
     queries = min(num_queries, QUERY_BLOCK_TOKENS)
     rows = batch_size * num_heads * queries
-    masks = batch_size * queries * block_tokens * (2 * DTYPE_BYTES["I32"] + 4 * DTYPE_BYTES["BOOL"])
+    plane = batch_size * queries * block_tokens * DTYPE_BYTES["BOOL"]
+    output = rows * value_head_dim * f32
+    held_block = batch_size * num_kv_heads * block_tokens * (key_head_dim + value_head_dim) * f32
+    making = block_bytes + 3 * plane + output
+    scoring = held_block + plane + rows * block_tokens * f32 + 3 * output
+    positions = 4 * DTYPE_BYTES["I32"] * batch_size * (num_queries + block_tokens)
     return (
         rows * key_head_dim * f32
-        + rows * block_tokens * f32
-        + 3 * rows * value_head_dim * f32
         + 9 * rows * f32
         + batch_size * num_heads * num_queries * f32
-        + block_bytes
-        + masks
+        + positions
+        + max(making, scoring)
     )
