@@ -28,7 +28,7 @@ def parse_bytes(text: str | int) -> int:
             raise UsageError(f"{text!r} is not a number of bytes; {_EXAMPLES}.")
         value = int(float(match[1]) * _FACTORS[match[2].upper()])
     if value <= 0:
-        raise UsageError(f"{text!r} is {value} bytes, but a budget must be above zero; {_EXAMPLES}.")
+        raise UsageError(f"{text!r} is {value} bytes, but must be above zero; {_EXAMPLES}.")
     return value
 
 

@@ -44,6 +44,8 @@ def plan(
     if task not in TASKS:
         raise UsageError(f"--task {task!r} is not one of {', '.join(TASKS)}.")
     if task != "serve":
+        if output is not None:
+            raise UsageError("--output writes plans that serve; --task tune and train are printed, or given by --json.")
         from haversack.cli.training import plan_training_verb
         from haversack.describe.model import describe_model
 
@@ -76,11 +78,13 @@ def plan(
             answer, _ = weighed_answer(asked, described, calibrating, progress)
         else:
             answer = make_plan(asked.question(described, None), progress)
+    if output is not None and answer.fits:
+        write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
     if json:
         console.print_json(plan_json(answer))
     else:
         print_answer(answer)
-    if output is not None:
+    if output is not None and not answer.fits:
         write_plan(answer, output)
     return 0 if answer.fits else 1
 

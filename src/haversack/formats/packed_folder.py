@@ -354,8 +354,12 @@ class PackedFolderWriter:
             fresh = self.partial.with_name(self.partial.name + ".new")
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            (fresh / PLAN_NAME).write_bytes(self._plan)
-            fresh.rename(self.partial)
+            try:
+                (fresh / PLAN_NAME).write_bytes(self._plan)
+                fresh.rename(self.partial)
+            except OSError:
+                shutil.rmtree(fresh, ignore_errors=True)
+                raise
             self._take_lock()
 
     def _take_lock(self) -> None:

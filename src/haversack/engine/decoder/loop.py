@@ -40,6 +40,7 @@ class Decoder:
         self.model = model
         self.num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.graph: StepGraph = trace_step(model, self.num_layers, NAME)
+        schedule_step(self.graph, 1)  # refuses now what would else be refused after the first token
         self._table_tokens = 1 if _rope_changes(model.config) else TABLE_TOKENS
 
     def steps(self, cache: HaversackCache, first_tokens: torch.Tensor) -> Steps:
