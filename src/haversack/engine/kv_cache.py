@@ -242,7 +242,7 @@ class HaversackCache(Cache):
         return sum(layer.store.num_bytes() for layer in self.planned if layer.store is not None)
 
     def save(self, path: str | Path, *, model_fingerprint: str) -> None:
-        """Write every layer's state to one safetensors file, bound to the plan and to the model it was filled by."""
+        """Write every layer's state to one safetensors file, whole or not at all, bound to the plan and to the model that filled it."""
         tensors: dict[str, torch.Tensor] = {}
         for i, layer in enumerate(self.planned):
             if layer.store is None:
@@ -256,7 +256,9 @@ class HaversackCache(Cache):
             "capacity_tokens": str(first.capacity_tokens),
             "columns": str(first.columns),
         }
-        save_file(tensors, str(path), metadata=about)
+        partial = Path(f"{path}.partial")
+        save_file(tensors, str(partial), metadata=about)
+        partial.replace(path)
 
     @classmethod
     def load(
