@@ -23,8 +23,8 @@ ASSUMED_DISK_BYTES_PER_SECOND = 1e9
 
 LAYER_OVERHEAD_SECONDS = 5e-5
 """Beside reading weights and cache, per layer and compiled step, at batch 1: norms, rotations and activations in one thread,
-and the starts of five teams. An estimate, not fitted to measurements; where transformers' own loop decodes, about 6e-4 were
-measured on a 2025 server, and a plan does not know that loop."""
+and the starts of five teams. An estimate, not fitted to measurements; transformers' own loop, which a plan does not know of,
+takes more."""
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ class Parallelism:
 
 
 def rank_config(config: Mapping[str, Any], parallel: Parallelism, name: str) -> dict[str, Any]:
-    """The config of what one tensor- and expert-parallel rank computes: its heads, its columns, its experts, its rows of the
-    vocabulary. Raises UsageError where a degree does not divide.
+    """The config of what one tensor-parallel rank computes: its heads, its columns, its rows of the vocabulary. Experts stay: only
+    that a rank's share of them is whole is checked. Raises UsageError where a degree does not divide.
     """
     cut: dict[str, Any] = dict(config)
     if parallel.tensor > 1:
