@@ -286,14 +286,19 @@ def test_on_a_terminal(chat_folder):
     os.close(terminal)
     seen = ""
 
-    def wait_for(words: str) -> None:
-        """Read until `words` came, or, for none, until anything did."""
+    def wait_for(words: str, again: bytes = b"") -> None:
+        """Read until `words` came, or, for none, until anything did; the key `again` is pressed at each silent second.
+
+        A person does the same: a Ctrl-C that falls between readline's prompt and its wait for a key is not seen before the next key.
+        """
         nonlocal seen
         deadline = time.monotonic() + 120
         while words not in seen or not seen.strip():
             assert time.monotonic() < deadline and process.poll() is None, seen
             if select.select([main], [], [], 1)[0]:
                 seen += os.read(main, 4096).decode(errors="replace")
+            elif again:
+                os.write(main, again)
         seen = seen[seen.index(words) + len(words) :]
 
     try:
@@ -305,7 +310,7 @@ def test_on_a_terminal(chat_folder):
         wait_for("tokens read")
         wait_for(">>> ")
         os.write(main, b"\x03")
-        wait_for("Ctrl-D leaves")
+        wait_for("Ctrl-D leaves", again=b"\x03")
         wait_for(">>> ")
         os.write(main, b"/help\n")
         wait_for("/reset")
