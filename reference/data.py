@@ -4,8 +4,8 @@
 
 `train-prose` and `train-code` stay in the scratch folder. `calibration` (held out from training, same sources), `foreign-prose` and `foreign-code`
 (sources that training never sees) are shipped, with `sources.json` saying what each part came from.
-Manuals are looked for under `ROOT/usr/share/doc`, where Debian's `python3.11-doc` and `postgresql-doc-15` put them; `ROOT` is `/` unless told,
-so an unpacked package (`dpkg -x`) will do.
+Manuals are looked for under `ROOT/usr/share/doc`, where Debian's packages (reference/README.md lists them) put them; `ROOT` is `/` unless told,
+so unpacked packages (`dpkg -x`) will do.
 """
 
 import argparse
@@ -38,9 +38,10 @@ class Source:
     name: str
     kind: str  # "prose" or "code"
     licence: str
-    pattern: str
+    pattern: str  # globs, with spaces between them
     package: str | None = None  # an importable package, or
     documents: str | None = None  # a folder under usr/share/doc, or neither: the standard library
+    debian: str | None = None  # the Debian package whose copyright file covers `documents`
     foreign: bool = False
 
     def folder(self, root: Path) -> Path:
@@ -73,17 +74,39 @@ class Source:
             paths = [
                 Path(file.locate()) for file in files if re.search(r"dist-info/(licenses/)?LICENSE[^/]*$", str(file))
             ]
-        elif self.documents and self.foreign:
-            paths = [self.folder(root).parent / "copyright"]
+        elif self.debian:
+            paths = [root / "usr" / "share" / "doc" / self.debian / "copyright"]
         else:
             paths = [Path(sysconfig.get_path("stdlib")) / "LICENSE.txt"]
         return "\n".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 SOURCES = (
-    Source("postgresql-docs", "prose", "PostgreSQL", "*.html", documents="postgresql-doc-15/html", foreign=True),
+    Source(
+        "postgresql-docs", "prose", "PostgreSQL", "*.html",
+        documents="postgresql-doc-15/html", debian="postgresql-doc-15", foreign=True,
+    ),
     Source("networkx", "code", "BSD-3-Clause", "**/*.py", package="networkx", foreign=True),
     Source("cpython-docs", "prose", "PSF-2.0", "**/*.rst.txt", documents="python3.11/html/_sources"),
+    Source("sqlite-docs", "prose", "public domain", "*.html", documents="sqlite3", debian="sqlite3-doc"),
+    Source("httpd-docs", "prose", "Apache-2.0", "**/*.html", documents="apache2-doc/manual/en", debian="apache2-doc"),
+    Source(
+        "django-docs", "prose", "BSD-3-Clause", "**/*.html",
+        documents="python-django-doc/html", debian="python-django-doc",
+    ),
+    Source(
+        "sqlalchemy-docs", "prose", "MIT", "**/*.rst",
+        documents="python-sqlalchemy-doc/rst", debian="python-sqlalchemy-doc",
+    ),
+    Source(
+        "llvm-docs", "prose", "Apache-2.0 WITH LLVM-exception", "**/*.rst.txt",
+        documents="llvm-14-doc/html/_sources", debian="llvm-14-doc",
+    ),
+    Source(
+        "rust-docs", "prose", "MIT OR Apache-2.0",
+        "book/**/*.html nomicon/**/*.html reference/**/*.html embedded-book/**/*.html edition-guide/**/*.html rustc/**/*.html",
+        documents="rust-doc/html", debian="rust-doc",
+    ),
     Source("cpython-stdlib", "code", "PSF-2.0", "**/*.py"),
     Source("numpy", "code", "BSD-3-Clause", "**/*.py", package="numpy"),
     Source("scipy", "code", "BSD-3-Clause", "**/*.py", package="scipy"),
@@ -96,9 +119,13 @@ EXCLUDED = re.compile(r"site-packages|_bundled|_vendor|pydoc_data|dist-packages|
 
 
 class _Prose(HTMLParser):
-    """Text of a DocBook manual page, without its navigation."""
+    """Text of a manual's page (DocBook, Sphinx, mdBook, httpd, SQLite), without its navigation."""
 
-    SKIPPED = frozenset({"script", "style", "head", "table"})
+    SKIPPED = frozenset({"script", "style", "head", "table", "nav", "footer", "form", "button", "svg"})
+    NAVIGATION = frozenset(
+        "navheader navfooter toc related sphinxsidebar headerlink nosearch sidebar menu-bar hidden menu toplang bottomlang quickview "
+        "page-header up top".split()
+    )
     BREAKS = frozenset({"p", "div", "h1", "h2", "h3", "h4", "li", "dt", "pre", "br"})
     VOID = frozenset({"br", "hr", "img", "link", "meta", "input", "col"})
 
@@ -113,13 +140,7 @@ class _Prose(HTMLParser):
         if tag in self.VOID:
             self.parts.append("\n" if tag == "br" else "")
             return
-        if (
-            self.skipping
-            or tag in self.SKIPPED
-            or "navheader" in classes
-            or "navfooter" in classes
-            or "toc" in classes.split()
-        ):
+        if self.skipping or tag in self.SKIPPED or not self.NAVIGATION.isdisjoint(classes.split()):
             self.skipping.append(tag)
             return
         self.preformatted += tag == "pre"
@@ -155,6 +176,8 @@ _TO_ASCII = str.maketrans(
         "\u200b": "",
         "\u2002": " ",
         "\u00d7": "x",
+        "\u2192": "->",
+        "\u00b6": "",
     }
 )
 
@@ -193,7 +216,8 @@ def drop_duplicates(text: str, seen: set[bytes]) -> str | None:
 def documents(source: Source, root: Path, seen: set[bytes]) -> Iterator[tuple[str, str]]:
     """(relative path, text) of every kept document of a source, in an order that no file system decides."""
     folder = source.folder(root)
-    paths = sorted(folder.glob(source.pattern), key=lambda path: _order(path.relative_to(folder)))
+    found = (path for pattern in source.pattern.split() for path in folder.glob(pattern))
+    paths = sorted(found, key=lambda path: _order(path.relative_to(folder)))
     for path in paths:
         if EXCLUDED.search(str(path.relative_to(folder))) or path.is_symlink():
             continue
