@@ -13,9 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haversack.parts.base import Part, Source, all_parts
+
+if TYPE_CHECKING:
+    from haversack.parts.kv.base import KVOption
+    from haversack.recipes.cache_budget import CacheBudget
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Recipe:
     `options` builds the options (`WeightOption`, `KVOption`, `Placement`) that the recipe offers for its resident, from
     fewest to most bytes. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
-    those which another recipe beats at equal bytes stay out.
+    those which another recipe beats at equal bytes stay out. `whole_cache`, of KV recipes, gives every layer an option so
+    that the cache stays within a byte budget; with `needs_statistics` it asks for measurements on the model.
     """
 
     id: str
@@ -36,6 +41,8 @@ class Recipe:
     published: str = ""
     catalogue: tuple[str, ...] = ()
     candidates: bool = True
+    whole_cache: Callable[[CacheBudget], tuple[KVOption, ...]] | None = None
+    needs_statistics: bool = False
 
 
 @cache
