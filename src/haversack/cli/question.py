@@ -189,13 +189,19 @@ class Calibrating:
         ),
     ] = None
 
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Weigh caches head by head on recall probes too; the worst probe decides.")
+    ] = False
+
     def text(self) -> str:
         """The file's text, or the built-in one. Raises UsageError where there is none to calibrate on."""
         return calibration_text(self.calibration, self.calibration_tokens)
 
     def run(self, model: Model, context_tokens: int, progress: Progress) -> Calibration:
         """Calibrate a model. Raises InterruptedJobError on Ctrl-C."""
-        return calibration_for(model, self.calibration, self.calibration_tokens, context_tokens, progress)
+        return calibration_for(
+            model, self.calibration, self.calibration_tokens, context_tokens, progress, probes=self.probes
+        )
 
 
 def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
@@ -236,7 +242,8 @@ def weighed_answer(
         answer = make_plan(asked.question(model, None, lossless=True), progress)
         if answer.fits:
             return answer, None
-        if (too_large := hopeless(asked.question(model, None))) is not None:
+        # heads weighed one by one are offered less than any recipe's option takes, so that only calibrating tells
+        if not calibrating.probes and (too_large := hopeless(asked.question(model, None))) is not None:
             return too_large, None
     # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
     found = calibrating.run(model, asked.workload(model).context_tokens, progress)
@@ -245,7 +252,7 @@ def weighed_answer(
 
 
 def calibration_for(
-    model: Model, file: Path | None, num_tokens: int, context_tokens: int, progress: Progress
+    model: Model, file: Path | None, num_tokens: int, context_tokens: int, progress: Progress, *, probes: bool = False
 ) -> Calibration:
     """Calibrate a model on a file's text, or on the built-in text. Raises InterruptedJobError on Ctrl-C."""
     from haversack.cost.calibrated import calibrate_model
@@ -254,7 +261,12 @@ def calibration_for(
     text = calibration_text(file, num_tokens)
     try:
         return calibrate_model(
-            model, text, num_tokens=num_tokens, kv_capacity_tokens=min(context_tokens, 1024), progress=progress
+            model,
+            text,
+            num_tokens=num_tokens,
+            kv_capacity_tokens=min(context_tokens, 1024),
+            probes=probes,
+            progress=progress,
         )
     except KeyboardInterrupt:
         raise InterruptedJobError(

@@ -53,8 +53,18 @@ class ProbeMeter:
         self.capacity_tokens = max(task.num_tokens for _, task in self.tasks)
         self._reference: dict[int, torch.Tensor] = {}
 
-    def scores(self, options: Mapping[str, KVOption], asked: Sequence[Asked] = ("after", "before")) -> list[Score]:
-        """Every task under a cache whose layers hold what `options` says by site id; sites without one hold everything."""
+    def scores(
+        self,
+        options: Mapping[str, KVOption],
+        asked: Sequence[Asked] = ("after", "before"),
+        *,
+        against_own: bool = True,
+    ) -> list[Score]:
+        """Every task under a cache whose layers hold what `options` says by site id; sites without one hold everything.
+
+        The reference is made when it is first needed, by the weights as they are then; `against_own` False says that they
+        are others now, so that a whole cache is no reference either.
+        """
         out = []
         for i, (when, task) in enumerate(self.tasks):
             if when not in asked:
@@ -62,7 +72,7 @@ class ProbeMeter:
             if i not in self._reference:
                 self._reference[i] = self._answers(task, {})[0]
             reference = self._reference[i]
-            if options:
+            if options or not against_own:
                 found, held_bytes = self._answers(task, options)
             else:
                 found, held_bytes = reference, self.cache({}).plan.max_bytes()

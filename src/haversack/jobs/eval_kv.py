@@ -152,6 +152,7 @@ def _load_plain(described: Model) -> Any:
     from haversack.engine.quiet import quiet_transformers
 
     attention.register()
+    assert described.folder is not None
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
             described.folder, dtype="auto", attn_implementation=attention.NAME

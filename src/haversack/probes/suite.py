@@ -25,6 +25,10 @@ TEXT_TOKENS = 64
 """Scored tokens of real text, after one that is given."""
 
 COPY_TOKENS = 64
+LEAST_CONTEXT_TOKENS = 192
+TURNS_TOKENS = 128
+"""Room for questions and answers beside the context, announced ones left out."""
+
 FORM_TOKENS = 48
 """Room that a statement, a question and their line breaks take beyond a probe's stated distance."""
 

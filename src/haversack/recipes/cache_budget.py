@@ -40,8 +40,10 @@ class CacheBudget:
 
     def bytes_of(self, options: Sequence[KVOption]) -> int:
         """Declared bytes of a whole cache."""
-        shape = {"batch_size": 1, "capacity_tokens": self.capacity_tokens, "dtype": self.dtype}
-        return sum(o.stored_bytes(site, **shape) for site, o in zip(self.sites, options, strict=True))  # type: ignore[arg-type]
+        return sum(
+            option.stored_bytes(site, batch_size=1, capacity_tokens=self.capacity_tokens, dtype=self.dtype)
+            for site, option in zip(self.sites, options, strict=True)
+        )
 
     def largest(self, make: Callable[[int], Options], limit: int) -> Options:
         """`make(n)` for the largest n up to `limit` that fits, bytes growing with n.

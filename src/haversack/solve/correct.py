@@ -138,7 +138,9 @@ class _DamageModel:
     def __init__(self, problem: Problem):
         self.problem = problem
         rows = [as_tuple(choice.damage) for group in problem.groups for choice in group.choices]
-        self.damage = np.zeros((max(map(len, rows)), len(rows)))  # (probes, choices); a shorter row counts as 0 beyond its end
+        self.damage = np.zeros(
+            (max(map(len, rows)), len(rows))
+        )  # (probes, choices); a shorter row counts as 0 beyond its end
         for i, row in enumerate(rows):
             self.damage[: len(row), i] = row
         self.starts = np.cumsum([0] + [len(group.choices) for group in problem.groups])
@@ -161,7 +163,9 @@ class _DamageModel:
     def _corrected(self, trials: Sequence[Trial], draw: np.random.Generator | None) -> np.ndarray:
         trials = [trial for trial in trials if math.isfinite(trial.measured)]
         measured = np.array([trial.probes for trial in trials]).reshape(len(trials), len(self.damage))
-        taken = self.starts[:-1] + np.array([trial.chosen for trial in trials]) if trials else np.empty((0, 0), np.int64)
+        taken = (
+            self.starts[:-1] + np.array([trial.chosen for trial in trials]) if trials else np.empty((0, 0), np.int64)
+        )
         factors = [1.0 + self._errors(row, taken, measured[:, k], draw) for k, row in enumerate(self.damage)]
         return self.damage * np.maximum(factors, SMALLEST_FACTOR)
 
@@ -252,7 +256,10 @@ def _fingerprint(problem: Problem) -> str:
 
 def _saved(fingerprint: str, trials: Sequence[Trial]) -> dict[str, Any]:
     rows = [{**asdict(t), "measured": t.measured if math.isfinite(t.measured) else None} for t in trials]
-    return {"problem": fingerprint, "trials": [{**row, "chosen": list(row["chosen"]), "probes": list(row["probes"])} for row in rows]}
+    return {
+        "problem": fingerprint,
+        "trials": [{**row, "chosen": list(row["chosen"]), "probes": list(row["probes"])} for row in rows],
+    }
 
 
 def _loaded(problem: Problem, fingerprint: str, state: dict[str, Any]) -> list[Trial]:

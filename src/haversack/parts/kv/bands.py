@@ -77,11 +77,15 @@ class BandedLayer(KVLayer):
             new = [None if x is None else _cut(x, band.heads) for x in (new_keys, new_values)]
             sinks = None if how.sinks is None else _cut(how.sinks[None], queries)[0]
             inside = Attending(how.scaling, how.softcap, sinks, how.real)
-            run = layer._step if store else layer._attend
-            part, part_lse = run(_cut(query, queries), *new, inside)  # type: ignore[arg-type]
+            cut = _cut(query, queries)
+            if store:
+                assert new[0] is not None and new[1] is not None
+                part, part_lse = layer._step(cut, new[0], new[1], inside)
+            else:
+                part, part_lse = layer._attend(cut, new[0], new[1], inside)
             _put(output, queries, part)
             _put(lse, queries, part_lse)
-            del part, part_lse, new
+            del cut, new, part, part_lse
         return output, lse
 
     # Batches
