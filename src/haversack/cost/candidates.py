@@ -105,18 +105,22 @@ class Serving:
     def sizes(self, site: WeightSite, option: WeightOption) -> tuple[int, int, int]:
         """Stored bytes of an option at a site, and its workspace in prefill and in decoding: one look per shape, for
         layers are many and their shapes few."""
-        is_head = site.role == "head"  # which computes the last token alone
-        key = (site.out_features, site.in_features, site.dtype, is_head, option)
+        looked_up = site.role in ("embedding", "position")
+        multiplied = not looked_up or bool(site.tied_modules)
+        last_only = site.role == "head" or looked_up  # the head computes the last token alone
+        key = (site.out_features, site.in_features, site.dtype, looked_up, multiplied, last_only, option)
         if key not in self._sizes:
-            workspace = [
-                option.workspace_bytes(
-                    profile.batch_size * (1 if is_head else profile.new_tokens),
-                    site.out_features,
-                    site.in_features,
-                    self.model.dtype,
+            workspace = []
+            for profile in (self.prefill, self.decode):
+                rows = profile.batch_size * profile.new_tokens
+                inputs = profile.batch_size if last_only else rows
+                shape = (site.out_features, site.in_features, self.model.dtype)
+                workspace.append(
+                    max(
+                        option.workspace_bytes(inputs, *shape) if multiplied else 0,
+                        option.rows_workspace_bytes(rows, *shape[1:]) if looked_up else 0,
+                    )
                 )
-                for profile in (self.prefill, self.decode)
-            ]
             stored = option.stored_bytes(site.out_features, site.in_features, site.dtype)
             self._sizes[key] = stored, workspace[0], workspace[1]
         return self._sizes[key]
