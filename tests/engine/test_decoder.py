@@ -218,9 +218,11 @@ def test_a_sequence_reads_steps_and_rewinds():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_two_shallow_steps_forecast_a_deep_one(family):
-    from haversack.engine.decoder.forecast import _step_bytes, decode_step_bytes
+    from haversack.engine.decoder.forecast import _trace, forecast_step
 
     config = {**tiny_config(family).to_dict(), "num_hidden_layers": 40, "layer_types": None}
     model = describe_model(config)
     for batch_size in (1, 3):
-        assert decode_step_bytes(model, batch_size) == _step_bytes(model, model.config, 40, batch_size) > 0
+        forecast = forecast_step(model, batch_size)
+        assert forecast == _trace(model, model.config, 40, batch_size)
+        assert forecast.step_bytes > 0 and forecast.tracing_bytes > 0

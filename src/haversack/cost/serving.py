@@ -69,7 +69,9 @@ class ServingProblem:
             if window:
                 ledger.add(point, "weights (stream window)", "device", window)
                 ledger.add(point, "weights (streamed)", "disk", streamed)
-            if point != "load":
+            if point == "load":
+                ledger.add(point, "activations", "device", self.serving.base_bytes(point))
+            else:
                 ledger.add(point, KV, "device", sum(c.stored_bytes for c in kv))
                 base = self.serving.base_bytes(point)
                 running = max([base, *(getattr(c, f"{point}_bytes") for c in (*weights, *kv))])
@@ -123,7 +125,8 @@ def serving_problem(
     window = PeakTerm(tuple(f"window {layer}" for layer in sorted(layers)), STREAM_BUFFERS)
     windows = (window, PeakTerm(tuple(streamed), STREAM_BUFFERS)) if layers else ()
     fixed_bytes = sum(fixed.values())
-    points = [TimePoint("load", "device", (WEIGHTS,), windows, fixed_bytes - fixed[GENERATION])]
+    load_bytes = fixed_bytes - fixed[GENERATION] + serving.base_bytes("load")
+    points = [TimePoint("load", "device", (WEIGHTS,), windows, load_bytes)]
     for point, accounts in running.items():
         points.append(TimePoint(point, "device", (WEIGHTS, KV), (*windows, PeakTerm(tuple(accounts))), fixed_bytes))
     problem = Problem(

@@ -144,6 +144,13 @@ class CodebookGrid(DecodedGrid):
         case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
         return workspace_bytes(num_tokens, out_features, in_features, **case)
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        if not self._has_kernels:
+            return super().rows_bytes(num_rows, in_features)
+        from haversack.kernels.registry import rows_bytes
+
+        return rows_bytes(num_rows, in_features, scales=self.scales, **self._form)
+
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         if not self._has_kernels:
             return super().kernel_name(num_tokens, out_features, in_features, dtype)
