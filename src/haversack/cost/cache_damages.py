@@ -173,17 +173,16 @@ def layer_options(
                 label = one.label if damage.label == "measured" else damage.label
                 grown.append(_Combination((*one.options, option), one.num_bytes + num_bytes, nats, label))
         combined = _fronts(grown)
-    out: dict[KVOption, Damage] = {}
+    out = {KVOption(): NONE}
     for one in combined:
+        if all(option.is_neutral for option in one.options):
+            continue
         option = by_head(one.options)
         changed = sum(not o.is_neutral for o in one.options)
         label = "proxied" if changed > 1 else one.label  # several single changes: their sum was not measured
         probes = tuple(zip(kinds, one.nats[1:]))
-        out[option] = (
-            NONE
-            if option.is_neutral
-            else Damage(one.nats[0], label, source="KL of single heads' caches, added", probes=probes)
-        )
+        source = "KL of single heads' caches, added"
+        out[option] = Damage(one.nats[0], label, source=source, probes=probes)
     return out
 
 
