@@ -73,7 +73,7 @@ class Serving:
     machine: Machine
     prefill: ActivationProfile
     decode: ActivationProfile
-    step: StepForecast = StepForecast(0, 0)
+    step: StepForecast
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
