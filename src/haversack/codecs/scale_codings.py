@@ -57,6 +57,10 @@ class ScaleCoding(ABC):
         """float32 scales `(rows, groups)` of a working state, or of some groups of it."""
 
     @abstractmethod
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        """Write what is storable nearest to `wanted` `(rows,)` for one group, others left alone; returns it, float32."""
+
+    @abstractmethod
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         """The stored tensors of a working state."""
 
@@ -84,6 +88,10 @@ class F16Scales(ScaleCoding):
     def values(self, state: Tensors, groups: slice | torch.Tensor | None = None) -> torch.Tensor:
         return (state["scales"] if groups is None else state["scales"][:, groups]).float()
 
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        state["scales"][:, group] = _to_f16(wanted)
+        return state["scales"][:, group].float()
+
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         return {"scales": state["scales"].contiguous()}
 
@@ -105,6 +113,10 @@ class PowerOfTwoScales(ScaleCoding):
 
         exponent = torch.log2(wanted.clamp_min(2.0**-_E8M0_BIAS)).round_().add_(_E8M0_BIAS)
         return {"scales": exponent.clamp_(0, 254).to(torch.uint8)}
+
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        state["scales"][:, group] = self.encode(wanted)["scales"]
+        return self.values(state, slice(group, group + 1))[:, 0]
 
     def values(self, state: Tensors, groups: slice | torch.Tensor | None = None) -> torch.Tensor:
         import torch
@@ -157,6 +169,14 @@ class SuperblockScales(ScaleCoding):
         index = torch.arange(state["scales"].shape[1])
         index = index if groups is None else index[groups]
         return state["scales"][:, index].float() * state["superscales"][:, index // self.num_groups].float()
+
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scale = state["superscales"][:, group // self.num_groups].float()
+        codes = torch.where(scale == 0, 0.0, wanted / scale).round_().clamp_(self._low, self._high)
+        state["scales"][:, group] = codes.to(torch.int8)
+        return codes * scale
 
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         import torch

@@ -68,17 +68,31 @@ class Transform(WeightPart):
 
 
 @dataclass(frozen=True)
-class EvenCodes:
-    """Codes an even step apart: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
+class ScalarCodes:
+    """What a grid of few values per group computes: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
 
     `scale` and `zero` are `(out, groups)` float32; column c belongs to group `c // group_columns`. The nearest code of
-    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0.
+    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0. With `values`, rising, place `p` stands for
+    `values[p] * scale` instead, and the grid's code is `codes[p]`.
     """
 
     scale: torch.Tensor
     zero: torch.Tensor
     num_codes: int
     group_columns: int
+    values: tuple[float, ...] | None = None
+    codes: torch.Tensor | None = None
+
+    def steps(self, codes: torch.Tensor, group: int) -> torch.Tensor:
+        """What codes `(out, columns)` of one group stand for at scale 1, float32."""
+        import torch
+
+        if self.values is None:
+            return codes - self.zero[:, group : group + 1]
+        table = torch.zeros(self.num_codes)
+        places = torch.arange(len(self.values)) if self.codes is None else self.codes.int()
+        table[places] = torch.tensor(self.values)
+        return table[codes.int()]
 
 
 class Grid(WeightPart):
@@ -136,14 +150,13 @@ class Grid(WeightPart):
         values = [self.dequantize(code.expand(len(history), 1), scales, column) for code in codes]
         return torch.cat(values, 1)[:, None]
 
-    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes | None:
-        """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""
+    def scalar_codes(self, scales: Mapping[str, torch.Tensor]) -> ScalarCodes | None:
+        """What `quantize` and `dequantize` compute, for roundings in compiled code; None for other grids."""
         return None
 
+    @abstractmethod
     def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
-        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them. Grids with `even_codes`
-        have it."""
-        raise NotImplementedError(f"{type(self).__name__} has no scale of its own per group")
+        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them, float32."""
 
     @abstractmethod
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
