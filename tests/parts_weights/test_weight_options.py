@@ -406,7 +406,15 @@ def test_a_set_scale_is_what_is_stored(grid):
 
 
 @pytest.mark.parametrize(
-    "grid", [IntegerGrid(2, 64), IntegerGrid(3, 128, False), IntegerGrid(8, 0), OpaqueIntegers(3, 64), CodebookGrid("max2", 32, "u4"), CodebookGrid("nf4", 64)]
+    "grid",
+    [
+        IntegerGrid(2, 64),
+        IntegerGrid(3, 128, False),
+        IntegerGrid(8, 0),
+        OpaqueIntegers(3, 64),
+        CodebookGrid("max2", 32, "u4"),
+        CodebookGrid("nf4", 64),
+    ],
 )
 def test_sweeps_only_lower_the_error(grid):
     task = task_of((40, 300), seed=12)

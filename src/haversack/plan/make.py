@@ -120,8 +120,8 @@ def hopeless(question: Question) -> Answer | None:
     if question.budget_bytes is None:
         return None
     unknown = Damage(None, "unknown")
-    weight_options = dict.fromkeys([WeightOption(), *candidate_options("weights")], unknown)
-    kv_options = dict.fromkeys([KVOption(), *candidate_options("kv")], unknown)
+    weight_options = dict.fromkeys([WeightOption(), *candidate_options("weights", question.recipes)], unknown)
+    kv_options = dict.fromkeys([KVOption(), *candidate_options("kv", question.recipes)], unknown)
     free = dataclasses.replace(
         question,
         max_damage=None,
@@ -183,7 +183,7 @@ def _built(
     question: Question, serving: Serving, placements: Sequence[Placement], *, lossless: bool = False
 ) -> ServingProblem:
     model, lossless = question.model, lossless or question.lossless
-    options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights")
+    options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights", question.recipes)
     damages = damage_table(model, options, None if lossless else question.weight_damages)
     weights = [
         weight_candidates(serving, site, _bounded(damages[site.id], question), _placements(site.layer, placements))
@@ -194,7 +194,7 @@ def _built(
         if question.kv_damages is not None and not lossless:
             kv_damages: Mapping[KVOption, Damage] = question.kv_damages[site.id]
         else:
-            kv_damages = unknown_kv_damages(model, site, () if lossless else candidate_options("kv"))
+            kv_damages = unknown_kv_damages(model, site, () if lossless else candidate_options("kv", question.recipes))
         kv.append(kv_candidates(serving, site, _bounded(kv_damages, question)))
     speed = question.workload.min_tokens_per_second
     max_seconds = None if speed is None else question.workload.users / speed
