@@ -4,7 +4,8 @@
     e8m0       1 byte per group: 2^(code - 127), as in the OCP microscaling formats (Rouhani et al. 2023, arXiv
                2310.10537); the code 0 is read as 0, for groups of zeros
     s4 s6      second-level scales: signed integers of 4 or 6 bits per group, times one float16 per *superblock* of 256
-               columns. At groups of 32 columns and 6 bits that is 0.25 bits per weight where f16 takes 0.5.
+               columns; the product is rounded to float16, which is what kernels read. At groups of 32 columns and 6 bits
+               that is 0.25 bits per weight where f16 takes 0.5.
     u4 u6      the same without a sign, for tables that are symmetric about zero
 
 Layout `scales-v1` of the integers: the codes of a superblock, padded with zeros to a multiple of 4, take `bits * n / 8`
@@ -168,7 +169,8 @@ class SuperblockScales(ScaleCoding):
 
         index = torch.arange(state["scales"].shape[1])
         index = index if groups is None else index[groups]
-        return state["scales"][:, index].float() * state["superscales"][:, index // self.num_groups].float()
+        scales = state["scales"][:, index].float() * state["superscales"][:, index // self.num_groups].float()
+        return _to_f16(scales).float()
 
     def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
         import torch
@@ -176,7 +178,7 @@ class SuperblockScales(ScaleCoding):
         scale = state["superscales"][:, group // self.num_groups].float()
         codes = torch.where(scale == 0, 0.0, wanted / scale).round_().clamp_(self._low, self._high)
         state["scales"][:, group] = codes.to(torch.int8)
-        return codes * scale
+        return _to_f16(codes * scale).float()
 
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         import torch
@@ -206,7 +208,7 @@ class SuperblockScales(ScaleCoding):
             high = packed[..., half:]
             codes |= torch.cat([(high >> shift & 3) << 4 for shift in (0, 2, 4, 6)], -1)
         values = codes[..., : self.num_groups].float().add_(self._low).mul_(superscales.float()[..., None])
-        return values.flatten(1)[:, :groups]
+        return _to_f16(values.flatten(1)[:, :groups]).float()
 
     def neighbours(self, state: Tensors) -> Iterator[dict[str, torch.Tensor]]:
         import torch

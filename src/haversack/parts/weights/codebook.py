@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
 from haversack.codecs.codebooks import BITS, Codebook, codebook
-from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS
+from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS, SuperblockScales
 from haversack.errors import CheckpointError
 from haversack.kernels.format import MAX_TABLE
+from haversack.ledger import DTYPE_BYTES
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.base import ScalarCodes
 from haversack.parts.weights.decoded import DecodedGrid
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 _SMALLEST_SHRINK = {2: 0.45, 3: 0.55, 4: 0.65, 8: 0.85}
 _NUM_SHRINKS = {2: 16, 3: 14, 4: 12, 8: 4}
 """Range of clipping that is searched, per bits, as shares of the scale that covers the group's extreme."""
+
+SCALE_TILE_BYTES, _ROW_MULTIPLE = 4 << 20, 64
+"""Second-level scales are written out for so many bytes' rows at once: what a matrix of 4,096 by 8,192 has in groups of 16."""
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,35 @@ class CodebookGrid(DecodedGrid):
             return super().matmul(x, tensors, out_features)
         from haversack.kernels.registry import packed_matmul
 
-        return packed_matmul(x, tensors["codes"], tensors["scales"], in_features=x.shape[-1], **self._form)
+        in_features, step = x.shape[-1], self._scale_rows(x.shape[-1])
+        if out_features <= step:
+            return packed_matmul(
+                x,
+                tensors["codes"],
+                self._plain_scales(tensors, slice(None), in_features),
+                in_features=in_features,
+                **self._form,
+            )
+        out = x.new_empty(*x.shape[:-1], out_features)
+        for first in range(0, out_features, step):
+            rows = slice(first, first + step)
+            scales = self._plain_scales(tensors, rows, in_features)
+            out[..., rows] = packed_matmul(x, tensors["codes"][rows], scales, in_features=in_features, **self._form)
+        return out
 
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         if not self._has_kernels:
             return super().rows(index, tensors, in_features)
+        import torch
+
         from haversack.kernels.registry import packed_rows
 
-        return packed_rows(index, tensors["codes"], tensors["scales"], in_features=in_features, **self._form)
+        if not self._has_superscales:
+            return packed_rows(index, tensors["codes"], tensors["scales"], in_features=in_features, **self._form)
+        scales = self._plain_scales(tensors, index, in_features)
+        return packed_rows(
+            torch.arange(len(index)), tensors["codes"][index], scales, in_features=in_features, **self._form
+        )
 
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         if not self._has_kernels:
@@ -131,8 +156,13 @@ class CodebookGrid(DecodedGrid):
         from haversack.describe.checkpoint import torch_dtype
         from haversack.kernels.registry import workspace_bytes
 
-        case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
-        return workspace_bytes(num_tokens, out_features, in_features, **case)
+        case = {"dtype": torch_dtype(dtype), "scales": self._kernel_scales, **self._form}
+        if not self._has_superscales:
+            return workspace_bytes(num_tokens, out_features, in_features, **case)
+        rows = min(out_features, self._scale_rows(in_features))
+        expanded = 2 * rows * self.num_groups(in_features)
+        product = rows * num_tokens * DTYPE_BYTES[dtype] if rows < out_features else 0
+        return workspace_bytes(num_tokens, rows, in_features, **case) + expanded + product
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         if not self._has_kernels:
@@ -140,13 +170,50 @@ class CodebookGrid(DecodedGrid):
         from haversack.describe.checkpoint import torch_dtype
         from haversack.kernels.registry import kernel_name
 
-        case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
-        return kernel_name(num_tokens, out_features, in_features, **case)
+        case = {"dtype": torch_dtype(dtype), "scales": self._kernel_scales, **self._form}
+        name = kernel_name(num_tokens, out_features, in_features, **case)
+        return f"{name} under superscales" if self._has_superscales else name
 
     @property
     def _has_kernels(self) -> bool:
-        """Whether the kernel registry reads this form: one scale per group as it is, and a table of 16 values at most."""
-        return self.scales in ("f16", "e8m0") and self.bits <= 4
+        """Whether the kernel registry reads this form: a table of 16 values at most, and scales of groups as they are or
+        written out first."""
+        if self.bits > 4:
+            return False
+        if not self._has_superscales:
+            return True
+        from haversack.kernels.superscales import supported
+
+        return supported()
+
+    @property
+    def _has_superscales(self) -> bool:
+        return isinstance(self.coding, SuperblockScales)
+
+    @property
+    def _kernel_scales(self) -> str:
+        return "f16" if self._has_superscales else self.scales
+
+    def _scale_rows(self, in_features: int) -> int:
+        """Rows whose scales are written out at once."""
+        if not self._has_superscales:
+            return 2**62
+        return max(
+            _ROW_MULTIPLE, SCALE_TILE_BYTES // (2 * self.num_groups(in_features)) // _ROW_MULTIPLE * _ROW_MULTIPLE
+        )
+
+    def _plain_scales(
+        self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int
+    ) -> torch.Tensor:
+        """Scales `(rows, groups)` of some rows, as kernels read them."""
+        coding = self.coding
+        if not isinstance(coding, SuperblockScales):
+            return tensors["scales"][rows]
+        from haversack.kernels.ir_superscales import SuperscaleCase
+        from haversack.kernels.superscales import expand
+
+        case = SuperscaleCase(coding.bits, coding.num_groups, coding.signed, self.num_groups(in_features))
+        return expand(tensors["scales"][rows], tensors["superscales"][rows], case)
 
     @property
     def _form(self) -> dict[str, Any]:
