@@ -68,7 +68,7 @@ def pack(
         found = None
         if ready is not None:
             answer = Answer(ready, fits=True, shortfall_bytes=0)
-            if not all(is_neutral(row.option) for row in ready.weights):
+            if not all(is_lossless(row.option) for row in ready.weights):
                 context_tokens = ServeWorkload.from_dict(ready.workload).context_tokens
                 found = calibrating.run(described, context_tokens, progress, ready.recipes)
         else:
@@ -148,6 +148,8 @@ def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, mo
         )
 
 
-def is_neutral(option: dict) -> bool:
-    """Whether an option of a plan changes nothing."""
-    return not option
+def is_lossless(option: dict) -> bool:
+    """Whether an option of a plan changes nothing, so that no statistics are needed for it."""
+    from haversack.parts.weights.base import WeightOption
+
+    return WeightOption.from_dict(option).lossless

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -249,18 +250,31 @@ def weighed_answer(
     asked: Asked, model: Model, calibrating: Calibrating, progress: Progress
 ) -> tuple[Answer, Calibration | None]:
     """The plan, and the calibration that it rests on: none where everything fits as it is, or where nothing can."""
+    from haversack.cost.lossless import lossless_damages
     from haversack.plan.make import hopeless, make_plan
 
     if asked.budget_text is not None:
         answer = make_plan(asked.question(model, None, lossless=True), progress)
         if answer.fits:
             return answer, None
+        if _may_fit_in_codes(answer):
+            damages = lossless_damages(model, asked.recipes, progress)
+            question = dataclasses.replace(asked.question(model, None, lossless=True), weight_damages=damages)
+            if (answer := make_plan(question, progress)).fits:
+                return answer, None
         if (too_large := hopeless(asked.question(model, None))) is not None:
             return too_large, None
     # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
     found = calibrating.run(model, asked.workload(model).context_tokens, progress, asked.recipes)
     meter = meter_for(found, calibrating.evaluations, progress)
     return make_plan(asked.question(model, found), progress, meter), found
+
+
+def _may_fit_in_codes(answer: Answer) -> bool:
+    """Whether what is short may be had of the weights without loss: worth reading them all to know."""
+    from haversack.cost.lossless import LEAST_SHARE
+
+    return 0 < answer.shortfall_bytes < (1 - LEAST_SHARE) * sum(row.neutral_bytes for row in answer.plan.weights)
 
 
 def calibration_for(

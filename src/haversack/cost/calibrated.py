@@ -22,6 +22,7 @@ import torch
 
 from haversack._version import __version__
 from haversack.cost.damage import NONE, Damage
+from haversack.cost.lossless import holding
 from haversack.cost.single_changes import is_small, measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
@@ -45,7 +46,7 @@ from haversack.recipes.base import candidate_options
 SAMPLED_ROWS = 512
 """Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
 
-_VERSION = 2
+_VERSION = 3
 """Counts changes of how damages are found; part of their file's name."""
 
 _TINY = 1e-30
@@ -153,15 +154,25 @@ def _weight_damages(
 ) -> dict[str, dict[WeightOption, Damage]]:
     assert model.folder is not None
     checkpoint = Checkpoint.open(model.folder)
-    options = _worth_weighing(offered)
+    options = _worth_weighing([option for option in offered if option.code is None])
+    codes = [option for option in offered if option.code is not None]
     out: dict[str, dict[WeightOption, Damage]] = {}
     for done, site in enumerate(model.weights):
         tell("weighing options", done, len(model.weights))
         out[site.id] = {WeightOption(): NONE}
+        row = f"code {site.id} {[option.label for option in codes]}"
+        weighed = site.id not in statistics or all(_key(site.id, option) in table.rows for option in options)
+        if row not in table.rows or not weighed:
+            weight = require_finite(read_site(checkpoint, site), site.id)
+        if row not in table.rows:
+            found = holding(codes, site, weight)
+            table.add(row, None if found is None else codes.index(found))
+        if (place := table.rows[row]) is not None:
+            out[site.id][codes[place]] = NONE
         if site.id not in statistics:
             continue
-        if any(_key(site.id, option) not in table.rows for option in options):
-            weigh = _Weigher(site, require_finite(read_site(checkpoint, site), site.id).float(), statistics[site.id])
+        if not weighed:
+            weigh = _Weigher(site, weight.float(), statistics[site.id])
             for option, nats in weigh.damages(options).items():
                 table.add(_key(site.id, option), nats)
         for option in options:

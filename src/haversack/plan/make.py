@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from haversack.cost.candidates import Serving, kv_candidates, weight_candidates
 from haversack.cost.damage import Damage
 from haversack.cost.damages import damage_table, unknown_kv_damages
+from haversack.cost.lossless import without_loss
 from haversack.cost.serving import ServingProblem, serving_problem
 from haversack.describe.workload import check_positions
 from haversack.engine.decoder.forecast import decode_step_bytes
@@ -93,7 +94,9 @@ def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
         return _solve_with(question, serving, (Mapped(),))
     if question.placement == "streamed":
         return _solve_streamed(question, serving, (streamed,))
-    problem, solution = _solve_with(question, serving, (resident,))
+    # Where nothing is lost whatever is chosen, time decides.
+    minimise: Literal["damage", "seconds"] = "seconds" if question.lossless else "damage"
+    problem, solution = _solve_with(question, serving, (resident,), minimise=minimise)
     is_short = bool(solution.evaluation.excess_bytes)  # else a bound on speed or damage is missed: no disk mends that
     if solution.fits or question.placement == "resident" or not is_short:
         return problem, solution
@@ -120,7 +123,7 @@ def hopeless(question: Question) -> Answer | None:
     if question.budget_bytes is None:
         return None
     unknown = Damage(None, "unknown")
-    weight_options = dict.fromkeys([WeightOption(), *candidate_options("weights", question.recipes)], unknown)
+    weight_options = dict.fromkeys([WeightOption(), *_uncoded(question)], unknown)
     kv_options = dict.fromkeys([KVOption(), *candidate_options("kv", question.recipes)], unknown)
     free = dataclasses.replace(
         question,
@@ -183,8 +186,9 @@ def _built(
     question: Question, serving: Serving, placements: Sequence[Placement], *, lossless: bool = False
 ) -> ServingProblem:
     model, lossless = question.model, lossless or question.lossless
-    options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights", question.recipes)
-    damages = damage_table(model, options, None if lossless else question.weight_damages)
+    damages = damage_table(model, () if lossless else _uncoded(question), question.weight_damages)
+    if lossless:
+        damages = without_loss(damages)
     weights = [
         weight_candidates(serving, site, _bounded(damages[site.id], question), _placements(site.layer, placements))
         for site in model.weights
@@ -210,6 +214,11 @@ def _built(
 
 
 Option = TypeVar("Option", WeightOption, KVOption)
+
+
+def _uncoded(question: Question) -> list[WeightOption]:
+    """Options offered whatever the weights are: whether a code holds a matrix, only its values say."""
+    return [option for option in candidate_options("weights", question.recipes) if option.code is None]
 
 
 def _bounded(damages: Mapping[Option, Damage], question: Question) -> Mapping[Option, Damage]:

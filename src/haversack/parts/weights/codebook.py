@@ -174,6 +174,9 @@ class CodebookGrid(DecodedGrid):
         name = kernel_name(num_tokens, out_features, in_features, **case)
         return f"{name} under superscales" if self._has_superscales else name
 
+    def decode_seconds(self, num_weights: int) -> float:
+        return 0.0 if self._has_kernels else super().decode_seconds(num_weights)
+
     @property
     def _has_kernels(self) -> bool:
         """Whether the kernel registry reads this form: a table of 16 values at most, and scales of groups as they are or

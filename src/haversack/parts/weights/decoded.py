@@ -93,3 +93,8 @@ class DecodedGrid(Grid):
         from haversack.kernels.decoded_tiles import NAME
 
         return NAME
+
+    def decode_seconds(self, num_weights: int) -> float:
+        from haversack.kernels.decoded_tiles import SECONDS_PER_WEIGHT
+
+        return num_weights * SECONDS_PER_WEIGHT
