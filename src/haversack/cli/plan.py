@@ -46,6 +46,8 @@ def plan(
     if task != "serve":
         if output is not None:
             raise UsageError("--output writes plans that serve; --task tune and train are printed, or given by --json.")
+        if asked.recipe:
+            raise UsageError("--recipe restricts plans that serve; leave it out with --task tune and train.")
         from haversack.cli.training import plan_training_verb
         from haversack.describe.model import describe_model
 

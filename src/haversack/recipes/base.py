@@ -6,10 +6,11 @@ them by hand. The planner's candidates are the union of the options of all recip
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -55,11 +56,14 @@ def all_recipes() -> dict[str, Recipe]:
 
 
 @cache
-def candidate_options(resident: str) -> tuple[Any, ...]:
-    """All distinct options that recipes offer to the planner for a resident."""
+def candidate_options(resident: str, recipes: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """All distinct options offered to the planner for a resident: those of the named recipes where any is for it, else of
+    every recipe that is a candidate."""
     distinct: dict[str, Any] = {}
-    for recipe in all_recipes().values():
-        if recipe.resident == resident and recipe.candidates:
+    every = [recipe for recipe in all_recipes().values() if recipe.resident == resident]
+    named = [recipe for recipe in every if recipe.id in recipes]
+    for recipe in named or every:
+        if named or recipe.candidates:
             for option in recipe.options():
                 distinct.setdefault(json.dumps(option.to_dict(), sort_keys=True), option)
     return tuple(distinct.values())
@@ -77,6 +81,22 @@ def optimizer_option(name: str) -> OptimizerOption:
         raise UsageError(f"optimizer is {name!r}, but must be one of {', '.join(names)}.")
     (option,) = all_recipes()[name].options()
     return option
+
+
+def check_recipes(ids: Sequence[str], residents: Sequence[str]) -> None:
+    """Raise a UsageError naming the first id that is no recipe for one of these residents, with what was meant or may be had."""
+    known = {recipe.id: recipe.resident for recipe in all_recipes().values()}
+    able = [name for name, resident in known.items() if resident in residents]
+    for name in ids:
+        if name in able:
+            continue
+        if name in known:
+            raise UsageError(
+                f"recipe {name!r} is for {known[name]}, but only {' and '.join(residents)} are planned here."
+            )
+        near = difflib.get_close_matches(name, able, 1, 0.5)
+        way = f"did you mean {near[0]!r}?" if near else f"name one of {', '.join(able)}."
+        raise UsageError(f"there is no recipe {name!r}; {way}")
 
 
 @cache

@@ -384,7 +384,7 @@ def _product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], An
     """`out = x W^T` by torch or by the registry's kernels."""
     if isinstance(weight, PackedTensor):
         matrices = _matrices(weight)
-        if len(matrices) == 1 and matrices[0][0].option.grid is None:
+        if len(matrices) == 1 and matrices[0][0].option.is_neutral:
             transposed = matrices[0][0].tensors()["weight"].t()
             return lambda: torch.mm(x, transposed, out=out)
         return lambda: out.copy_(weight.linear(x))
