@@ -14,11 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haversack.errors import UsageError
 from haversack.parts.base import Part, Source, all_parts
 from haversack.parts.optimizer.base import OptimizerOption
+
+if TYPE_CHECKING:
+    from haversack.parts.kv.base import KVOption
+    from haversack.recipes.cache_budget import CacheBudget
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Recipe:
     `options` builds the options (`WeightOption`, `KVOption`, `Placement`, `OptimizerOption`) that the recipe offers for its
     resident, from fewest to most bytes; an optimizer's recipe has one, which is chosen by the recipe's id. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
-    those which another recipe beats at equal bytes stay out.
+    those which another recipe beats at equal bytes stay out. `whole_cache`, of KV recipes, gives every layer an option so
+    that the cache stays within a byte budget; with `needs_statistics` it asks for measurements on the model.
     """
 
     id: str
@@ -39,6 +44,8 @@ class Recipe:
     published: str = ""
     catalogue: tuple[str, ...] = ()
     candidates: bool = True
+    whole_cache: Callable[[CacheBudget], tuple[KVOption, ...]] | None = None
+    needs_statistics: bool = False
 
 
 @cache
