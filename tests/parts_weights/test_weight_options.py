@@ -281,6 +281,11 @@ def test_products_stay_within_the_declared_workspace(option, dtype):
     peak = peak_bytes(lambda: option.linear(x, tensors, shape[0])) - num_tokens * shape[0] * dtype.itemsize
     declared = option.workspace_bytes(num_tokens, *shape, DTYPE_NAMES[dtype])
     assert 0 < peak <= declared < 4 * 3000 * 512
+    index = torch.arange(0, shape[0], 7)
+    looked_up = peak_bytes(lambda: option.rows(index, tensors, shape[1]).to(dtype))
+    result_bytes = len(index) * shape[1] * dtype.itemsize
+    declared = option.rows_workspace_bytes(len(index), shape[1], DTYPE_NAMES[dtype])
+    assert looked_up - result_bytes <= declared + 4096  # row numbers and their bounds beside the matrix
 
 
 def repeated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

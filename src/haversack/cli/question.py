@@ -209,13 +209,19 @@ class Calibrating:
         ),
     ] = None
 
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Weigh caches head by head on recall probes too; the worst probe decides.")
+    ] = False
+
     def text(self) -> str:
         """The file's text, or the built-in one. Raises UsageError where there is none to calibrate on."""
         return calibration_text(self.calibration, self.calibration_tokens)
 
     def run(self, model: Model, context_tokens: int, progress: Progress, recipes: tuple[str, ...] = ()) -> Calibration:
         """Calibrate a model. Raises InterruptedJobError on Ctrl-C."""
-        return calibration_for(model, self.calibration, self.calibration_tokens, context_tokens, progress, recipes)
+        return calibration_for(
+            model, self.calibration, self.calibration_tokens, context_tokens, progress, recipes, probes=self.probes
+        )
 
 
 def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
@@ -262,7 +268,8 @@ def weighed_answer(
             question = dataclasses.replace(asked.question(model, None, lossless=True), weight_damages=damages)
             if (answer := make_plan(question, progress)).fits:
                 return answer, None
-        if (too_large := hopeless(asked.question(model, None))) is not None:
+        # heads weighed one by one are offered less than any recipe's option takes, so that only calibrating tells
+        if not calibrating.probes and (too_large := hopeless(asked.question(model, None))) is not None:
             return too_large, None
     # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
     found = calibrating.run(model, asked.workload(model).context_tokens, progress, asked.recipes)
@@ -284,6 +291,8 @@ def calibration_for(
     context_tokens: int,
     progress: Progress,
     recipes: tuple[str, ...] = (),
+    *,
+    probes: bool = False,
 ) -> Calibration:
     """Calibrate a model on a file's text, or on the built-in text, for options of `recipes` alone if named. Raises InterruptedJobError on Ctrl-C."""
     from haversack.cost.calibrated import calibrate_model
@@ -297,6 +306,7 @@ def calibration_for(
             num_tokens=num_tokens,
             kv_capacity_tokens=min(context_tokens, 1024),
             recipes=recipes,
+            probes=probes,
             progress=progress,
         )
     except KeyboardInterrupt:

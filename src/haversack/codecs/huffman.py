@@ -34,7 +34,9 @@ def code_lengths(counts: torch.Tensor) -> torch.Tensor:
     import torch
 
     lengths = torch.zeros(NUM_SYMBOLS, dtype=torch.uint8)
-    heap = [(count, symbol, (symbol,)) for symbol, count in enumerate(counts.tolist()) if count]
+    heap: list[tuple[int, int, tuple[int, ...]]] = [
+        (count, symbol, (symbol,)) for symbol, count in enumerate(counts.tolist()) if count
+    ]
     if len(heap) == 1:
         lengths[heap[0][1]] = 1
         return lengths

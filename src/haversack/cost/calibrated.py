@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from haversack._version import __version__
+from haversack.cost.cache_damages import MAX_SECONDS, cache_damages, head_options, measure_heads, probe_rows
 from haversack.cost.damage import NONE, Damage
 from haversack.cost.lossless import holding
-from haversack.cost.single_changes import is_small, measure_cache_options, measure_weight_options, stage_model
+from haversack.cost.single_changes import Rows, is_small, measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
@@ -41,6 +42,7 @@ from haversack.errors import CheckpointError, UsageError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.nearest import NearestRounding
+from haversack.probes.suite import Task
 from haversack.recipes.base import candidate_options
 
 SAMPLED_ROWS = 512
@@ -64,6 +66,10 @@ class Calibration:
     weight_damages: Mapping[str, Mapping[WeightOption, Damage]]
     kv_damages: Mapping[str, Mapping[KVOption, Damage]]
     notes: tuple[str, ...]
+    tasks: tuple[Task, ...] = ()
+    """Probes that steer the search over whole plans, where plans are judged by probes."""
+    judge_tasks: tuple[Task, ...] = ()
+    """Others, that judge the plan that is kept."""
 
 
 def cache_folder() -> Path:
@@ -80,11 +86,13 @@ def calibrate_model(
     seq_len: int = 512,
     kv_capacity_tokens: int = 1024,
     recipes: tuple[str, ...] = (),
+    probes: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Calibrate a described folder on `text`, or read what an earlier call left. `recipes` restricts what is weighed, as in
     `plan.question.Question`.
 
+    With `probes` caches are weighed head by head on probes of `kv_capacity_tokens` besides text, and plans are judged by the worst.
     Raises UsageError for an empty text and CheckpointError where the model has no weights.
     """
     if model.folder is None:
@@ -101,25 +109,85 @@ def calibrate_model(
     staged, scratch = stage_model(model), statistics.folder / "scratch"
     some = windows.search[:: 2 if is_small(model) else 4]
     weight_damages = measure_weight_options(staged, some, statistics, proxies, table, _key, scratch, tell)
+    found = Calibration(model, windows, statistics, weight_damages, {}, windows.notes)
+    if probes:
+        length = min(kv_capacity_tokens, model.max_positions or kv_capacity_tokens)
+        tasks, judges = (probe_tasks(model, text, length, seed) for seed in (1, 2))
+        kv_damages = probed_caches(
+            staged, tasks, windows.calibration.reshape(-1).tolist(), length, table, scratch, tell
+        )
+        return dataclasses.replace(found, kv_damages=kv_damages, tasks=tasks, judge_tasks=judges)
     caches = [o for o in candidate_options("kv", recipes) if not o.is_neutral]
     kv_damages = _kv_damages(staged, windows.calibration, caches, kv_capacity_tokens, table, scratch, tell)
-    return Calibration(model, windows, statistics, weight_damages, kv_damages, windows.notes)
+    return dataclasses.replace(found, kv_damages=kv_damages)
+
+
+def probe_tasks(model: Model, text: str, cache_tokens: int, seed: int, num_per_kind: int = 1) -> tuple[Task, ...]:
+    """Probes that fit a cache of `cache_tokens`. Raises UsageError where it is too short, or the tokenizer can't be probed with."""
+    from haversack.probes.suite import LEAST_CONTEXT_TOKENS, TURNS_TOKENS, make_suite
+
+    context_tokens = cache_tokens - TURNS_TOKENS
+    if context_tokens < LEAST_CONTEXT_TOKENS:
+        raise UsageError(
+            f"probes take {LEAST_CONTEXT_TOKENS + TURNS_TOKENS} tokens, but the context has {cache_tokens}; plan a longer one, or without --probes."
+        )
+    try:
+        tokenizer = open_tokenizer(model)
+        return make_suite(
+            tokenizer, text[:PROBE_TEXT_CHARACTERS], context_tokens=context_tokens, num_per_kind=num_per_kind, seed=seed
+        )
+    except ValueError as error:
+        raise UsageError(f"{model.folder} can't be probed: {error}; plan without --probes.") from None
+
+
+def probed_caches(
+    staged: StreamedModel,
+    tasks: Sequence[Task],
+    text_ids: Sequence[int],
+    length: int,
+    table: Rows,
+    scratch: Path,
+    tell: Progress,
+    max_seconds: float = MAX_SECONDS,
+) -> dict[str, dict[KVOption, Damage]]:
+    """Every layer's options made of its heads', weighed on probes."""
+    rows = probe_rows(tasks, text_ids, length)
+    heads = measure_heads(staged, rows, head_options(length), table, scratch, tell, max_seconds)
+    return cache_damages(staged.described, heads, length)
+
+
+PROBE_TEXT_CHARACTERS = 1 << 18
+"""Of the calibration text: needles are set into it, and it is tokenized once."""
 
 
 def token_ids_of(model: Model, text: str) -> list[int]:
     """A text's token ids. Raises CheckpointError where the folder has no usable tokenizer."""
+    try:
+        with quiet_transformers():  # it warns of long texts, which are cut later
+            return open_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    except CheckpointError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        raise _no_tokenizer(model, error) from None
+
+
+def open_tokenizer(model: Model) -> Any:
+    """The folder's tokenizer. Raises CheckpointError where there is no usable one."""
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():  # it warns of long texts, which are cut later
-            tokenizer = AutoTokenizer.from_pretrained(model.folder)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-        reason = " ".join(str(error).split())[:160].rstrip(".")
-        raise CheckpointError(
-            f"{model.folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
-            "tokenizer_config.json there."
-        ) from None
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(model.folder)
+    except Exception as error:  # as above
+        raise _no_tokenizer(model, error) from None
+
+
+def _no_tokenizer(model: Model, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:160].rstrip(".")
+    return CheckpointError(
+        f"{model.folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
+        "tokenizer_config.json there."
+    )
 
 
 def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> torch.Tensor:

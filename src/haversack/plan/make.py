@@ -13,7 +13,7 @@ from haversack.cost.damages import damage_table, unknown_kv_damages
 from haversack.cost.lossless import without_loss
 from haversack.cost.serving import ServingProblem, serving_problem
 from haversack.describe.workload import check_positions
-from haversack.engine.decoder.forecast import decode_step_bytes
+from haversack.engine.decoder.forecast import forecast_step
 from haversack.engine.profile import profile_forward
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
@@ -111,7 +111,7 @@ def _serving(question: Question, chunk: int) -> Serving:
         question.machine,
         profile_forward(question.model, batch_size=users, new_tokens=chunk),
         profile_forward(question.model, batch_size=users, new_tokens=1),
-        decode_step_bytes(question.model, users),
+        forecast_step(question.model, users),
     )
 
 

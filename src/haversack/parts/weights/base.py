@@ -177,6 +177,10 @@ class Grid(WeightPart):
         """The most bytes `matmul` allocates beyond its output for `num_tokens` rows of input of `dtype`."""
 
     @abstractmethod
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The most bytes `rows` allocates for so many rows, its result included."""
+
+    @abstractmethod
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `matmul` runs through on this machine."""
 
@@ -328,6 +332,16 @@ class WeightOption:
         running = [self.grid.workspace_bytes(num_tokens, out_features, in_features, dtype)]
         running += [c.workspace_bytes(num_tokens, out_features, in_features, dtype) for c in self.corrections]
         return transformed + max(running)
+
+    def rows_workspace_bytes(self, num_rows: int, in_features: int, dtype: str) -> int:
+        """The most bytes that a lookup of rows allocates beyond its result of `dtype`: they are made in float32."""
+        if self.grid is None:
+            return 0
+        result_bytes = 4 * num_rows * in_features
+        after = [t.workspace_bytes(num_rows, in_features, "F32") for t in self.transforms]
+        after += [result_bytes for _ in self.corrections]
+        made = self.grid.rows_bytes(num_rows, in_features) + max(after, default=0)
+        return made - result_bytes if dtype == "F32" else made
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `linear` runs through on this machine."""

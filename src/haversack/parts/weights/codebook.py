@@ -164,6 +164,13 @@ class CodebookGrid(DecodedGrid):
         product = rows * num_tokens * DTYPE_BYTES[dtype] if rows < out_features else 0
         return workspace_bytes(num_tokens, rows, in_features, **case) + expanded + product
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        if not self._has_kernels:
+            return super().rows_bytes(num_rows, in_features)
+        from haversack.kernels.registry import rows_bytes
+
+        return rows_bytes(num_rows, in_features, scales=self.scales, **self._form)
+
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         if not self._has_kernels:
             return super().kernel_name(num_tokens, out_features, in_features, dtype)

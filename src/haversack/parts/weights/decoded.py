@@ -89,6 +89,12 @@ class DecodedGrid(Grid):
 
         return workspace_bytes(self.decode_row_bytes(in_features), num_tokens, out_features, in_features, dtype)
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        from haversack.kernels.decoded_tiles import tile_rows
+
+        row_bytes = self.decode_row_bytes(in_features)
+        return 4 * num_rows * in_features + min(num_rows, tile_rows(row_bytes)) * row_bytes
+
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         from haversack.kernels.decoded_tiles import NAME
 

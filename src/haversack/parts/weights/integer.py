@@ -201,6 +201,11 @@ class IntegerGrid(Grid):
 
         return workspace_bytes(num_tokens, out_features, in_features, **self._case(dtype))
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        from haversack.kernels.registry import rows_bytes
+
+        return rows_bytes(num_rows, in_features, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         from haversack.kernels.registry import kernel_name
 
