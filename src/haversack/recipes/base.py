@@ -15,15 +15,17 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from haversack.errors import UsageError
 from haversack.parts.base import Part, Source, all_parts
+from haversack.parts.optimizer.base import OptimizerOption
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A named composition.
 
-    `options` builds the options (`WeightOption`, `KVOption`, `Placement`) that the recipe offers for its resident, from
-    fewest to most bytes. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
+    `options` builds the options (`WeightOption`, `KVOption`, `Placement`, `OptimizerOption`) that the recipe offers for its
+    resident, from fewest to most bytes; an optimizer's recipe has one, which is chosen by the recipe's id. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
     those which another recipe beats at equal bytes stay out.
     """
@@ -61,6 +63,20 @@ def candidate_options(resident: str) -> tuple[Any, ...]:
             for option in recipe.options():
                 distinct.setdefault(json.dumps(option.to_dict(), sort_keys=True), option)
     return tuple(distinct.values())
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """Ids of the optimizers' recipes: what a workload's `optimizer` may be."""
+    return tuple(recipe.id for recipe in all_recipes().values() if recipe.resident == "optimizer")
+
+
+def optimizer_option(name: str) -> OptimizerOption:
+    """The option of the optimizer `name`. Raises UsageError naming all there are."""
+    names = optimizer_names()
+    if name not in names:
+        raise UsageError(f"optimizer is {name!r}, but must be one of {', '.join(names)}.")
+    (option,) = all_recipes()[name].options()
+    return option
 
 
 @cache
