@@ -110,11 +110,14 @@ class TrainingStep:
         return torch.autocast(device, dtype=torch.bfloat16)
 
     def _make_optimizer(self, described: Model) -> Stepper:
-        matrices = inner_matrices(self.model, described)
-        taken = {id(parameter) for parameter in matrices}
-        name, trained = self.workload.optimizer, self.trained
+        return self.optimizer_over(self.trained, inner_matrices(self.model, described))
+
+    def optimizer_over(self, trained: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
+        """The workload's optimizer over some weights, of which `matrices` are those inside the layers."""
+        name = self.workload.optimizer
         if self.workload.precision != "master":
             return make_optimizer(name, trained, matrices)
+        taken = {id(parameter) for parameter in matrices}
 
         def make(masters: Sequence[nn.Parameter]) -> Stepper:
             inner = [master for master, own in zip(masters, trained, strict=True) if id(own) in taken]
