@@ -23,6 +23,7 @@ import torch
 from haversack._version import __version__
 from haversack.cost.cache_damages import MAX_SECONDS, cache_damages, head_options, measure_heads, probe_rows
 from haversack.cost.damage import NONE, Damage
+from haversack.cost.lossless import holding
 from haversack.cost.single_changes import Rows, is_small, measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
@@ -47,7 +48,7 @@ from haversack.recipes.base import candidate_options
 SAMPLED_ROWS = 512
 """Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
 
-_VERSION = 2
+_VERSION = 3
 """Counts changes of how damages are found; part of their file's name."""
 
 _TINY = 1e-30
@@ -84,10 +85,12 @@ def calibrate_model(
     num_tokens: int = 32_768,
     seq_len: int = 512,
     kv_capacity_tokens: int = 1024,
+    recipes: tuple[str, ...] = (),
     probes: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Calibrate a described folder on `text`, or read what an earlier call left.
+    """Calibrate a described folder on `text`, or read what an earlier call left. `recipes` restricts what is weighed, as in
+    `plan.question.Question`.
 
     With `probes` caches are weighed head by head on probes of `kv_capacity_tokens` besides text, and plans are judged by the worst.
     Raises UsageError for an empty text and CheckpointError where the model has no weights.
@@ -101,7 +104,8 @@ def calibrate_model(
     settings = CalibrationSettings()
     statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=progress)
     table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
-    proxies = _weight_damages(model, statistics, table, tell)
+    offered = candidate_options("weights", recipes)
+    proxies = _weight_damages(model, statistics, offered, table, tell)
     staged, scratch = stage_model(model), statistics.folder / "scratch"
     some = windows.search[:: 2 if is_small(model) else 4]
     weight_damages = measure_weight_options(staged, some, statistics, proxies, table, _key, scratch, tell)
@@ -113,7 +117,8 @@ def calibrate_model(
             staged, tasks, windows.calibration.reshape(-1).tolist(), length, table, scratch, tell
         )
         return dataclasses.replace(found, kv_damages=kv_damages, tasks=tasks, judge_tasks=judges)
-    kv_damages = _kv_damages(staged, windows.calibration, kv_capacity_tokens, table, scratch, tell)
+    caches = [o for o in candidate_options("kv", recipes) if not o.is_neutral]
+    kv_damages = _kv_damages(staged, windows.calibration, caches, kv_capacity_tokens, table, scratch, tell)
     return dataclasses.replace(found, kv_damages=kv_damages)
 
 
@@ -212,19 +217,29 @@ class _Table:
 
 
 def _weight_damages(
-    model: Model, statistics: Statistics, table: _Table, tell: Progress
+    model: Model, statistics: Statistics, offered: Sequence[WeightOption], table: _Table, tell: Progress
 ) -> dict[str, dict[WeightOption, Damage]]:
     assert model.folder is not None
     checkpoint = Checkpoint.open(model.folder)
-    options = [o for o in candidate_options("weights") if _worth_weighing(o)]
+    options = _worth_weighing([option for option in offered if option.code is None])
+    codes = [option for option in offered if option.code is not None]
     out: dict[str, dict[WeightOption, Damage]] = {}
     for done, site in enumerate(model.weights):
         tell("weighing options", done, len(model.weights))
         out[site.id] = {WeightOption(): NONE}
+        row = f"code {site.id} {[option.label for option in codes]}"
+        weighed = site.id not in statistics or all(_key(site.id, option) in table.rows for option in options)
+        if row not in table.rows or not weighed:
+            weight = require_finite(read_site(checkpoint, site), site.id)
+        if row not in table.rows:
+            found = holding(codes, site, weight)
+            table.add(row, None if found is None else codes.index(found))
+        if (place := table.rows[row]) is not None:
+            out[site.id][codes[place]] = NONE
         if site.id not in statistics:
             continue
-        if any(_key(site.id, option) not in table.rows for option in options):
-            weigh = _Weigher(site, require_finite(read_site(checkpoint, site), site.id).float(), statistics[site.id])
+        if not weighed:
+            weigh = _Weigher(site, weight.float(), statistics[site.id])
             for option, nats in weigh.damages(options).items():
                 table.add(_key(site.id, option), nats)
         for option in options:
@@ -234,9 +249,14 @@ def _weight_damages(
     return out
 
 
-def _worth_weighing(option: WeightOption) -> bool:
+def _worth_weighing(offered: Sequence[WeightOption]) -> list[WeightOption]:
     """With statistics at hand, second-order feedback is never worse than nearest rounding at the same bytes."""
-    return option.rounding is not None and "hessian" in option.rounding.needs
+    better = {
+        dataclasses.replace(option, rounding=NearestRounding())
+        for option in offered
+        if option.rounding is not None and "hessian" in option.rounding.needs
+    }
+    return [option for option in offered if option not in better]
 
 
 class _Weigher:
@@ -257,9 +277,20 @@ class _Weigher:
         """Nats per token of every option.
 
         Nearest rounding is weighed for all of them, in milliseconds. What a rounding with feedback gains over it, a factor
-        that belongs to the site's statistics more than to the grid, is weighed at the fewest and the median bytes and
-        interpolated in the logarithm of the nearest damage.
+        that belongs to the site's statistics more than to the grid, is weighed for every kind of option at the fewest and
+        the median bytes and interpolated in the logarithm of the nearest damage.
         """
+        kinds: dict[object, list[WeightOption]] = {}
+        for option in options:
+            kinds.setdefault((type(option.grid), option.transforms, option.rounding, option.corrections), []).append(
+                option
+            )
+        return {option: nats for kind in kinds.values() for option, nats in self._damages_of_kind(kind).items()}
+
+    def _damages_of_kind(self, options: Sequence[WeightOption]) -> dict[WeightOption, float]:
+        """The same for options that differ in their grids' settings alone."""
+        if options[0].rounding == NearestRounding() or len(options) <= 2:
+            return {option: self.damage(option) for option in options}
         nearest = {o: self.damage(dataclasses.replace(o, rounding=NearestRounding())) for o in options}
         ordered = sorted(options, key=lambda o: nearest[o])
         probes = [ordered[len(ordered) // 2], ordered[-1]]
@@ -282,11 +313,16 @@ class _Weigher:
 
 
 def _kv_damages(
-    staged: StreamedModel, token_ids: torch.Tensor, capacity_tokens: int, table: _Table, scratch: Path, tell: Progress
+    staged: StreamedModel,
+    token_ids: torch.Tensor,
+    options: Sequence[KVOption],
+    capacity_tokens: int,
+    table: _Table,
+    scratch: Path,
+    tell: Progress,
 ) -> dict[str, dict[KVOption, Damage]]:
     """Every layer's cache under every option measured alone; where time ran out, the mean of the layers that were."""
     model = staged.described
-    options = [o for o in candidate_options("kv") if not o.is_neutral]
     length = min(capacity_tokens, model.max_positions or capacity_tokens)
     rows = token_windows(token_ids.reshape(-1).tolist(), 2 if is_small(model) else 1, length)
     measure_cache_options(staged, rows, options, table, _key, scratch, tell)

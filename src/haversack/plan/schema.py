@@ -118,7 +118,7 @@ class Solve(_Strict):
 
 
 class Plan(_Strict):
-    """A whole plan for serving."""
+    """A whole plan for serving. `recipes` are those that the question was restricted to."""
 
     version: Literal[1] = 1
     haversack: str
@@ -131,6 +131,7 @@ class Plan(_Strict):
     kv: tuple[KVChoice, ...]
     prediction: Prediction
     solve: Solve
+    recipes: tuple[str, ...] = ()
     front: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     prediction_hash: str = ""
