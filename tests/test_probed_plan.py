@@ -71,7 +71,7 @@ def made(tmp_path_factory):
     calibration = Calibration(model, windows, statistics, weights, caches, (), tasks(2), tasks(3))
     question = Question(
         model=model,
-        workload=ServeWorkload(LENGTH - 16, 17),
+        workload=ServeWorkload(LENGTH - 16, 17, prefill_chunk_tokens=32),  # or a smaller chunk would do instead
         machine=Machine("test", 2, 2**33, 2**33),
         budget_bytes=2**33,
         budget_kind="tensor",

@@ -23,6 +23,7 @@ from haversack.describe.site import AttentionSite
 from haversack.engine.layers import StreamedModel
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.probes.suite import Task
@@ -60,6 +61,7 @@ def head_options(capacity_tokens: int) -> tuple[KVOption, ...]:
     options += [KVOption(window) for window in windows[:-1]]
     options += [KVOption(window, store) for window in windows[-2:] for store in packed[1:4:2]]
     options += [KVOption(selection(HeavyHitters, capacity_tokens // part)) for part in WINDOWS[2:4]]
+    options += [KVOption(selection(HeavyHitters, capacity_tokens // part), PerTokenKV(4)) for part in WINDOWS[3:]]
     return tuple(options)
 
 
