@@ -59,7 +59,7 @@ def run(argv: list[str] | None = None) -> int:
     Whatever goes wrong prints as one sentence, never as a traceback.
     """
     if sys.stdout is None:  # closed by the caller (`>&-`)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         code = app(args=argv, standalone_mode=False) or 0
         sys.stdout.flush()  # a closed pipe shows here at the latest
