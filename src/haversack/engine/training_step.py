@@ -17,6 +17,7 @@ from torch import nn
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
+from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.recipes.base import optimizer_option
 
@@ -49,6 +50,7 @@ class TrainingStep:
                 warnings.simplefilter("ignore")  # the newer name is not in every version that we run on
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
+        self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
 
     @property
@@ -61,20 +63,24 @@ class TrainingStep:
         self.optimizer = self._make_optimizer(described)
         return self
 
-    def micro_step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Loss and gradients of one batch of token ids `(batch_size, seq_len)`; the loss, detached."""
-        loss = self.loss(ids)
+    def micro_step(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Loss and gradients of one batch, as `loss` takes it; the loss, detached."""
+        loss = self.loss(ids, labels)
         loss.backward()
         return loss.detach()
 
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """The mean negative log-likelihood of the next token, in nats, without padding."""
+    def loss(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean negative log-likelihood of the next token, in nats, of token ids `(batch_size, seq_len)` without padding.
+        `labels` have -100 where a token is not counted (all are if left out)."""
+        labels = ids if labels is None else labels
         with self._autocast(ids.device.type):
             mask = torch.ones_like(ids)
+            if self.cut is not None:
+                return self.cut(self.model, labels, input_ids=ids, attention_mask=mask)
             if self.workload.loss == "fp32":
-                return self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+                return self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     def update(self) -> None:
         """One step of the optimizer; gradients are dropped."""
