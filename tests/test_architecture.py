@@ -19,7 +19,7 @@ ORDER = (
     ("codecs", "kernels"),
     ("parts",),
     ("formats",),
-    ("data", "probes"),
+    ("data", "probes", "samples"),
     ("engine",),
     ("recipes",),
     ("cost",),

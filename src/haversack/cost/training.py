@@ -90,7 +90,7 @@ def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
     """Trace a workload and declare what stays. About half a second of CPU time for layers of any width."""
     trace = trace_training(model, workload)
     staying = dict(trace.resident_bytes)
-    widened = workload.precision == "master"
+    widened = workload.has_master_weights
     staying[STATES] = sum(
         total_bytes(state_tensors(workload.optimizer, tensor, "F32" if widened else tensor.dtype))
         for tensor in trace.trained
