@@ -47,6 +47,9 @@ PLAN_KEYS = {
         ([*B, "--machine", "h1000"], ["'h1000'", "h100-80gb"]),
         ([*B, "--machine", "nofile.json"], ["no machine file 'nofile.json'"]),
         ([*B, "--potatoes"], ["--potatoes", "--help"]),
+        ([*B, "--recipe", "gptx"], ["no recipe 'gptx'", "did you mean 'gptq'?"]),
+        ([*B, "--recipe", "gptq", "--recipe", ""], ["no recipe ''", "gptq", "kivi"]),
+        (["--task", "tune", *B, "--recipe", "gptq"], ["--recipe", "--task"]),
         ([*B, "--calibration", "no-such-text"], ["no-such-text", "No such file"]),
         ([*B, "--calibration-tokens", "0", "--calibration", "x"], ["--calibration-tokens is 0", "at least 2"]),
     ],
@@ -96,6 +99,16 @@ def test_the_question_turned_round(cli, source):
     exact, lossy = (cli("plan", source, "--max-damage", d, *WORKLOAD, "--json").json for d in ("0", "0.5"))
     assert exact["fits"] and exact["damage"]["nats"] == 0 and exact["budget_bytes"] is None
     assert lossy["fits"] and lossy["peak_bytes"] < exact["peak_bytes"]
+
+
+def test_a_recipe_restricts_what_is_offered(cli, source, calibration_text):
+    """The weights get that recipe's options, or stay as they are; caches may have any."""
+    more = ("--calibration", calibration_text, "--calibration-tokens", "256", "--evaluations", "0")
+    ran = cli("plan", source, "--tensor-budget", "260KiB", *WORKLOAD, *more, "--recipe", "k-quants", "--json")
+    assert ran.code == 0, ran.err
+    grids = [row["option"]["grid"]["part"] for row in ran.json["sites"] if "role" in row and row["option"]]
+    assert grids and set(grids) == {"codebook"}
+    assert ran.json["plan"]["recipes"] == ["k-quants"]
 
 
 def test_the_same_question_has_the_same_answer(cli, source):

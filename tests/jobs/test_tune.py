@@ -99,6 +99,7 @@ def _same_bits(one: Path, other: Path) -> bool:
         {},
         {"optimizer": "muon", "precision": "fp32"},
         {"optimizer": "adamw8bit", "precision": "bf16", "recompute": "full"},
+        {"optimizer": "galore8bit"},
         {"method": "lora", "lora_rank": 2},
         {"method": "qlora", "lora_rank": 2, "precision": "autocast"},
     ],

@@ -10,6 +10,7 @@ from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
 from haversack.describe.workload import ServeWorkload
+from haversack.engine.decoder.forecast import StepForecast
 from haversack.engine.profile import ActivationProfile
 from haversack.ledger import DTYPE_BYTES
 from haversack.parts.kv.base import KVOption
@@ -72,8 +73,7 @@ class Serving:
     machine: Machine
     prefill: ActivationProfile
     decode: ActivationProfile
-    step_bytes: int = 0
-    """What a compiled decode step holds beside its kernels' workspace."""
+    step: StepForecast
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -90,7 +90,9 @@ class Serving:
         return 2 * DTYPE_BYTES["F32"] * self.workload.users * self.model.vocab_size
 
     def base_bytes(self, point: str) -> int:
-        """What a pass holds at its fullest, workspaces left out; after prefill, logits and scores."""
+        """What a pass holds at its fullest, workspaces left out; after prefill, logits and scores; at load, a traced step."""
+        if point == "load":
+            return self.step.tracing_bytes
         if point == "decode":
             return self.decode.peak_bytes + self.scores_bytes
         logits = self.workload.users * self.model.vocab_size * DTYPE_BYTES[self.model.dtype]
@@ -98,23 +100,27 @@ class Serving:
 
     def decode_bytes(self, live_bytes: int) -> int:
         """What a place of the step holds of which the traced pass holds `live_bytes`: compiled steps count their scores."""
-        return max(live_bytes + self.scores_bytes, self.step_bytes)
+        return max(live_bytes + self.scores_bytes, self.step.step_bytes)
 
     def sizes(self, site: WeightSite, option: WeightOption) -> tuple[int, int, int]:
         """Stored bytes of an option at a site, and its workspace in prefill and in decoding: one look per shape, for
         layers are many and their shapes few."""
-        is_head = site.role == "head"  # which computes the last token alone
-        key = (site.out_features, site.in_features, site.dtype, is_head, option)
+        looked_up = site.role in ("embedding", "position")
+        multiplied = not looked_up or bool(site.tied_modules)
+        last_only = site.role == "head" or looked_up  # the head computes the last token alone
+        key = (site.out_features, site.in_features, site.dtype, looked_up, multiplied, last_only, option)
         if key not in self._sizes:
-            workspace = [
-                option.workspace_bytes(
-                    profile.batch_size * (1 if is_head else profile.new_tokens),
-                    site.out_features,
-                    site.in_features,
-                    self.model.dtype,
+            workspace = []
+            for profile in (self.prefill, self.decode):
+                rows = profile.batch_size * profile.new_tokens
+                inputs = profile.batch_size if last_only else rows
+                shape = (site.out_features, site.in_features, self.model.dtype)
+                workspace.append(
+                    max(
+                        option.workspace_bytes(inputs, *shape) if multiplied else 0,
+                        option.rows_workspace_bytes(rows, *shape[1:]) if looked_up else 0,
+                    )
                 )
-                for profile in (self.prefill, self.decode)
-            ]
             stored = option.stored_bytes(site.out_features, site.in_features, site.dtype)
             self._sizes[key] = stored, workspace[0], workspace[1]
         return self._sizes[key]
@@ -141,12 +147,19 @@ def weight_candidates(
                     stored_bytes=stored_bytes,
                     prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
                     decode_bytes=serving.decode_bytes(serving.decode.at_site[site.id]) + decode_workspace,
-                    seconds=_read_bytes(site, stored_bytes, serving.workload.users) / serving.read_rate,
+                    seconds=_seconds(serving, site, option, stored_bytes),
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
                 )
             )
     return out
+
+
+def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int) -> float:
+    """Reading what one decode step needs of a matrix, and decoding it where no kernel multiplies as it reads."""
+    read_bytes = _read_bytes(site, stored_bytes, serving.workload.users)
+    decoded = site.num_parameters * read_bytes / max(1, stored_bytes)
+    return read_bytes / serving.read_rate + option.decode_seconds(round(decoded)) / max(1, serving.machine.cores)
 
 
 def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:

@@ -13,7 +13,7 @@ from haversack.errors import UsageError
 SCHEDULES = ("cosine", "linear", "constant")
 
 DEFAULT_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4, "train": 3e-4}
-"""By method: full tuning as in Alpaca (Taori et al. 2023), adapters as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314,
+"""Of AdamW by method: full tuning as in Alpaca (Taori et al. 2023), adapters as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314,
 table 9, up to 13B), training as in Llama (Touvron et al. 2023, arXiv 2302.13971, table 2, its small models)."""
 
 
@@ -59,14 +59,14 @@ class TrainingSettings:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed is {self.seed}, but must be a whole number from 0 to 2^63 - 1.")
 
-    def resolved(self, num_rows: int, method: str) -> TrainingSettings:
-        """With steps, rate and intervals as numbers, for `num_rows` rows to train on and a method (or "train")."""
+    def resolved(self, num_rows: int, learning_rate: float) -> TrainingSettings:
+        """With steps, rate and intervals as numbers, for `num_rows` rows to train on; `learning_rate` where none was asked."""
         steps = self.steps or max(1, math.ceil(self.epochs * num_rows / self.rows_per_step))
         tenth = max(1, steps // 10)
         return dataclasses.replace(
             self,
             steps=steps,
-            learning_rate=DEFAULT_LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate,
+            learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
             evaluate_every=self.evaluate_every or tenth,
             save_every=self.save_every or tenth,
         )

@@ -75,7 +75,6 @@ PRECISIONS = {
     "autocast": "32 bits kept, products computed in 16",
     "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
 }
-OPTIMIZERS = ("adamw", "adamw8bit", "sgdm", "adafactor", "muon")
 ATTENTIONS = ("sdpa", "eager")
 METHODS = ("full", "lora", "qlora")
 ADAPTED = ("query-value", "attention", "linear")
@@ -88,7 +87,7 @@ class TrainingWorkload:
     """What tuning and training share: steps of `batch_size` sequences of `seq_len` tokens on each rank.
 
     `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
-    there are (`PRECISIONS`, `OPTIMIZERS`); `recompute` "full" keeps each layer's input alone and runs the layer again for its
+    there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
     backward pass; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
     `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask. Raises UsageError naming the field, its
     value and what is allowed.
@@ -111,7 +110,6 @@ class TrainingWorkload:
         _check_count("seq_len", self.seq_len, minimum=2)
         _check_count("accumulation_steps", self.accumulation_steps, minimum=1)
         _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("recompute", self.recompute, RECOMPUTATIONS)
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("loss", self.loss, LOSSES)

@@ -93,9 +93,8 @@ def _optimized(step: TrainingStep) -> dict[str, tuple[nn.Parameter, bool]]:
 def _states(step: TrainingStep, parameter: nn.Parameter) -> Any:
     """The optimizer's own mapping of one parameter's states."""
     for optimizer in step.optimizer.optimizers:
-        for group in optimizer.param_groups:
-            if any(parameter is other for other in group["params"]):
-                return optimizer.state[parameter]
+        if optimizer.holds(parameter):
+            return optimizer.state[parameter]
     raise AssertionError("every trained parameter has an optimizer")
 
 

@@ -6,6 +6,7 @@ Everything that decides bytes is the workload's: precision, optimizer, recomputa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import nn
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
-from haversack.engine.optimizers import MUON_EXCLUDED, MasterWeights, Stepper, make_optimizer
+from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
+from haversack.recipes.base import optimizer_option
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -31,6 +33,7 @@ class TrainingStep:
     def __init__(self, model: Any, described: Model, workload: TrainingWorkload):
         self.model = model
         self.workload = workload
+        optimizer_option(workload.optimizer)  # a name that there is
         dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
         if isinstance(workload, TuneWorkload) and workload.method != "full":
             adapt(
@@ -136,15 +139,17 @@ class TrainingStep:
         return torch.autocast(device, dtype=torch.bfloat16)
 
     def _make_optimizer(self, described: Model) -> Stepper:
-        matrices = muon_matrices(self.model, described)
+        matrices = inner_matrices(self.model, described)
         taken = {id(parameter) for parameter in matrices}
-        name = self.workload.optimizer
-        if self.workload.has_master_weights:
-            return MasterWeights(
-                self.trained,
-                lambda master, parameter: make_optimizer(name, [master], [master] if id(parameter) in taken else []),
-            )
-        return make_optimizer(name, self.trained, matrices)
+        name, trained = self.workload.optimizer, self.trained
+        if not self.workload.has_master_weights:
+            return make_optimizer(name, trained, matrices)
+
+        def make(masters: Sequence[nn.Parameter]) -> Stepper:
+            inner = [master for master, own in zip(masters, trained, strict=True) if id(own) in taken]
+            return make_optimizer(name, masters, inner)
+
+        return MasterWeights(trained, make)
 
 
 def _has_dropout(config: Any) -> bool:
@@ -156,11 +161,11 @@ def _has_dropout(config: Any) -> bool:
     )
 
 
-def muon_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:
+def inner_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:
     """The trained matrices inside the layers: all but embeddings, the head, vectors and stacks."""
-    outside = {(site.module, site.parameter) for site in described.weights if site.role in MUON_EXCLUDED}
+    outside = {(site.module, site.parameter) for site in described.weights if site.role in NOT_INNER}
     outside |= {
-        (name, site.parameter) for site in described.weights if site.role in MUON_EXCLUDED for name in site.tied_modules
+        (name, site.parameter) for site in described.weights if site.role in NOT_INNER for name in site.tied_modules
     }
     excluded = {id(getattr(model.get_submodule(module), parameter)) for module, parameter in outside}
     return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in excluded]

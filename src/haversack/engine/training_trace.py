@@ -27,7 +27,7 @@ from haversack.engine.adapters import PackedLinear
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
-from haversack.engine.training_step import TrainingStep, muon_matrices
+from haversack.engine.training_step import TrainingStep, inner_matrices
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES
 
@@ -38,7 +38,7 @@ EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD, UPDATE = "embed", "loss", "loss back
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """One trained tensor: its shape, its dtype by safetensors' name, and whether Muon takes it."""
+    """One trained tensor: its shape, its dtype by safetensors' name, and whether it is a matrix inside the layers."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -136,7 +136,7 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     resident = {owner: sum(t.nbytes for t in tensors) for owner, tensors in step.residents().items()}
     if workload.has_master_weights:
         resident["master weights"] = 4 * sum(p.numel() for p in step.trained)
-    matrices = {id(p) for p in muon_matrices(skeleton, model)}
+    matrices = {id(p) for p in inner_matrices(skeleton, model)}
     trained = tuple(TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in step.trained)
     packed = tuple((len(m.codes), m.in_features) for m in skeleton.modules() if isinstance(m, PackedLinear))
     kinds = layer_kinds(model)

@@ -19,7 +19,7 @@ from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
-from haversack.describe.training_settings import TrainingSettings
+from haversack.describe.training_settings import DEFAULT_LEARNING_RATES, TrainingSettings
 from haversack.describe.workload import TrainWorkload, TuneWorkload
 from haversack.errors import CheckpointError, InterruptedJobError, OutputError, UsageError
 from haversack.formats.checkpoints import newest_intact, remove_unfinished
@@ -27,9 +27,11 @@ from haversack.formats.output import write_whole
 from haversack.jobs import memory
 from haversack.jobs.interrupt import stoppable
 from haversack.jobs.training_log import TrainingLog
+from haversack.parts.optimizer.adamw import AdamW
 from haversack.plan.fit_training import fit_training
 from haversack.plan.training import TrainingQuestion
 from haversack.plan.training_file import TrainingPlan
+from haversack.recipes.base import optimizer_option
 from haversack.samples.packing import PackedRows
 from haversack.samples.read import check_file
 from haversack.samples.store import TokenStore, hash_files, make_store, open_store
@@ -258,7 +260,6 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
     """Choose how it fits, write it down, before anything loads."""
     seq_len = request.seq_len or _seq_len(store, request.model)
     rows = PackedRows(store, seq_len, 0)
-    method = getattr(request.workload, "method", "train")
     workload: Any = type(request.workload)(
         **{
             **{k: v for k, v in request.workload.to_dict().items() if k != "task"},
@@ -272,12 +273,19 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
         ),
         request.pinned,
     )
-    method = getattr(fit.workload, "method", "train")
     num_train = len(rows) - _num_held(len(rows), request.settings)
-    settings = request.settings.resolved(num_train, method)
+    settings = request.settings.resolved(num_train, _default_rate(fit.workload))
     plan = TrainingPlan.of(fit, settings, fingerprints=request.fingerprints, asked=request.asked())
     write_whole(folder.plan, plan.to_json())
     return plan
+
+
+def _default_rate(workload: TuneWorkload | TrainWorkload) -> float:
+    """The method's under AdamW's rule, in whatever form its states are kept; the rule's own elsewhere."""
+    rule = optimizer_option(workload.optimizer).rule
+    if isinstance(rule, AdamW):
+        return DEFAULT_LEARNING_RATES[workload.method if isinstance(workload, TuneWorkload) else "train"]
+    return rule.lr
 
 
 def _seq_len(store: TokenStore, model: Model) -> int:

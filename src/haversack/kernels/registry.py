@@ -131,6 +131,25 @@ def workspace_bytes(
     return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
 
 
+def rows_bytes(
+    num_rows: int,
+    in_features: int,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool = True,
+    table: tuple[float, ...] | None = None,
+    scales: str = "f16",
+) -> int:
+    """The most bytes `packed_rows` allocates for so many rows, its float32 result included."""
+    from haversack.kernels import generic, ir_dequantize
+
+    fmt = PackedFormat(bits, group_size, in_features, symmetric, table, scales)
+    if ir_dequantize.supports(fmt):
+        return 4 * num_rows * fmt.unit_columns
+    return 4 * num_rows * in_features + generic.rows_workspace_bytes(fmt, num_rows)
+
+
 @lru_cache(maxsize=4096)
 def choose_kernel(
     fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"

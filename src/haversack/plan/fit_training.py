@@ -18,6 +18,14 @@ from haversack.plan.training import TrainingAnswer, TrainingQuestion, predict_tr
 from haversack.units import format_bytes
 
 
+FEWER_STATES = {
+    "adamw8bit": "optimizer states are kept in 8 bits",
+    "adamw4bit": "optimizer states are kept in 4 bits",
+    "apollo-mini": "optimizer states of the layers' matrices are kept at rank 1",
+}
+"""Optimizer recipes instead of AdamW with whole states, from the most bytes to the fewest."""
+
+
 @dataclass(frozen=True)
 class TrainingFit:
     """The choice: its answer, seconds of a step by the roofline, what was given up, and how many choices were weighed."""
@@ -77,7 +85,8 @@ def _rungs(
         if not asked:
             yield given_up, fields
         if "optimizer" not in pinned and workload.optimizer == "adamw" and method in ("full", ""):
-            yield (*given_up, "optimizer states are kept in 8 bits"), {**fields, "optimizer": "adamw8bit"}
+            for optimizer, reduced in FEWER_STATES.items():
+                yield (*given_up, reduced), {**fields, "optimizer": optimizer}
 
 
 class _Weighing:

@@ -15,6 +15,7 @@ from haversack.describe.parallel import Parallelism
 from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
+from haversack.recipes.base import optimizer_option
 from haversack.units import format_bytes
 
 LARGEST = ("batch", "context")
@@ -81,7 +82,9 @@ class TrainingAnswer:
 
 
 def predict_training(question: TrainingQuestion) -> TrainingAnswer:
-    """Whether exactly this fits. Raises UsageError for sequences beyond the model's positions and for degrees that don't divide."""
+    """Whether exactly this fits. Raises UsageError for an unknown optimizer, sequences beyond the
+    model's positions and degrees that don't divide."""
+    optimizer_option(question.workload.optimizer)
     check_positions(question.workload, question.model.max_positions, question.model.name)
     return _answer(question)
 

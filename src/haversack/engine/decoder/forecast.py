@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from haversack.describe.checkpoint import torch_dtype
@@ -12,40 +13,60 @@ from haversack.engine.attention import NAME, register
 from haversack.engine.decoder.loop import step_bytes
 from haversack.engine.decoder.trace import trace_step
 from haversack.engine.profile import layer_kinds
+from haversack.engine.trace import LiveBytes
 from haversack.errors import UnsupportedModelError
 
 SHALLOW_LAYERS = (4, 8)
 """Depths that stand for any; below four, buffers of the first and the last layer hide what one in between adds."""
 
-_KNOWN: dict[tuple[str, int], int] = {}
+
+@dataclass(frozen=True)
+class StepForecast:
+    """What compiled steps hold beside kernels' workspace (0 where they are not compiled), and what making them takes:
+    the model's step is traced once it is loaded, up to where a refused one is refused."""
+
+    step_bytes: int
+    tracing_bytes: int
+
+
+_KNOWN: dict[tuple[str, int], StepForecast] = {}
 """By the model's fingerprint and the batch: a planner asks again for every prefill chunk that it tries."""
 
 
-def decode_step_bytes(model: Model, batch_size: int) -> int:
-    """Bytes of a step's buffers beside kernels' workspace; 0 where steps are not compiled."""
+def forecast_step(model: Model, batch_size: int) -> StepForecast:
+    """What compiled steps for `batch_size` sequences will take."""
     key = (model.fingerprint, batch_size)
     if key not in _KNOWN:
-        _KNOWN[key] = _traced_bytes(model, batch_size)
+        _KNOWN[key] = _forecast(model, batch_size)
     return _KNOWN[key]
 
 
-def _traced_bytes(model: Model, batch_size: int) -> int:
+def _forecast(model: Model, batch_size: int) -> StepForecast:
     """Where a deep model's layers are all of one kind, steps of two depths are traced: each further layer adds the same."""
     register()
     shallow, deeper = SHALLOW_LAYERS
     one_kind = len(set(layer_kinds(model).values())) == 1
     if not one_kind or model.num_layers <= 2 * deeper or "num_hidden_layers" not in model.config:
-        return _step_bytes(model, model.config, model.num_layers, batch_size)
+        return _trace(model, model.config, model.num_layers, batch_size)
     few, more = (
-        _step_bytes(model, {**model.config, "num_hidden_layers": depth}, depth, batch_size) for depth in SHALLOW_LAYERS
+        _trace(model, {**model.config, "num_hidden_layers": depth}, depth, batch_size) for depth in SHALLOW_LAYERS
     )
-    return more + (more - few) // (deeper - shallow) * (model.num_layers - deeper)
+
+    def of_all(at_few: int, at_more: int) -> int:
+        return at_more + (at_more - at_few) // (deeper - shallow) * (model.num_layers - deeper)
+
+    return StepForecast(
+        of_all(few.step_bytes, more.step_bytes),
+        of_all(few.tracing_bytes, more.tracing_bytes),
+    )
 
 
-def _step_bytes(model: Model, config: Mapping[str, Any], num_layers: int, batch_size: int) -> int:
+def _trace(model: Model, config: Mapping[str, Any], num_layers: int, batch_size: int) -> StepForecast:
     skeleton: Any = build_skeleton(config, model.name)
     skeleton.to(torch_dtype(model.dtype)).eval()
-    try:
-        return step_bytes(trace_step(skeleton, num_layers, NAME), batch_size)
-    except UnsupportedModelError:
-        return 0
+    with LiveBytes() as live:
+        try:
+            num_bytes = step_bytes(trace_step(skeleton, num_layers, NAME), batch_size)
+        except UnsupportedModelError:
+            num_bytes = 0
+    return StepForecast(num_bytes, live.peak_bytes)

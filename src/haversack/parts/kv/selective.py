@@ -17,7 +17,7 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
 from haversack.parts.kv.attention import as_block, attend_blocks, attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Selection, Slots
+from haversack.parts.kv.base import Attending, KVLayer, PackedGroups, Regions, Selection, Slots, check_room
 
 if TYPE_CHECKING:
     import torch
@@ -78,52 +78,42 @@ class SelectiveLayer(KVLayer):
 
     # A step: blocks end inside it, so attending and appending take turns
 
-    def step(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
+    def _step(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         batch_size, num_heads, num_new, _ = query.shape
+        self._check_room(num_new, how.real)
         output = query.new_zeros((batch_size, num_new, num_heads, values.shape[-1])).transpose(1, 2)
         lse = torch.full((batch_size, num_heads, num_new), -torch.inf, device=query.device)
-        for rows, columns in self._pieces(num_new, real):
+        for rows, columns in self._pieces(num_new, how.real):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
-            part, part_lse = self._attend_rows(
-                rows, query[piece], keys[piece], values[piece], scaling, softcap, sinks, learn=True
-            )
+            part, part_lse = self._attend_rows(rows, query[piece], keys[piece], values[piece], how, learn=True)
             output[piece], lse[piece] = part, part_lse
             self._store(rows, keys[piece], values[piece])
         return output, lse
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Tokens that nobody attended from: they are stored, and weigh nothing yet."""
+        self._check_room(keys.shape[2], real)
         for rows, columns in self._pieces(keys.shape[2], real):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
             self._store(rows, keys[piece], values[piece])
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        new_keys: torch.Tensor | None = None,
-        new_values: torch.Tensor | None = None,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
+    def _attend(
+        self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if real is not None and not bool(real.all()):
+        if how.real is not None and not bool(how.real.all()):
             raise UsageError(f"{self.site.id}: padded tokens must be attended and stored in one step.")
-        rows = range(self.batch_size)
-        return self._attend_rows(rows, query, new_keys, new_values, scaling, softcap, sinks, learn=False)
+        return self._attend_rows(range(self.batch_size), query, new_keys, new_values, how, learn=False)
+
+    def _check_room(self, num_new: int, real: torch.Tensor | None) -> None:
+        """What is dropped needs none; what is demoted stays, in as many groups as were planned and one block before the next."""
+        if self.demoted is not None:
+            num_real = [num_new] * self.batch_size if real is None else [int(n) for n in real.sum(-1)]
+            room = self.regions.slot_tokens - 1 + self.demoted.num_groups * self.demoted.group_tokens
+            check_room(self.site, max(count + n for count, n in zip(self.counts, num_real)), room)
 
     def _pieces(self, num_new: int, real: torch.Tensor | None) -> Iterator[tuple[range, slice]]:
         """Rows and columns of new tokens that lie in one block: all rows together where they stand alike."""
@@ -155,9 +145,7 @@ class SelectiveLayer(KVLayer):
         query: torch.Tensor,
         new_keys: torch.Tensor | None,
         new_values: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        how: Attending,
         *,
         learn: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,13 +154,13 @@ class SelectiveLayer(KVLayer):
             lambda start, stop: self._blocks(rows, new_keys, new_values, start, stop, query.shape[2]),
             num_kv_heads=self.site.num_kv_heads,
             value_head_dim=self.site.value_head_dim,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
+            scaling=how.scaling,
+            softcap=how.softcap,
+            sinks=how.sinks,
         )
         if learn and self.regions.drops:
             assert new_keys is not None
-            self._learn(rows, query, new_keys, lse, scaling, softcap)
+            self._learn(rows, query, new_keys, lse, how)
         return output, lse
 
     def _blocks(
@@ -228,20 +216,14 @@ class SelectiveLayer(KVLayer):
             del keys, values, hidden
 
     def _learn(
-        self,
-        rows: range,
-        query: torch.Tensor,
-        new_keys: torch.Tensor,
-        lse: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
+        self, rows: range, query: torch.Tensor, new_keys: torch.Tensor, lse: torch.Tensor, how: Attending
     ) -> None:
         """Add what this piece's queries gave to each token, from the log-sum-exp, a block of probabilities at a time."""
         import torch
 
         batch_size, _, num_queries, head_dim = query.shape
         shape = (batch_size, self.site.num_kv_heads, -1, num_queries)
-        q = (query.detach().float() * scaling).view(*shape, head_dim).flatten(2, 3)
+        q = (query.detach().float() * how.scaling).view(*shape, head_dim).flatten(2, 3)
         shift = lse.detach().view(shape).flatten(2, 3)[..., None]
         row_slice = slice(rows.start, rows.stop)
         weights = self.tensors["importance"]
@@ -252,8 +234,8 @@ class SelectiveLayer(KVLayer):
             weights[row_slice] *= self.selection.memory
         for keys, _, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
             scores = torch.matmul(q, keys.transpose(-1, -2))
-            if softcap is not None:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            if how.softcap is not None:
+                scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
             scores = scores.sub_(shift).exp_().unflatten(2, (-1, num_queries))
             if hidden is not None:
                 scores.masked_fill_(hidden.unsqueeze(2), 0.0)
@@ -346,9 +328,7 @@ class SelectiveLayer(KVLayer):
         other.used = [self.used[i] for i in order]
         return other
 
-    def crop(self, num_tokens: int) -> None:
-        if num_tokens == 0:
-            return
+    def check_crop(self, num_tokens: int) -> None:
         size = self.regions.block_tokens
         for count, used in zip(self.counts, self.used):
             freed = self.regions.drops and count != used
@@ -356,6 +336,8 @@ class SelectiveLayer(KVLayer):
                 raise UsageError(
                     f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; others were freed for them."
                 )
+
+    def _forget(self, num_tokens: int) -> None:
         for row in range(self.batch_size):
             self.used[row] -= num_tokens
             self.counts[row] -= num_tokens
