@@ -17,7 +17,6 @@ from haversack.errors import DoesNotFitError
 from haversack.plan.training import TrainingAnswer, TrainingQuestion, predict_training
 from haversack.units import format_bytes
 
-
 FEWER_STATES = {
     "adamw8bit": "optimizer states are kept in 8 bits",
     "adamw4bit": "optimizer states are kept in 4 bits",
