@@ -130,7 +130,7 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
         step = TrainingStep(skeleton, model, workload)
     every = _AllLayers(_layers(skeleton, model), stands_for)
     resident = {owner: sum(t.nbytes for t in every.of(tensors)) for owner, tensors in step.residents().items()}
-    if workload.precision == "master":
+    if workload.has_master_weights:
         resident["master weights"] = 4 * sum(p.numel() for p in every.of(step.trained))
     matrices = {id(p) for p in inner_matrices(skeleton, model)}
     trained = tuple(
@@ -185,7 +185,7 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
     its beginning."""
     live = OwnedBytes()
     workload = step.workload
-    with FakeTensorMode(), _plain_data(), live:
+    with FakeTensorMode(), _plain_data(workload.samples_apart), live:
         live.owner = "weights"
         step.model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
         step.model.tie_weights()
@@ -239,7 +239,7 @@ def _one_step(
         handles.append(layers[layer].register_forward_pre_hook(_on_input(layer, enter), with_kwargs=True))
     handles.append(layers[shown[-1]].register_forward_hook(_on_output(finish, entered)))
     live.owner = EMBED
-    loss = step.loss(ids)
+    loss = step.loss(ids, positions=ids if step.workload.samples_apart else None)
     live.cut(LOSS)
     loss.backward()
     for handle in handles:
@@ -285,15 +285,21 @@ def _layers(skeleton: nn.Module, model: Model) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def _plain_data() -> Iterator[None]:
-    """Code that looks at values sees sequences without padding, one in each row, and code that asks whether it is traced hears no: it
-    must take the way that it takes with real data."""
+def _plain_data(samples_apart: bool) -> Iterator[None]:
+    """Code that looks at values sees sequences without padding, one in each row (several with `samples_apart`), and code that asks
+    whether it is traced hears no: it must take the way that it takes with real data."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False))
+        if samples_apart:
+            stack.enter_context(mock.patch(_FIND_SAMPLES, lambda positions: (positions != 1).cumsum(-1)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_TrueValues())
         yield
+
+
+_FIND_SAMPLES = "transformers.masking_utils.find_packed_sequence_indices"
+"""Where transformers sees from positions that rows hold several samples."""
 
 
 class _TrueValues(TorchDispatchMode):
