@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.cli.conftest import WORKLOAD
 
 from haversack.cli import console
@@ -52,6 +53,9 @@ PLAN_KEYS = {
         ([*B, "--machine", "h1000"], ["'h1000'", "h100-80gb"]),
         ([*B, "--machine", "nofile.json"], ["no machine file 'nofile.json'"]),
         ([*B, "--potatoes"], ["--potatoes", "--help"]),
+        ([*B, "--recipe", "gptx"], ["no recipe 'gptx'", "did you mean 'gptq'?"]),
+        ([*B, "--recipe", "gptq", "--recipe", ""], ["no recipe ''", "gptq", "kivi"]),
+        (["--task", "tune", *B, "--recipe", "gptq"], ["--recipe", "--task"]),
         ([*B, "--calibration", "no-such-text"], ["no-such-text", "No such file"]),
         ([*B, "--calibration-tokens", "0", "--calibration", "x"], ["--calibration-tokens is 0", "at least 2"]),
     ],
@@ -101,6 +105,16 @@ def test_the_question_turned_round(cli, source):
     exact, lossy = (cli("plan", source, "--max-damage", d, *WORKLOAD, "--json").json for d in ("0", "0.5"))
     assert exact["fits"] and exact["damage"]["nats"] == 0 and exact["budget_bytes"] is None
     assert lossy["fits"] and lossy["peak_bytes"] < exact["peak_bytes"]
+
+
+def test_a_recipe_restricts_what_is_offered(cli, source, calibration_text):
+    """The weights get that recipe's options, or stay as they are; caches may have any."""
+    more = ("--calibration", calibration_text, "--calibration-tokens", "256", "--evaluations", "0")
+    ran = cli("plan", source, "--tensor-budget", "260KiB", *WORKLOAD, *more, "--recipe", "k-quants", "--json")
+    assert ran.code == 0, ran.err
+    grids = [row["option"]["grid"]["part"] for row in ran.json["sites"] if "role" in row and row["option"]]
+    assert grids and set(grids) == {"codebook"}
+    assert ran.json["plan"]["recipes"] == ["k-quants"]
 
 
 def test_the_same_question_has_the_same_answer(cli, source):
@@ -197,3 +211,37 @@ def test_a_defect_is_one_line_too(cli, source, monkeypatch):
 
 def test_json_is_strict(cli, source):
     json.loads(cli("plan", source, *B, *WORKLOAD, "--json").out, parse_constant=pytest.fail)
+
+
+def test_what_fits_without_loss_loses_nothing(cli, bf16_source, calibration_text, tmp_path):
+    """Between the size of its codes and its own, a bfloat16 model is coded, not rounded; nobody calibrates."""
+    whole = cli("plan", bf16_source, "--tensor-budget", "1GiB", *WORKLOAD, "--json").json
+    weights = sum(row["stored_bytes"] for row in whole["sites"] if "role" in row)
+    budget = str(whole["peak_bytes"] - weights // 5)
+    out = tmp_path / "coded"
+    ran = cli(
+        "pack",
+        bf16_source,
+        "-o",
+        out,
+        "--tensor-budget",
+        budget,
+        *WORKLOAD,
+        "--calibration",
+        calibration_text,
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    assert ran.json["damage"]["nats"] == 0 and ran.json["peak_bytes"] <= int(budget)
+    parts = {row["option"]["code"]["part"] for row in ran.json["sites"] if "role" in row and row["option"]}
+    assert parts == {"entropy-coded"}
+    from transformers import AutoModelForCausalLM
+
+    from haversack.engine import attention
+
+    attention.register()
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(bf16_source, dtype="auto", attn_implementation=attention.NAME)(ids)
+        ours = AutoModelForCausalLM.from_pretrained(out, dtype="auto")(ids)
+    assert ours.logits.dtype == torch.bfloat16 and torch.equal(ours.logits, own.logits)

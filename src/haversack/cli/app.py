@@ -17,6 +17,7 @@ from haversack.cli.pack import pack
 from haversack.cli.plan import plan
 from haversack.cli.report import report
 from haversack.cli.run import run as run_verb
+from haversack.cli.tune import train, tune
 from haversack.cli.verify import verify
 from haversack.errors import HaversackError
 
@@ -34,6 +35,8 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(pack)
 app.command(name="run")(run_verb)
+app.command()(tune)
+app.command()(train)
 app.command()(verify)
 app.command()(report)
 app.command()(machine)

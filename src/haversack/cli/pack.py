@@ -68,9 +68,9 @@ def pack(
         found = None
         if ready is not None:
             answer = Answer(ready, fits=True, shortfall_bytes=0)
-            if not all(is_neutral(row.option) for row in ready.weights):
+            if not all(is_lossless(row.option) for row in ready.weights):
                 context_tokens = ServeWorkload.from_dict(ready.workload).context_tokens
-                found = calibrating.run(described, context_tokens, progress)
+                found = calibrating.run(described, context_tokens, progress, ready.recipes)
         else:
             answer, found = weighed_answer(asked, described, calibrating, progress)
             if json and not answer.fits:
@@ -138,6 +138,7 @@ def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, mo
             and left.workload == question.workload.to_dict()
             and budget.kind == question.budget_kind
             and budget.max_damage == question.max_damage
+            and left.recipes == question.recipes
         )
     if not same:
         size = "the fewest bytes" if left.budget.num_bytes is None else format_bytes(left.budget.num_bytes)
@@ -149,6 +150,8 @@ def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, mo
         )
 
 
-def is_neutral(option: dict) -> bool:
-    """Whether an option of a plan changes nothing."""
-    return not option
+def is_lossless(option: dict) -> bool:
+    """Whether an option of a plan changes nothing, so that no statistics are needed for it."""
+    from haversack.parts.weights.base import WeightOption
+
+    return WeightOption.from_dict(option).lossless

@@ -46,6 +46,8 @@ def plan(
     if task != "serve":
         if output is not None:
             raise UsageError("--output writes plans that serve; --task tune and train are printed, or given by --json.")
+        if asked.recipe:
+            raise UsageError("--recipe restricts plans that serve; leave it out with --task tune and train.")
         from haversack.cli.training import plan_training_verb
         from haversack.describe.model import describe_model
 
@@ -190,9 +192,10 @@ def damage_words(damage: DamageRecord) -> str:
         return f"unknown{known}"
     if damage.nats == 0:
         return "none: everything stays as it is"
+    probed = f"; worst probe {damage.worst_probe} {damage.probes[damage.worst_probe]:.4g}" if damage.worst_probe else ""
     has_span = damage.low is not None and damage.high is not None and damage.low < damage.high
     span = f", {damage.low:.3g} to {damage.high:.3g}" if has_span else ""
-    return f"{damage.nats:.4g} nats per token ({damage.label}{span})"
+    return f"{damage.nats:.4g} nats per token ({damage.label}{span}){probed}"
 
 
 def _mix(answer: Answer) -> list[tuple[str, str, str, str, str]]:

@@ -73,7 +73,7 @@ class Serving:
     machine: Machine
     prefill: ActivationProfile
     decode: ActivationProfile
-    step: StepForecast = StepForecast(0, 0)
+    step: StepForecast
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -147,12 +147,19 @@ def weight_candidates(
                     stored_bytes=stored_bytes,
                     prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
                     decode_bytes=serving.decode_bytes(serving.decode.at_site[site.id]) + decode_workspace,
-                    seconds=_read_bytes(site, stored_bytes, serving.workload.users) / serving.read_rate,
+                    seconds=_seconds(serving, site, option, stored_bytes),
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
                 )
             )
     return out
+
+
+def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int) -> float:
+    """Reading what one decode step needs of a matrix, and decoding it where no kernel multiplies as it reads."""
+    read_bytes = _read_bytes(site, stored_bytes, serving.workload.users)
+    decoded = site.num_parameters * read_bytes / max(1, stored_bytes)
+    return read_bytes / serving.read_rate + option.decode_seconds(round(decoded)) / max(1, serving.machine.cores)
 
 
 def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from haversack.cost.optimizer_states import state_tensors
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload
 from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
@@ -27,6 +26,7 @@ from haversack.engine.training_trace import (
     trace_training,
 )
 from haversack.ledger import DTYPE_BYTES, Ledger, total_bytes
+from haversack.recipes.base import optimizer_option
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
 POINTS = ("load", "forward", "loss", "backward", "update", "save")
@@ -90,9 +90,10 @@ def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
     """Trace a workload and declare what stays. About half a second of CPU time for layers of any width."""
     trace = trace_training(model, workload)
     staying = dict(trace.resident_bytes)
-    widened = workload.precision == "master"
-    staying[STATES] = sum(
-        total_bytes(state_tensors(workload.optimizer, tensor, "F32" if widened else tensor.dtype))
+    widened = workload.has_master_weights
+    option = optimizer_option(workload.optimizer)
+    staying[STATES] = option.shared_bytes + sum(
+        option.stored_bytes(tensor.shape, "F32" if widened else tensor.dtype, inner=tensor.is_matrix)
         for tensor in trace.trained
     )
     staying[BATCH] = 8 * workload.step_tokens
