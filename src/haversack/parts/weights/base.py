@@ -9,6 +9,7 @@ left over. At run time the same parts compute `y = x W^T` from what they stored,
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ class Transform(WeightPart):
     stage: ClassVar[str] = "transform"
 
     @abstractmethod
-    def apply(self, task: WeightTask) -> dict[str, torch.Tensor]:
-        """Rewrite `task.weight` and `task.hessian` in place; return what must be stored."""
+    def apply(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
+        """Put others in place of `task.weight` and `task.hessian`; return what must be stored. `grid` comes after."""
 
     @abstractmethod
     def transform_input(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -204,13 +205,23 @@ class Rounding(WeightPart):
 
 
 class Correction(WeightPart):
-    """Stores and adds back part of what the grid left over."""
+    """Stores and adds back part of the matrix: taken off before the grid sees it, or of what the grid left over."""
 
     stage: ClassVar[str] = "correct"
 
-    @abstractmethod
+    before: ClassVar[bool] = False
+    """Whether it is `take_off` that is called, or `correct`."""
+
+    rounds: int = 1
+    """How often rounding and `correct` take turns."""
+
+    def take_off(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
+        """Store part of `task.weight`, which the grid then goes without."""
+        raise AssertionError(f"{self.id} corrects what the grid left over")
+
     def correct(self, task: WeightTask, approximation: torch.Tensor) -> dict[str, torch.Tensor]:
         """Store a correction of `task.weight - approximation`."""
+        raise AssertionError(f"{self.id} is taken off before the grid")
 
     @abstractmethod
     def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
@@ -393,14 +404,35 @@ class WeightOption:
         assert self.rounding is not None, "a grid needs a rounding"
         tensors: dict[str, torch.Tensor] = {}
         for i, transform in enumerate(self.transforms):
-            tensors |= {f"transform{i}.{k}": v for k, v in transform.apply(task).items()}
-        codes, scales = self.rounding.round(task, self.grid)
-        tensors |= self.grid.pack(codes, scales)
-        approximation = self.grid.dequantize(codes, scales) if self.corrections else None
+            tensors |= {f"transform{i}.{k}": v for k, v in transform.apply(task, self.grid).items()}
+        stored, corrections = self._corrected(task)
+        for i, of_one in corrections.items():
+            tensors |= {f"correct{i}.{k}": v for k, v in of_one.items()}
+        return tensors | stored
+
+    def _corrected(self, task: WeightTask) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:
+        """The grid's tensors, and each correction's: what goes first, then in turns with rounding what corrects the grid."""
+        import torch
+
+        assert self.grid is not None and self.rounding is not None
+        every = torch.arange(len(task.weight))
+        found: dict[int, dict[str, torch.Tensor]] = {}
         for i, correction in enumerate(self.corrections):
-            assert approximation is not None
-            tensors |= {f"correct{i}.{k}": v for k, v in correction.correct(task, approximation).items()}
-        return tensors
+            if correction.before:
+                found[i] = correction.take_off(task, self.grid)
+                task.weight = task.weight - correction.rows(every, found[i], task.weight.shape[1])
+        after = [i for i, correction in enumerate(self.corrections) if not correction.before]
+        codes, scales = self.rounding.round(task, self.grid)
+        for turn in range(max((self.corrections[i].rounds for i in after), default=0)):
+            held = sum(self.corrections[i].rows(every, found[i], task.weight.shape[1]) for i in after if i in found)
+            if turn:
+                left = dataclasses.replace(task, weight=task.weight - held, notes=[])
+                codes, scales = self.rounding.round(left, self.grid)
+            approximation = self.grid.dequantize(codes, scales)
+            for i in after:
+                found[i] = self.corrections[i].correct(task, approximation)
+                approximation = approximation + self.corrections[i].rows(every, found[i], task.weight.shape[1])
+        return self.grid.pack(codes, scales), found
 
     def linear(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         """`x W^T` for `x` `(..., in_features)` from the stored tensors."""
