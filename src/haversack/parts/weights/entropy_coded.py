@@ -137,6 +137,9 @@ class EntropyCodedFloat(Code):
 
         return NAME
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        return num_rows * (2 * in_features + 8) + _TABLE_BYTES
+
     def decode_seconds(self, num_weights: int) -> float:
         from haversack.kernels.bf16_decode import SECONDS_PER_WEIGHT
 
