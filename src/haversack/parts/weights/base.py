@@ -22,6 +22,8 @@ from haversack.parts.base import Part, part_from_dict
 if TYPE_CHECKING:
     import torch
 
+    from haversack.kernels.format import PackedFormat
+
 
 @dataclass
 class WeightTask:
@@ -109,6 +111,8 @@ class Grid(WeightPart):
     stage: ClassVar[str] = "grid"
 
     group_size: int
+    activation_bits: int = 16
+    """Of the input as the kernel multiplies it: 16 as it is, or 8."""
 
     @property
     @abstractmethod
@@ -185,6 +189,10 @@ class Grid(WeightPart):
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `matmul` runs through on this machine."""
 
+    def packed_format(self, in_features: int) -> PackedFormat | None:
+        """The stored tensors in the kernels' words, where `codes` and `scales` (and `zeros`) are all that they read."""
+        return None
+
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
         reads."""
@@ -230,6 +238,10 @@ class Correction(WeightPart):
     @abstractmethod
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """What to add to the grid's rows, `(len(index), in_features)` float32."""
+
+    @abstractmethod
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The most bytes `rows` allocates, its result included."""
 
     @abstractmethod
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
@@ -358,7 +370,7 @@ class WeightOption:
             return 0
         result_bytes = 4 * num_rows * in_features
         after = [t.workspace_bytes(num_rows, in_features, "F32") for t in self.transforms]
-        after += [result_bytes for _ in self.corrections]
+        after += [c.rows_bytes(num_rows, in_features) for c in self.corrections]
         made = self.grid.rows_bytes(num_rows, in_features) + max(after, default=0)
         return made - result_bytes if dtype == "F32" else made
 

@@ -21,6 +21,8 @@ from haversack.parts.weights.base import Grid, ScalarCodes
 if TYPE_CHECKING:
     import torch
 
+    from haversack.kernels.format import PackedFormat
+
 _F16_MAX = 65504.0
 _BLOCK_ELEMENTS = 2**19
 """Elements that the search handles at once: a copy of them and what is offered to their groups take at most 6 MiB,
@@ -210,6 +212,11 @@ class IntegerGrid(Grid):
         from haversack.kernels.registry import kernel_name
 
         return kernel_name(num_tokens, out_features, in_features, **self._case(dtype))
+
+    def packed_format(self, in_features: int) -> PackedFormat:
+        from haversack.kernels.format import PackedFormat
+
+        return PackedFormat(self.bits, self.group_size, in_features, self.symmetric)
 
     def _case(self, dtype: str) -> dict[str, Any]:
         """The registry's words for this grid with activations of `dtype`."""

@@ -74,6 +74,10 @@ class LowRankCorrection(Correction):
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         return tensors["up"][index].float() @ tensors["down"].float()
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The result; rows of `up` as stored and in float32, and `down` in float32."""
+        return 4 * in_features * (num_rows + self.rank) + 6 * num_rows * self.rank
+
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         """Both factors in the input's dtype, what lies between them, and the result; the input and the result once more,
         since torch may copy them for thin products."""

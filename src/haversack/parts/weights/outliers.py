@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _DAMPING = 0.01
 _MAX_COLUMNS = 2**15
 _TILE_BYTES = 1 << 20
+_ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -95,25 +96,23 @@ class SparseOutliers(Correction):
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         import torch
 
-        starts = tensors["starts"].long()
-        first, counts = starts[index], starts[index + 1] - starts[index]
-        row = torch.arange(len(index)).repeat_interleave(counts)
-        place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row] + first[row]
         out = torch.zeros(len(index), in_features)
-        out[row, tensors["columns"][place].long()] = tensors["values"][place].float()
+        for some, wanted in zip(out.split(_ROWS_AT_ONCE), index.long().split(_ROWS_AT_ONCE), strict=True):
+            first, last = tensors["starts"][wanted].long(), tensors["starts"][wanted + 1].long()
+            row = torch.arange(len(wanted)).repeat_interleave(last - first)
+            place = torch.arange(len(row)) + (first - ((last - first).cumsum(0) - (last - first)))[row]
+            some[row, tensors["columns"][place].long()] = tensors["values"][place].float()
         return out
 
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The result; and the places of the outliers of some rows, which all weights there may be."""
+        return 4 * num_rows * in_features + min(num_rows, _ROWS_AT_ONCE) * (48 * in_features + 64)
+
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
-        """The result, a tile of rows (float32, then in the input's dtype) with its product, and the places of its outliers;
-        all of which may lie in one tile."""
+        """The result, a tile of rows (float32, then in the input's dtype) with its product and row numbers."""
         rows, size = min(out_features, self._tile_rows(in_features)), DTYPE_BYTES[dtype]
-        tile = rows * in_features * (4 + size) + rows * num_tokens * size + 40 * rows
-        return (
-            num_tokens * out_features * size
-            + tile
-            + 8 * (out_features + 1)
-            + 44 * self._number(out_features, in_features)
-        )
+        tile = self.rows_bytes(rows, in_features) + rows * (size * (in_features + num_tokens) + 8)
+        return num_tokens * out_features * size + tile
 
     def _number(self, out_features: int, in_features: int) -> int:
         return max(1, round(self.share * out_features * in_features))
