@@ -45,7 +45,7 @@ COMMANDS = {
     "chat": f"printf '%s\\n' 'The function returns a list of' 'The module defines' | haversack run {PACKED} --chat --max-new-tokens 24",
     "chat-full": f"tr -s ' \\n' ' ' < LICENSE | fold -w 700 | head -4 | haversack run {PACKED} --chat --max-new-tokens 16",
     "verify": f"haversack verify {PACKED}",
-    "eval-kv": f"haversack eval kv {MODEL} --kv h2o --kv gear --kv duoattention --bytes 25% --context 512 --probes 2",
+    "eval-kv": f"haversack eval kv {MODEL} --kv h2o --kv gear --kv duoattention --bytes 25% --context 512 --probes 1",
     "bad-cache": f"haversack eval kv {MODEL} --kv h2o --bytes 1% --context 512 --probes 1",
     "report": f"haversack report {PACKED} -o out/report.html",
     "methods": "haversack methods",

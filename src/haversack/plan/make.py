@@ -273,7 +273,7 @@ def _front(built: ServingProblem, solution: Solution, question: Question) -> tup
         return ()
     tier = "device"
     free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
-    neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
+    neutral = [next(i for i, c in enumerate(g.choices) if not any(as_tuple(c.damage))) for g in built.problem.groups]
     largest = free.evaluate(neutral).peak_bytes[tier]
     smallest = bound(free, "bytes").evaluation
     low = smallest.peak_bytes[tier] if smallest is not None else solution.evaluation.peak_bytes[tier]
