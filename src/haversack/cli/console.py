@@ -8,9 +8,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from haversack.ledger import Ledger
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called by jobs as they go; `total` 0 means unknown."""
@@ -57,6 +60,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
         view.add_row(*(str(cell) for cell in row))
     console = Console(width=width(), highlight=False, soft_wrap=False)
     console.print(view)
+
+
+def ledger_table(ledger: Ledger) -> None:
+    """Bytes by owner and time point; tiers other than the device's are named."""
+    from haversack.units import format_bytes
+
+    points = list(ledger.timeline)
+    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
+    rows = []
+    for owner in owners:
+        for tier in sorted({tier for point in points for tier in ledger.timeline[point].get(owner, {})}):
+            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
+            name = owner if tier == "device" else f"{owner} [{tier}]"
+            rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
+    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
+    table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
 
 
 def passing_line(what: str) -> None:

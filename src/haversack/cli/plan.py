@@ -9,7 +9,7 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
-from haversack.errors import UsageError
+from haversack.errors import UnsupportedModelError, UsageError
 from haversack.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -73,11 +73,18 @@ def plan(
     if output is not None:
         check_output(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
-    with console.progress_bar(quiet=json) as progress:
-        if calibrate or calibrating.calibration is not None:
-            answer, _ = weighed_answer(asked, described, calibrating, progress)
-        else:
-            answer = make_plan(asked.question(described, None), progress)
+    try:
+        with console.progress_bar(quiet=json) as progress:
+            if calibrate or calibrating.calibration is not None:
+                answer, _ = weighed_answer(asked, described, calibrating, progress)
+            else:
+                answer = make_plan(asked.question(described, None), progress)
+    except UnsupportedModelError as problem:
+        if output is not None or calibrate:
+            raise
+        from haversack.cli.native import print_native
+
+        return print_native(asked.question(described, None), str(problem), json=json)
     if output is not None and answer.fits:
         write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
     if json:
@@ -139,27 +146,12 @@ def print_answer(answer: Answer) -> None:
     if not answer.fits:
         console.paragraph(f"{answer.problem} {answer.cheapest_change or ''}".rstrip())
     typer.echo("")
-    _print_timeline(answer)
+    console.ledger_table(answer.plan.ledger)
+    typer.echo("")
     console.table("", ("what", "predicted"), _figures(answer))
     typer.echo("")
     console.table("", ("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
     console.notes(plan.notes)
-
-
-def _print_timeline(answer: Answer) -> None:
-    ledger = answer.plan.ledger
-    points = list(ledger.timeline)
-    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
-    rows = []
-    for owner in owners:
-        tiers = {tier for point in points for tier in ledger.timeline[point].get(owner, {})}
-        for tier in sorted(tiers):
-            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
-            name = owner if tier == "device" else f"{owner} [{tier}]"
-            rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
-    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
-    console.table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
-    typer.echo("")
 
 
 def _figures(answer: Answer) -> list[tuple[str, str]]:

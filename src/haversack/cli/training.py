@@ -127,16 +127,7 @@ def _print(answer: TrainingAnswer) -> None:
             f"shown: stage {answer.stage} of {len(answer.rank.stages)}, with {answer.rank.layers[answer.stage]} layers."
         )
     typer.echo("")
-    points = list(ledger.timeline)
-    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
-    rows = []
-    for owner in owners:
-        for tier in sorted({tier for point in points for tier in ledger.timeline[point].get(owner, {})}):
-            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
-            label = owner if tier == "device" else f"{owner} [{tier}]"
-            rows.append([label, *(format_bytes(n) if n else "-" for n in cells)])
-    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
-    console.table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
+    console.ledger_table(ledger)
 
 
 def _value(key: str, text: str, default: Any) -> Any:

@@ -24,6 +24,7 @@ from haversack.describe.weights import layer_of
 from haversack.engine.attach import PackedSite, attach, take_off
 from haversack.engine.packed_tensor import PackedMatrix
 from haversack.engine.trace import LiveBytes
+from haversack.errors import UnsupportedModelError
 from haversack.parts.weights.base import WeightOption
 
 PROBE_ATTENTION = "haversack_probe"
@@ -77,7 +78,12 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
             skeleton(input_ids=tokens, attention_mask=ones, position_ids=positions, use_cache=False, logits_to_keep=1)
         finally:
             _ACTIVE.pop()
-    attended = dict(zip(sorted(shown), probe.at_attention, strict=True))
+    attended = probe.at_attention
+    if sorted(attended) != sorted(shown):
+        raise UnsupportedModelError(
+            f"{model.name} ({model.model_type}) does not call transformers' attention function in each layer; what it "
+            "allocates there is unknown."
+        )
     return ActivationProfile(
         batch_size,
         new_tokens,
@@ -93,7 +99,7 @@ class _Probe:
     def __init__(self) -> None:
         self.live: LiveBytes | None = None
         self.at_site: dict[str, int] = {}
-        self.at_attention: list[int] = []
+        self.at_attention: dict[int, int] = {}
 
     def matrix(self, site_id: str, out_features: int, in_features: int) -> PackedMatrix:
         return _ProbeMatrix(site_id, WeightOption(), out_features, in_features, dict, self)
@@ -130,7 +136,7 @@ def _probe_attention(
     out = query.new_empty(batch_size, num_tokens, num_heads, value.shape[-1])
     probe = _ACTIVE[-1]
     assert probe.live is not None
-    probe.at_attention.append(probe.live.live_bytes)
+    probe.at_attention[module.layer_idx] = probe.live.live_bytes  # type: ignore[index]
     return out, None
 
 
