@@ -1,42 +1,52 @@
 """Answers given from a cache that was compressed after the context: KL from the full cache, exact match, bytes really held.
 
-Runs in the peers' environments. Every probe is `context`, `question`, `answer` as token ids: the context is read first, then the cache is what the
-method made of it; question and answer are fed token by token, so that each token is read from the cache and not beside it.
+Runs in the peers' environments. Every probe is a `context` and `turns`, each a question and its answer, as token ids: the context is read first, then the
+cache is what the method made of it; each turn goes on from a copy of that. Question and answer are fed token by token, so that each token is read from
+the cache and not beside it.
 """
+
+import copy
 
 
 def compare(model, probes, new_cache, compressing, held_bytes):
-    """Per probe `kl` (nats per answer token), `exact` and `share` (bytes held after the context over those of a full 16-bit cache).
+    """Per probe `kl` and `nll` (nats per answer token, over all turns), `exact` and `bytes` held after the context.
 
-    `compressing` is a context manager under which the context is read; `held_bytes(cache)` counts every layer's storages.
+    `compressing(num_tokens)` is a context manager under which a context of so many tokens is read; `held_bytes(cache)` counts every layer's storages.
     """
     import torch
     from transformers import DynamicCache
 
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    rows = {"kl": [], "exact": [], "share": []}
+    rows = {"kl": [], "nll": [], "exact": [], "bytes": []}
     with torch.inference_mode():
         for probe in probes:
-            full = DynamicCache(config=config)
+            full = DynamicCache(config=model.config)
             model(input_ids=torch.tensor([probe["context"]]), past_key_values=full, use_cache=True)
             reference = answered(model, probe, full)
             cache = new_cache()
-            with compressing():
+            with compressing(len(probe["context"])):
                 model(input_ids=torch.tensor([probe["context"]]), past_key_values=cache, use_cache=True)
-            rows["share"].append(held_bytes(cache) / (per_token * len(probe["context"])))
+            rows["bytes"].append(held_bytes(cache))
             changed = answered(model, probe, cache)
+            right = torch.tensor([token for _, answer in probe["turns"] for token in answer])
             rows["kl"].append(float((reference.exp() * (reference - changed)).sum(-1).mean()))
-            rows["exact"].append(changed.argmax(-1).tolist() == probe["answer"])
+            rows["nll"].append(-float(changed.gather(1, right[:, None]).mean()))
+            rows["exact"].append(bool((changed.argmax(-1) == right).all()))
     return rows
 
 
 def answered(model, probe, cache):
-    """Log-probabilities before each answer token, `(answer tokens, vocab_size)` float32, under teacher forcing."""
+    """Log-probabilities before each answer token of all turns, `(answer tokens, vocab_size)` float32, under teacher forcing."""
     import torch
 
-    ids = probe["question"] + probe["answer"]
+    return torch.cat([one_turn(model, probe, turn, copy.deepcopy(cache)) for turn in probe["turns"]])
+
+
+def one_turn(model, probe, turn, cache):
+    """The same of one turn; the cache is changed."""
+    import torch
+
+    question, answer = turn
+    ids = question + answer
     out = []
     for i, token in enumerate(ids[:-1]):
         position = torch.tensor([len(probe["context"]) + i])
@@ -47,7 +57,7 @@ def answered(model, probe, cache):
             position_ids=position[None],
         ).logits
         out.append(torch.log_softmax(logits[0, -1].float(), -1))
-    return torch.stack(out[-len(probe["answer"]) :])
+    return torch.stack(out[-len(answer) :])
 
 
 def distinct_bytes(tensors):

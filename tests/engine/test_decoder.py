@@ -37,7 +37,8 @@ CACHES = {
 }
 FAMILIES = {  # every family with one kind of cache; llama and gemma2 (windows, softcaps) with all
     "qwen2": ["plain"], "qwen3": ["window"], "mistral": ["packed"], "phi3": ["window-packed"], "olmo2": ["packed"],
-    "gemma3_text": ["window-packed"], "llama": list(CACHES), "gemma2": list(CACHES),
+    "gemma3_text": ["window-packed"], "gpt2": ["window"], "mixtral": ["plain"], "gpt_oss": ["window-packed"],
+    "llama": list(CACHES), "gemma2": list(CACHES),
 }  # fmt: skip
 
 
@@ -169,11 +170,29 @@ def test_a_step_allocates_nothing_that_stays():
     assert steps.program.num_bytes == held
 
 
-@pytest.mark.parametrize(("family", "reason"), [("mixtral", "mixtral"), ("gpt2", "native_layer_norm")])
-def test_what_cannot_be_compiled_is_refused_by_name(family, reason, tmp_path, monkeypatch):
+def test_what_cannot_be_compiled_is_refused_by_name(tmp_path, monkeypatch):
+    from transformers import BloomConfig
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(UnsupportedModelError, match=reason):
-        attaching.check_steps(tiny_config(family))
+    with pytest.raises(UnsupportedModelError, match="bloom: BloomForCausalLM never calls"):
+        attaching.check_steps(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=72))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_half_precision(family):
+    """The model's own float16 logits, within a few of float16's roundings of the largest."""
+    assert attaching._largest_difference(small_copy(tiny_config(family)).to(torch.float16)) <= 2.0**-8
+
+
+def test_interleaved_rotations_and_calls_of_torch():
+    """GLM turns every second channel with its neighbour; OPT looks positions up two places further on."""
+    from transformers import GlmConfig, OPTConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 72}
+    glm = GlmConfig(**sizes, intermediate_size=96, num_key_value_heads=2, head_dim=16, pad_token_id=0)
+    opt = OPTConfig(**sizes, ffn_dim=96, max_position_embeddings=256, word_embed_proj_dim=64)
+    for config in (glm, opt):
+        assert attaching._largest_difference(small_copy(config)) <= 1e-5
 
 
 def test_a_wrong_graph_is_found_by_its_logits(tmp_path, monkeypatch):

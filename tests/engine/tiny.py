@@ -36,7 +36,9 @@ def tiny_config(family: str):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = {**FAMILIES[family], "dtype": "float32"}
-    if family != "gpt2":
+    if family == "gpt2":
+        config |= {"n_positions": 128}  # it has a table of them
+    else:
         config |= {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 

@@ -255,7 +255,7 @@ def test_registered_weight_parts_are_complete():
     parts = {k: cls for k, cls in all_parts().items() if cls.resident == "weights"}
     assert {"integer", "codebook", "nearest", "hessian-feedback"} <= set(parts)
     for name, cls in parts.items():
-        assert issubclass(cls, (Grid, Rounding)) or cls.stage in ("transform", "correct"), name
+        assert issubclass(cls, (Grid, Rounding)) or cls.stage in ("transform", "correct", "code"), name
         part = cls()
         assert cls(**{k: v for k, v in part.to_dict().items() if k != "part"}) == part
         assert cls.title and cls.__doc__
@@ -366,10 +366,17 @@ def test_feedback_solves_the_recursion_of_its_source():
     assert (codes != expected).float().mean() < 0.01  # ties that float32 breaks the other way
 
 
-class UnevenToTheEye(IntegerGrid):
-    """The same grid, rounded column by column, as grids without even steps are."""
+class OpaqueIntegers(IntegerGrid):
+    """The same grid, rounded column by column, as grids of many values are."""
 
-    def even_codes(self, scales):
+    def scalar_codes(self, scales):
+        return None
+
+
+class OpaqueCodebook(CodebookGrid):
+    """The same."""
+
+    def scalar_codes(self, scales):
         return None
 
 
@@ -377,12 +384,42 @@ class UnevenToTheEye(IntegerGrid):
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True)])
 def test_compiled_codes_are_those_of_the_column_loop(bits, symmetric, rounding):
     task, rounding = task_of((70, 450), seed=11), dataclasses.replace(rounding, num_sweeps=0)
-    fast, slow = (rounding.round(task, grid(bits, 64, symmetric))[0] for grid in (IntegerGrid, UnevenToTheEye))
+    fast, slow = (rounding.round(task, grid(bits, 64, symmetric))[0] for grid in (IntegerGrid, OpaqueIntegers))
     assert (fast != slow).float().mean() < 1e-4  # a tie within float32's rounding may fall either way
 
 
+@pytest.mark.parametrize("grid", [g for g in CODEBOOK_GRIDS if g.bits <= 4], ids=str)
+def test_compiled_codes_of_tables_are_those_of_the_column_loop(grid):
+    task, rounding = task_of((70, 450), seed=11), HessianFeedback(num_sweeps=0)
+    opaque = OpaqueCodebook(grid.values, grid.group_size, grid.scales, grid.search)
+    fast, slow = (rounding.round(task, which)[0] for which in (grid, opaque))
+    assert (fast != slow).float().mean() < 1e-4  # a tie within float32's rounding may fall either way
+
+
+@pytest.mark.parametrize("grid", [*CODEBOOK_GRIDS, *TRELLIS_GRIDS[1:]], ids=str)
+def test_a_set_scale_is_what_is_stored(grid):
+    """Set to itself nothing moves; set elsewhere, the answer is what the stored bytes say, other groups left alone."""
+    weight = task_of((6, 200)).weight
+    scales = grid.fit(weight)
+    before, groups = grid.coding.values(scales).clone(), grid.num_groups(200)
+    assert torch.equal(grid.set_scale(scales, 0, before[:, 0]), before[:, 0])
+    written = grid.set_scale(scales, groups - 1, before[:, -1] * 0.8)
+    stored = grid.pack(torch.zeros(6, 200, dtype=torch.uint8), scales)
+    after = grid.coding.unpack(stored, slice(None), groups)
+    assert torch.equal(after[:, -1], written) and torch.equal(after[:, :-1], before[:, :-1])
+    assert (written - before[:, -1] * 0.8).abs().max() <= 0.5 * before.abs().max()
+
+
 @pytest.mark.parametrize(
-    "grid", [IntegerGrid(2, 64), IntegerGrid(3, 128, False), IntegerGrid(8, 0), UnevenToTheEye(3, 64)]
+    "grid",
+    [
+        IntegerGrid(2, 64),
+        IntegerGrid(3, 128, False),
+        IntegerGrid(8, 0),
+        OpaqueIntegers(3, 64),
+        CodebookGrid("max2", 32, "u4"),
+        CodebookGrid("nf4", 64),
+    ],
 )
 def test_sweeps_only_lower_the_error(grid):
     task = task_of((40, 300), seed=12)
@@ -391,7 +428,7 @@ def test_sweeps_only_lower_the_error(grid):
         codes, scales = HessianFeedback(num_sweeps=num_sweeps).round(task, grid)
         errors.append(damage(grid.dequantize(codes, scales) - task.weight, task.hessian))
     assert errors[2] <= errors[1] * 1.001 <= errors[0] * 1.002
-    assert errors[2] < (0.95 if grid.bits < 8 else 1.001) * errors[0]
+    assert errors[2] < (0.96 if grid.bits < 8 else 1.001) * errors[0]
 
 
 def test_block_size_does_not_matter():

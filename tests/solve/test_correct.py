@@ -98,8 +98,35 @@ def test_refuses_what_it_can_not_use() -> None:
     with pytest.raises(UsageError, match="max_evaluations"):
         correct(predicted, lambda _: 1.0, max_evaluations=0)
     vector = Problem((Group("g", (Choice("c", (1.0, 2.0)),)),))
-    with pytest.raises(UsageError, match="tuples"):
+    with pytest.raises(UsageError, match="1 figures were measured, but damages are of 2 probes"):
         correct(vector, lambda _: 1.0, max_evaluations=1)
+
+
+def test_the_worst_probe_decides_and_each_is_fitted_apart() -> None:
+    """Two probes whose predictions are off by other factors: the search must find what is least for the worse one."""
+    predicted, real = world()
+
+    def with_second(problem: Problem, factor: float) -> Problem:
+        def both(group: Group) -> Group:
+            weigh = factor if group.kind == "query" else 0.2
+            return replace(group, choices=tuple(replace(c, damage=(c.damage, c.damage * weigh)) for c in group.choices))
+
+        return replace(problem, groups=tuple(map(both, problem.groups)))
+
+    predicted, real = with_second(predicted, 1.0), with_second(real, 9.0)
+
+    def measure(chosen: tuple[int, ...]) -> tuple[float, ...]:
+        taken = [group.choices[i].damage for group, i in zip(real.groups, chosen)]
+        return tuple(map(sum, zip(*taken)))
+
+    states: list[dict] = []
+    found = correct(predicted, measure, max_evaluations=16, record=states.append)
+    best_possible = solve(real).objective
+    first = found.trials[0].measured
+    assert found.best.measured == max(found.best.probes) == pytest.approx(real.evaluate(found.best.chosen).damage)
+    assert first - found.best.measured >= 0.5 * (first - best_possible)
+    again = correct(predicted, measure, max_evaluations=16, state=json.loads(json.dumps(states[-1])))
+    assert again.best == found.best
 
 
 def test_stops_when_everything_was_measured() -> None:

@@ -68,13 +68,14 @@ def pack(
         found = None
         if ready is not None:
             answer = Answer(ready, fits=True, shortfall_bytes=0)
-            if not all(is_neutral(row.option) for row in ready.weights):
+            if not all(is_lossless(row.option) for row in ready.weights):
                 context_tokens = ServeWorkload.from_dict(ready.workload).context_tokens
-                found = calibrating.run(described, context_tokens, progress)
+                found = calibrating.run(described, context_tokens, progress, ready.recipes)
         else:
             answer, found = weighed_answer(asked, described, calibrating, progress)
             if json and not answer.fits:
-                console.print_json(plan_json(answer))
+                with console.reader_may_leave():
+                    console.print_json(plan_json(answer))
         statistics = None if found is None else found.statistics
         folder, notes = pack_job(described, answer.require_fit(), output, statistics=statistics, progress=progress)
     notes = (*(() if found is None else found.notes), *notes)
@@ -96,7 +97,8 @@ def _refuse_hopeless(asked: Asked, described: Model, json: bool) -> None:
     answer = hopeless(asked.question(described, None))
     if answer is not None:
         if json:
-            console.print_json(plan_json(answer))
+            with console.reader_may_leave():
+                console.print_json(plan_json(answer))
         answer.require_fit()
 
 
@@ -136,6 +138,7 @@ def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, mo
             and left.workload == question.workload.to_dict()
             and budget.kind == question.budget_kind
             and budget.max_damage == question.max_damage
+            and left.recipes == question.recipes
         )
     if not same:
         size = "the fewest bytes" if left.budget.num_bytes is None else format_bytes(left.budget.num_bytes)
@@ -147,6 +150,8 @@ def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, mo
         )
 
 
-def is_neutral(option: dict) -> bool:
-    """Whether an option of a plan changes nothing."""
-    return not option
+def is_lossless(option: dict) -> bool:
+    """Whether an option of a plan changes nothing, so that no statistics are needed for it."""
+    from haversack.parts.weights.base import WeightOption
+
+    return WeightOption.from_dict(option).lossless

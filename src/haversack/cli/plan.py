@@ -46,6 +46,8 @@ def plan(
     if task != "serve":
         if output is not None:
             raise UsageError("--output writes plans that serve; --task tune and train are printed, or given by --json.")
+        if asked.recipe:
+            raise UsageError("--recipe restricts plans that serve; leave it out with --task tune and train.")
         from haversack.cli.training import plan_training_verb
         from haversack.describe.model import describe_model
 
@@ -65,13 +67,13 @@ def plan(
         raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
     asked.check()
     from haversack.describe.model import describe_model
-    from haversack.formats.output import check_output
+    from haversack.formats.output import check_output_file
     from haversack.plan.make import make_plan
 
     if calibrating.calibration is not None:
         calibrating.text()
     if output is not None:
-        check_output(output)
+        check_output_file(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     try:
         with console.progress_bar(quiet=json) as progress:
@@ -87,10 +89,8 @@ def plan(
         return print_native(asked.question(described, None), str(problem), json=json)
     if output is not None and answer.fits:
         write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
-    if json:
-        console.print_json(plan_json(answer))
-    else:
-        print_answer(answer)
+    with console.reader_may_leave():
+        console.print_json(plan_json(answer)) if json else print_answer(answer)
     if output is not None and not answer.fits:
         write_plan(answer, output)
     return 0 if answer.fits else 1
@@ -148,9 +148,9 @@ def print_answer(answer: Answer) -> None:
     typer.echo("")
     console.ledger_table(answer.plan.ledger)
     typer.echo("")
-    console.table("", ("what", "predicted"), _figures(answer))
+    console.table(("what", "predicted"), _figures(answer))
     typer.echo("")
-    console.table("", ("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
+    console.table(("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
     console.notes(plan.notes)
 
 
@@ -184,9 +184,10 @@ def damage_words(damage: DamageRecord) -> str:
         return f"unknown{known}"
     if damage.nats == 0:
         return "none: everything stays as it is"
+    probed = f"; worst probe {damage.worst_probe} {damage.probes[damage.worst_probe]:.4g}" if damage.worst_probe else ""
     has_span = damage.low is not None and damage.high is not None and damage.low < damage.high
     span = f", {damage.low:.3g} to {damage.high:.3g}" if has_span else ""
-    return f"{damage.nats:.4g} nats per token ({damage.label}{span})"
+    return f"{damage.nats:.4g} nats per token ({damage.label}{span}){probed}"
 
 
 def _mix(answer: Answer) -> list[tuple[str, str, str, str, str]]:

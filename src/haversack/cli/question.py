@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -35,6 +36,9 @@ MAX_TOKENS, MAX_USERS, MAX_CACHED_TOKENS = 10**8, 10**6, 10**11
 """Bounds of sense, so that a slipped digit is told before it overflows. The last is of all users together."""
 
 DEFAULT_EVALUATIONS = 6
+PLANNED = ("weights", "kv")
+"""Residents that a plan to serve chooses options for."""
+
 PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 
 
@@ -61,6 +65,12 @@ class Asked:
         float | None, typer.Option("--min-tokens-per-second", help="A bound on decoding speed, summed over users.")
     ] = None
     placement: Annotated[str, typer.Option("--placement", help="auto, resident, mapped or streamed.")] = "auto"
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe", metavar="ID", help="Offer weights (or caches) this recipe's options alone; repeatable."
+        ),
+    ] = None
     machine: Annotated[
         str | None, typer.Option("--machine", help="A named machine, or a machine file; this one if left out.")
     ] = None
@@ -86,7 +96,16 @@ class Asked:
             )
         if self.budget_text is not None:
             parse_budget(self.budget_text, available_bytes=2**60)  # any machine's memory will do to see nonsense
+        if self.recipe:
+            from haversack.recipes.base import check_recipes
+
+            check_recipes(self.recipe, PLANNED)
         self._check_lengths()
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The recipes that the question is restricted to, each once."""
+        return tuple(sorted(set(self.recipe or ())))
 
     @property
     def budget_text(self) -> str | None:
@@ -134,6 +153,7 @@ class Asked:
             max_damage=self.max_damage,
             placement="resident" if lossless and self.placement == "auto" else self.placement,  # type: ignore[arg-type]
             lossless=lossless,
+            recipes=self.recipes,
             weight_damages=None if calibration is None else calibration.weight_damages,
             kv_damages=None if calibration is None else calibration.kv_damages,
         )
@@ -189,13 +209,19 @@ class Calibrating:
         ),
     ] = None
 
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Weigh caches head by head on recall probes too; the worst probe decides.")
+    ] = False
+
     def text(self) -> str:
         """The file's text, or the built-in one. Raises UsageError where there is none to calibrate on."""
         return calibration_text(self.calibration, self.calibration_tokens)
 
-    def run(self, model: Model, context_tokens: int, progress: Progress) -> Calibration:
+    def run(self, model: Model, context_tokens: int, progress: Progress, recipes: tuple[str, ...] = ()) -> Calibration:
         """Calibrate a model. Raises InterruptedJobError on Ctrl-C."""
-        return calibration_for(model, self.calibration, self.calibration_tokens, context_tokens, progress)
+        return calibration_for(
+            model, self.calibration, self.calibration_tokens, context_tokens, progress, recipes, probes=self.probes
+        )
 
 
 def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
@@ -230,31 +256,58 @@ def weighed_answer(
     asked: Asked, model: Model, calibrating: Calibrating, progress: Progress
 ) -> tuple[Answer, Calibration | None]:
     """The plan, and the calibration that it rests on: none where everything fits as it is, or where nothing can."""
+    from haversack.cost.lossless import lossless_damages
     from haversack.plan.make import hopeless, make_plan
 
     if asked.budget_text is not None:
         answer = make_plan(asked.question(model, None, lossless=True), progress)
         if answer.fits:
             return answer, None
-        if (too_large := hopeless(asked.question(model, None))) is not None:
+        if _may_fit_in_codes(answer):
+            damages = lossless_damages(model, asked.recipes, progress)
+            question = dataclasses.replace(asked.question(model, None, lossless=True), weight_damages=damages)
+            if (answer := make_plan(question, progress)).fits:
+                return answer, None
+        # heads weighed one by one are offered less than any recipe's option takes, so that only calibrating tells
+        if not calibrating.probes and (too_large := hopeless(asked.question(model, None))) is not None:
             return too_large, None
     # Something must be lost, or the fewest bytes were asked for: find out where it hurts least.
-    found = calibrating.run(model, asked.workload(model).context_tokens, progress)
+    found = calibrating.run(model, asked.workload(model).context_tokens, progress, asked.recipes)
     meter = meter_for(found, calibrating.evaluations, progress)
     return make_plan(asked.question(model, found), progress, meter), found
 
 
+def _may_fit_in_codes(answer: Answer) -> bool:
+    """Whether what is short may be had of the weights without loss: worth reading them all to know."""
+    from haversack.cost.lossless import LEAST_SHARE
+
+    return 0 < answer.shortfall_bytes < (1 - LEAST_SHARE) * sum(row.neutral_bytes for row in answer.plan.weights)
+
+
 def calibration_for(
-    model: Model, file: Path | None, num_tokens: int, context_tokens: int, progress: Progress
+    model: Model,
+    file: Path | None,
+    num_tokens: int,
+    context_tokens: int,
+    progress: Progress,
+    recipes: tuple[str, ...] = (),
+    *,
+    probes: bool = False,
 ) -> Calibration:
-    """Calibrate a model on a file's text, or on the built-in text. Raises InterruptedJobError on Ctrl-C."""
+    """Calibrate a model on a file's text, or on the built-in text, for options of `recipes` alone if named. Raises InterruptedJobError on Ctrl-C."""
     from haversack.cost.calibrated import calibrate_model
     from haversack.errors import InterruptedJobError
 
     text = calibration_text(file, num_tokens)
     try:
         return calibrate_model(
-            model, text, num_tokens=num_tokens, kv_capacity_tokens=min(context_tokens, 1024), progress=progress
+            model,
+            text,
+            num_tokens=num_tokens,
+            kv_capacity_tokens=min(context_tokens, 1024),
+            recipes=recipes,
+            probes=probes,
+            progress=progress,
         )
     except KeyboardInterrupt:
         raise InterruptedJobError(

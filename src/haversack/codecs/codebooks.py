@@ -7,7 +7,8 @@
     fp8          e4m3 without infinities (Micikevicius et al. 2022, arXiv 2209.05433, section 3); codes are its bits
     int2 to int4 integers around zero, -2^(bits-1) to 2^(bits-1) - 1, rising
     max2 to max4 4, 8 and 16 values of least squared error for a normal distribution of deviation 1 (Max 1960,
-                 "Quantizing for minimum distortion", table 1); codes count from the lowest value up
+                 "Quantizing for minimum distortion", table 1), to bfloat16's precision, which kernels multiply; codes count
+                 from the lowest value up
 
 A second zero and not-a-numbers are never chosen; they decode to 0.
 """
@@ -148,7 +149,14 @@ def _max_quantizer(num_values: int) -> tuple[float, ...]:
     for _ in range(2000):
         borders = [0.0, *((a + b) / 2 for a, b in pairwise(positive)), math.inf]
         positive = [_normal_mean(low, high) for low, high in pairwise(borders)]
+    positive = [_bf16(value) for value in positive]
     return tuple([-value for value in reversed(positive)] + positive)
+
+
+def _bf16(value: float) -> float:
+    """The nearest number of 8 significant bits."""
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(fraction * 256), exponent - 8)
 
 
 def _normal_mean(low: float, high: float) -> float:

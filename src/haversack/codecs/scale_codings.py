@@ -4,7 +4,8 @@
     e8m0       1 byte per group: 2^(code - 127), as in the OCP microscaling formats (Rouhani et al. 2023, arXiv
                2310.10537); the code 0 is read as 0, for groups of zeros
     s4 s6      second-level scales: signed integers of 4 or 6 bits per group, times one float16 per *superblock* of 256
-               columns. At groups of 32 columns and 6 bits that is 0.25 bits per weight where f16 takes 0.5.
+               columns; the product is rounded to float16, which is what kernels read. At groups of 32 columns and 6 bits
+               that is 0.25 bits per weight where f16 takes 0.5.
     u4 u6      the same without a sign, for tables that are symmetric about zero
 
 Layout `scales-v1` of the integers: the codes of a superblock, padded with zeros to a multiple of 4, take `bits * n / 8`
@@ -57,6 +58,10 @@ class ScaleCoding(ABC):
         """float32 scales `(rows, groups)` of a working state, or of some groups of it."""
 
     @abstractmethod
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        """Write what is storable nearest to `wanted` `(rows,)` for one group, others left alone; returns it, float32."""
+
+    @abstractmethod
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         """The stored tensors of a working state."""
 
@@ -84,6 +89,10 @@ class F16Scales(ScaleCoding):
     def values(self, state: Tensors, groups: slice | torch.Tensor | None = None) -> torch.Tensor:
         return (state["scales"] if groups is None else state["scales"][:, groups]).float()
 
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        state["scales"][:, group] = _to_f16(wanted)
+        return state["scales"][:, group].float()
+
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         return {"scales": state["scales"].contiguous()}
 
@@ -105,6 +114,10 @@ class PowerOfTwoScales(ScaleCoding):
 
         exponent = torch.log2(wanted.clamp_min(2.0**-_E8M0_BIAS)).round_().add_(_E8M0_BIAS)
         return {"scales": exponent.clamp_(0, 254).to(torch.uint8)}
+
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        state["scales"][:, group] = self.encode(wanted)["scales"]
+        return self.values(state, slice(group, group + 1))[:, 0]
 
     def values(self, state: Tensors, groups: slice | torch.Tensor | None = None) -> torch.Tensor:
         import torch
@@ -156,7 +169,16 @@ class SuperblockScales(ScaleCoding):
 
         index = torch.arange(state["scales"].shape[1])
         index = index if groups is None else index[groups]
-        return state["scales"][:, index].float() * state["superscales"][:, index // self.num_groups].float()
+        scales = state["scales"][:, index].float() * state["superscales"][:, index // self.num_groups].float()
+        return _to_f16(scales).float()
+
+    def set_group(self, state: Tensors, group: int, wanted: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        scale = state["superscales"][:, group // self.num_groups].float()
+        codes = torch.where(scale == 0, 0.0, wanted / scale).round_().clamp_(self._low, self._high)
+        state["scales"][:, group] = codes.to(torch.int8)
+        return _to_f16(codes * scale).float()
 
     def pack(self, state: Tensors) -> dict[str, torch.Tensor]:
         import torch
@@ -186,7 +208,7 @@ class SuperblockScales(ScaleCoding):
             high = packed[..., half:]
             codes |= torch.cat([(high >> shift & 3) << 4 for shift in (0, 2, 4, 6)], -1)
         values = codes[..., : self.num_groups].float().add_(self._low).mul_(superscales.float()[..., None])
-        return values.flatten(1)[:, :groups]
+        return _to_f16(values.flatten(1)[:, :groups]).float()
 
     def neighbours(self, state: Tensors) -> Iterator[dict[str, torch.Tensor]]:
         import torch

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 
 from haversack._version import __version__
+from haversack.cost.cache_damages import MAX_SECONDS, cache_damages, head_options, measure_heads, probe_rows
 from haversack.cost.damage import NONE, Damage
-from haversack.cost.single_changes import is_small, measure_cache_options, measure_weight_options, stage_model
+from haversack.cost.lossless import holding
+from haversack.cost.single_changes import Rows, is_small, measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
@@ -40,12 +42,13 @@ from haversack.errors import CheckpointError, UsageError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.nearest import NearestRounding
+from haversack.probes.suite import Task
 from haversack.recipes.base import candidate_options
 
 SAMPLED_ROWS = 512
 """Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
 
-_VERSION = 2
+_VERSION = 3
 """Counts changes of how damages are found; part of their file's name."""
 
 _TINY = 1e-30
@@ -63,6 +66,10 @@ class Calibration:
     weight_damages: Mapping[str, Mapping[WeightOption, Damage]]
     kv_damages: Mapping[str, Mapping[KVOption, Damage]]
     notes: tuple[str, ...]
+    tasks: tuple[Task, ...] = ()
+    """Probes that steer the search over whole plans, where plans are judged by probes."""
+    judge_tasks: tuple[Task, ...] = ()
+    """Others, that judge the plan that is kept."""
 
 
 def cache_folder() -> Path:
@@ -78,10 +85,14 @@ def calibrate_model(
     num_tokens: int = 32_768,
     seq_len: int = 512,
     kv_capacity_tokens: int = 1024,
+    recipes: tuple[str, ...] = (),
+    probes: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Calibrate a described folder on `text`, or read what an earlier call left.
+    """Calibrate a described folder on `text`, or read what an earlier call left. `recipes` restricts what is weighed, as in
+    `plan.question.Question`.
 
+    With `probes` caches are weighed head by head on probes of `kv_capacity_tokens` besides text, and plans are judged by the worst.
     Raises UsageError for an empty text and CheckpointError where the model has no weights.
     """
     if model.folder is None:
@@ -93,28 +104,89 @@ def calibrate_model(
     settings = CalibrationSettings()
     statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=progress)
     table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
-    proxies = _weight_damages(model, statistics, table, tell)
+    offered = candidate_options("weights", recipes)
+    proxies = _weight_damages(model, statistics, offered, table, tell)
     staged, scratch = stage_model(model), statistics.folder / "scratch"
     some = windows.search[:: 2 if is_small(model) else 4]
     weight_damages = measure_weight_options(staged, some, statistics, proxies, table, _key, scratch, tell)
-    kv_damages = _kv_damages(staged, windows.calibration, kv_capacity_tokens, table, scratch, tell)
-    return Calibration(model, windows, statistics, weight_damages, kv_damages, windows.notes)
+    found = Calibration(model, windows, statistics, weight_damages, {}, windows.notes)
+    if probes:
+        length = min(kv_capacity_tokens, model.max_positions or kv_capacity_tokens)
+        tasks, judges = (probe_tasks(model, text, length, seed) for seed in (1, 2))
+        kv_damages = probed_caches(
+            staged, tasks, windows.calibration.reshape(-1).tolist(), length, table, scratch, tell
+        )
+        return dataclasses.replace(found, kv_damages=kv_damages, tasks=tasks, judge_tasks=judges)
+    caches = [o for o in candidate_options("kv", recipes) if not o.is_neutral]
+    kv_damages = _kv_damages(staged, windows.calibration, caches, kv_capacity_tokens, table, scratch, tell)
+    return dataclasses.replace(found, kv_damages=kv_damages)
+
+
+def probe_tasks(model: Model, text: str, cache_tokens: int, seed: int, num_per_kind: int = 1) -> tuple[Task, ...]:
+    """Probes that fit a cache of `cache_tokens`. Raises UsageError where it is too short, or the tokenizer can't be probed with."""
+    from haversack.probes.suite import LEAST_CONTEXT_TOKENS, TURNS_TOKENS, make_suite
+
+    context_tokens = cache_tokens - TURNS_TOKENS
+    if context_tokens < LEAST_CONTEXT_TOKENS:
+        raise UsageError(
+            f"probes take {LEAST_CONTEXT_TOKENS + TURNS_TOKENS} tokens, but the context has {cache_tokens}; plan a longer one, or without --probes."
+        )
+    try:
+        tokenizer, text = open_tokenizer(model), text[:PROBE_TEXT_CHARACTERS]
+        with quiet_transformers():
+            return make_suite(tokenizer, text, context_tokens=context_tokens, num_per_kind=num_per_kind, seed=seed)
+    except ValueError as error:
+        raise UsageError(f"{model.folder} can't be probed: {error}; plan without --probes.") from None
+
+
+def probed_caches(
+    staged: StreamedModel,
+    tasks: Sequence[Task],
+    text_ids: Sequence[int],
+    length: int,
+    table: Rows,
+    scratch: Path,
+    tell: Progress,
+    max_seconds: float = MAX_SECONDS,
+) -> dict[str, dict[KVOption, Damage]]:
+    """Every layer's options made of its heads', weighed on probes."""
+    rows = probe_rows(tasks, text_ids, length)
+    heads = measure_heads(staged, rows, head_options(length), table, scratch, tell, max_seconds)
+    return cache_damages(staged.described, heads, length)
+
+
+PROBE_TEXT_CHARACTERS = 1 << 18
+"""Of the calibration text: needles are set into it, and it is tokenized once."""
 
 
 def token_ids_of(model: Model, text: str) -> list[int]:
     """A text's token ids. Raises CheckpointError where the folder has no usable tokenizer."""
+    try:
+        with quiet_transformers():  # it warns of long texts, which are cut later
+            return open_tokenizer(model)(text, add_special_tokens=False)["input_ids"]
+    except CheckpointError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
+        raise _no_tokenizer(model, error) from None
+
+
+def open_tokenizer(model: Model) -> Any:
+    """The folder's tokenizer. Raises CheckpointError where there is no usable one."""
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():  # it warns of long texts, which are cut later
-            tokenizer = AutoTokenizer.from_pretrained(model.folder)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
-        reason = " ".join(str(error).split())[:160].rstrip(".")
-        raise CheckpointError(
-            f"{model.folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
-            "tokenizer_config.json there."
-        ) from None
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(model.folder)
+    except Exception as error:  # as above
+        raise _no_tokenizer(model, error) from None
+
+
+def _no_tokenizer(model: Model, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:160].rstrip(".")
+    return CheckpointError(
+        f"{model.folder} has no usable tokenizer ({type(error).__name__}: {reason}); copy tokenizer.json and "
+        "tokenizer_config.json there."
+    )
 
 
 def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> torch.Tensor:
@@ -145,19 +217,29 @@ class _Table:
 
 
 def _weight_damages(
-    model: Model, statistics: Statistics, table: _Table, tell: Progress
+    model: Model, statistics: Statistics, offered: Sequence[WeightOption], table: _Table, tell: Progress
 ) -> dict[str, dict[WeightOption, Damage]]:
     assert model.folder is not None
     checkpoint = Checkpoint.open(model.folder)
-    options = [o for o in candidate_options("weights") if _worth_weighing(o)]
+    options = _worth_weighing([option for option in offered if option.code is None])
+    codes = [option for option in offered if option.code is not None]
     out: dict[str, dict[WeightOption, Damage]] = {}
     for done, site in enumerate(model.weights):
         tell("weighing options", done, len(model.weights))
         out[site.id] = {WeightOption(): NONE}
+        row = f"code {site.id} {[option.label for option in codes]}"
+        weighed = site.id not in statistics or all(_key(site.id, option) in table.rows for option in options)
+        if row not in table.rows or not weighed:
+            weight = require_finite(read_site(checkpoint, site), site.id)
+        if row not in table.rows:
+            found = holding(codes, site, weight)
+            table.add(row, None if found is None else codes.index(found))
+        if (place := table.rows[row]) is not None:
+            out[site.id][codes[place]] = NONE
         if site.id not in statistics:
             continue
-        if any(_key(site.id, option) not in table.rows for option in options):
-            weigh = _Weigher(site, require_finite(read_site(checkpoint, site), site.id).float(), statistics[site.id])
+        if not weighed:
+            weigh = _Weigher(site, weight.float(), statistics[site.id])
             for option, nats in weigh.damages(options).items():
                 table.add(_key(site.id, option), nats)
         for option in options:
@@ -167,9 +249,14 @@ def _weight_damages(
     return out
 
 
-def _worth_weighing(option: WeightOption) -> bool:
+def _worth_weighing(offered: Sequence[WeightOption]) -> list[WeightOption]:
     """With statistics at hand, second-order feedback is never worse than nearest rounding at the same bytes."""
-    return option.rounding is not None and "hessian" in option.rounding.needs
+    better = {
+        dataclasses.replace(option, rounding=NearestRounding())
+        for option in offered
+        if option.rounding is not None and "hessian" in option.rounding.needs
+    }
+    return [option for option in offered if option not in better]
 
 
 class _Weigher:
@@ -190,9 +277,20 @@ class _Weigher:
         """Nats per token of every option.
 
         Nearest rounding is weighed for all of them, in milliseconds. What a rounding with feedback gains over it, a factor
-        that belongs to the site's statistics more than to the grid, is weighed at the fewest and the median bytes and
-        interpolated in the logarithm of the nearest damage.
+        that belongs to the site's statistics more than to the grid, is weighed for every kind of option at the fewest and
+        the median bytes and interpolated in the logarithm of the nearest damage.
         """
+        kinds: dict[object, list[WeightOption]] = {}
+        for option in options:
+            kinds.setdefault((type(option.grid), option.transforms, option.rounding, option.corrections), []).append(
+                option
+            )
+        return {option: nats for kind in kinds.values() for option, nats in self._damages_of_kind(kind).items()}
+
+    def _damages_of_kind(self, options: Sequence[WeightOption]) -> dict[WeightOption, float]:
+        """The same for options that differ in their grids' settings alone."""
+        if options[0].rounding == NearestRounding() or len(options) <= 2:
+            return {option: self.damage(option) for option in options}
         nearest = {o: self.damage(dataclasses.replace(o, rounding=NearestRounding())) for o in options}
         ordered = sorted(options, key=lambda o: nearest[o])
         probes = [ordered[len(ordered) // 2], ordered[-1]]
@@ -215,11 +313,16 @@ class _Weigher:
 
 
 def _kv_damages(
-    staged: StreamedModel, token_ids: torch.Tensor, capacity_tokens: int, table: _Table, scratch: Path, tell: Progress
+    staged: StreamedModel,
+    token_ids: torch.Tensor,
+    options: Sequence[KVOption],
+    capacity_tokens: int,
+    table: _Table,
+    scratch: Path,
+    tell: Progress,
 ) -> dict[str, dict[KVOption, Damage]]:
     """Every layer's cache under every option measured alone; where time ran out, the mean of the layers that were."""
     model = staged.described
-    options = [o for o in candidate_options("kv") if not o.is_neutral]
     length = min(capacity_tokens, model.max_positions or capacity_tokens)
     rows = token_windows(token_ids.reshape(-1).tolist(), 2 if is_small(model) else 1, length)
     measure_cache_options(staged, rows, options, table, _key, scratch, tell)

@@ -74,7 +74,7 @@ class Serving:
     machine: Machine
     prefill: ActivationProfile
     decode: ActivationProfile
-    step: StepForecast = StepForecast(0, 0)
+    step: StepForecast
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -149,12 +149,18 @@ def weight_candidates(
                     stored_bytes=stored_bytes,
                     prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
                     decode_bytes=serving.decode_bytes(serving.decode.at_site[site.id]) + decode_workspace,
-                    seconds=stored_bytes * share / serving.read_rate,
+                    seconds=_seconds(serving, site, option, stored_bytes, share),
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
                 )
             )
     return out
+
+
+def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int, share: float) -> float:
+    """Reading the share of a matrix that one decode step needs, and decoding it where no kernel multiplies as it reads."""
+    decoded = round(site.num_parameters * share)
+    return stored_bytes * share / serving.read_rate + option.decode_seconds(decoded) / max(1, serving.machine.cores)
 
 
 def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]) -> list[KVCandidate]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -20,16 +21,27 @@ LABELS = ("measured", "proxied", "cited", "unknown")
 
 @dataclass(frozen=True)
 class Damage:
-    """`nats` per token (None where unknown), how it is known, its range and its source."""
+    """`nats` per token (None where unknown), how it is known, its range and its source.
+
+    `probes` are nats per answer token of probes (`haversack.probes.suite`), by kind, where they were measured.
+    """
 
     nats: float | None
     label: str
     low: float | None = None
     high: float | None = None
     source: str = ""
+    probes: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"nats": self.nats, "label": self.label, "low": self.low, "high": self.high, "source": self.source}
+        facts = {"nats": self.nats, "label": self.label, "low": self.low, "high": self.high, "source": self.source}
+        return {**facts, "probes": dict(self.probes)}
+
+    def on(self, kinds: Sequence[str]) -> float | tuple[float, ...]:
+        """What the solver adds up: the text's nats, and, where there are `kinds` of probes, theirs; text's stand in for a probe not measured."""
+        nats = self.nats or 0.0
+        found = dict(self.probes)
+        return (nats, *(found.get(kind, nats) for kind in kinds)) if kinds else nats
 
 
 NONE = Damage(0.0, "measured", 0.0, 0.0, "the checkpoint's own dtype, untouched")

@@ -6,6 +6,7 @@ that follows the published setting everywhere sums to the published figure, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from haversack.cost.damage import NONE, Damage, cited_weight_damages, worst_label
@@ -13,6 +14,7 @@ from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
+from haversack.solve.problem import as_tuple
 
 UNKNOWN_ORDER = {8: 1e-4, 4: 1e-2, 3: 0.1, 2: 1.0}
 """Order among options whose damage nobody published, in nats for a whole model: it ranks them for the solver and is never
@@ -84,10 +86,12 @@ def total_damage(parts: Sequence[Damage]) -> Damage:
         low = sum(part.low or 0.0 for part in known)
         return Damage(None, "unknown", low or None, None, sources)
     nats = sum(part.nats or 0.0 for part in parts)
+    kinds = dict.fromkeys(kind for part in parts for kind, _ in part.probes)
+    probes = tuple((kind, math.fsum(as_tuple(part.on([kind]))[1] for part in parts)) for kind in kinds)
     has_range = all(part.low is not None and part.high is not None for part in parts)
     low_sum = sum(part.low or 0.0 for part in parts) if has_range else None
     high_sum = sum(part.high or 0.0 for part in parts) if has_range else None
-    return Damage(nats, label, low_sum, high_sum, sources)
+    return Damage(nats, label, low_sum, high_sum, sources, probes)
 
 
 def damage_table(

@@ -41,6 +41,8 @@ class ServingProblem:
     weights: Mapping[str, Mapping[str, WeightCandidate]]
     kv: Mapping[str, Mapping[str, KVCandidate]]
     fixed: Mapping[str, int]
+    kinds: tuple[str, ...] = ()
+    """Probes that damages are of, beside text: positions 1 and on of every choice's damage."""
 
     def candidates(self, chosen: Mapping[str, str]) -> tuple[list[WeightCandidate], list[KVCandidate]]:
         """The candidates behind a solution (group id -> choice id)."""
@@ -96,6 +98,7 @@ def serving_problem(
     streamed: list[str] = []
     margin = _buffer_margin_bytes(weights)
     running: dict[str, list[str]] = {"prefill": ["prefill base"], "decode": ["decode base"]}
+    kinds = tuple(dict.fromkeys(kind for row in kv for c in row for kind, _ in c.damage.probes))
     for row in weights:
         site = row[0].site
         weight_rows[site.id] = {c.id: c for c in row}
@@ -104,13 +107,13 @@ def serving_problem(
         if site.layer is not None and any(c.placement.mode == "streamed" for c in row):
             layers.add(site.layer)
             streamed.append(f"streamed {site.id}")
-        groups.append(Group(site.id, tuple(_weight_choice(c, margin) for c in row), kind=site.role))
+        groups.append(Group(site.id, tuple(_weight_choice(c, margin, kinds) for c in row), kind=site.role))
     for kv_row in kv:
         kv_site = kv_row[0].site
         kv_rows[kv_site.id] = {c.id: c for c in kv_row}
         for point in running:
             running[point].append(f"{point} {kv_site.id}")
-        groups.append(Group(kv_site.id, tuple(_kv_choice(c) for c in kv_row), kind="kv"))
+        groups.append(Group(kv_site.id, tuple(_kv_choice(c, kinds) for c in kv_row), kind="kv"))
     base = {f"{point} base": serving.base_bytes(point) for point in running}
     groups.append(Group("activations", (Choice("as traced", account_bytes=base),)))
 
@@ -133,7 +136,7 @@ def serving_problem(
         max_seconds=max_seconds,
         max_damage=max_damage,
     )
-    return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v})
+    return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v}, kinds)
 
 
 def generation_bytes(serving: Serving) -> int:
@@ -178,7 +181,7 @@ def _buffer_margin_bytes(weights: Sequence[Sequence[WeightCandidate]]) -> int:
     return PAGE_BYTES + (1 + cuts) * RUN_MARGIN_BYTES
 
 
-def _weight_choice(c: WeightCandidate, buffer_margin_bytes: int) -> Choice:
+def _weight_choice(c: WeightCandidate, buffer_margin_bytes: int, kinds: Sequence[str]) -> Choice:
     accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes}
     if c.placement.mode == "resident":
         accounts[WEIGHTS] = c.stored_bytes
@@ -187,9 +190,9 @@ def _weight_choice(c: WeightCandidate, buffer_margin_bytes: int) -> Choice:
         apart = sum(tensor.num_bytes % ALIGNMENT_BYTES > 0 for tensor in stored)  # files put these behind the others
         accounts[f"window {c.site.layer}"] = c.stored_bytes + apart * RUN_MARGIN_BYTES
         accounts[f"streamed {c.site.id}"] = buffer_margin_bytes
-    return Choice(c.id, c.damage.nats or 0.0, (c.seconds, c.disk_seconds), accounts)
+    return Choice(c.id, c.damage.on(kinds), (c.seconds, c.disk_seconds), accounts)
 
 
-def _kv_choice(c: KVCandidate) -> Choice:
+def _kv_choice(c: KVCandidate, kinds: Sequence[str]) -> Choice:
     accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes, KV: c.stored_bytes}
-    return Choice(c.id, c.damage.nats or 0.0, (c.seconds, 0.0), accounts)
+    return Choice(c.id, c.damage.on(kinds), (c.seconds, 0.0), accounts)

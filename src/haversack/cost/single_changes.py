@@ -116,7 +116,7 @@ def measure_weight_options(
         return downstream.measure(changes)
 
     keyed = [{key(site.id, option): (site, option) for site, option in batch} for batch in batches]
-    _run_stage("weights", keyed, measure, model, token_ids, rows, scratch, tell)
+    run_stage("weights", keyed, measure, model, token_ids, rows, scratch, tell)
     found = {
         site_id: {o: rows.rows[_row(key(site_id, o))] for o in table if _row(key(site_id, o)) in rows.rows}
         for site_id, table in proxies.items()
@@ -144,7 +144,7 @@ def measure_cache_options(
     def measure(downstream: Downstream, batch: Sequence[tuple]) -> dict[str, float]:
         return downstream.measure([CacheChange(key(site.id, option), site, option) for site, option in batch])
 
-    _run_stage("caches", batches, measure, model, token_ids, rows, scratch, tell)
+    run_stage("caches", batches, measure, model, token_ids, rows, scratch, tell)
 
 
 def corrected(
@@ -188,7 +188,7 @@ def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
     return points[-1][1]
 
 
-def _run_stage(
+def run_stage(
     name: str,
     batches: Sequence[Mapping[str, tuple]],
     measure: Callable,
@@ -197,8 +197,11 @@ def _run_stage(
     rows: Rows,
     scratch: Path,
     tell: Progress,
+    *,
+    scored: Mapping[str, torch.Tensor] | None = None,
+    max_seconds: float | None = None,
 ) -> None:
-    """Measure batch after batch, until all are or its seconds have passed."""
+    """Measure batch after batch, until all are or its seconds have passed. `scored` are a probe's places (see `Downstream`)."""
     from haversack.engine.downstream import Downstream
 
     total = sum(map(len, batches))
@@ -207,17 +210,17 @@ def _run_stage(
     if total == 0 or ended in rows.rows:
         return
     what = f"measuring {name} site by site"
-    limit = MAX_SMALL_SECONDS if is_small(model.described) else MAX_SECONDS
+    limit = max_seconds or (MAX_SMALL_SECONDS if is_small(model.described) else MAX_SECONDS)
     started, done = time.monotonic(), 0
     tell(what, 0, total)
-    downstream = Downstream(model, token_ids, scratch)
+    downstream = Downstream(model, token_ids, scratch, scored)
     for batch in batches:
         missing = {k: pair for k, pair in batch.items() if _row(k) not in rows.rows}
         if missing and time.monotonic() - started > limit:
             break
         if missing:
             for k, nats in measure(downstream, list(missing.values())).items():
-                rows.add(_row(k), max(0.0, nats))
+                rows.add(_row(k), nats if isinstance(nats, dict) else max(0.0, nats))
         done += len(batch)
         tell(what, done, total)
     rows.add(ended, f"{done} of {total}")

@@ -12,6 +12,7 @@ positions. Registering happens on import, and again is harmless.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from haversack.parts.kv.attention import as_block, attend_blocks, key_block_toke
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from haversack.parts.kv.attention import Block
 
 NAME = "haversack"
@@ -46,6 +49,21 @@ def register() -> None:
     """Make `attn_implementation="haversack"` known to transformers: the attention and, with it, the mask."""
     ALL_ATTENTION_FUNCTIONS.register(NAME, haversack_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, haversack_mask)
+
+
+@contextmanager
+def registered(model: PreTrainedModel, name: str, attention: Any) -> Iterator[None]:
+    """The model attends by `attention`, with our mask function, and as before afterwards: for looking at what passes."""
+    before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, haversack_mask)
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def haversack_mask(

@@ -11,8 +11,9 @@ for every change of the layer in hand.
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from haversack.engine.layers import StreamedModel, matrix_view
 from haversack.parts.kv.base import KVOption
 
 HEAD_TOKENS = 512
+ANSWER_TOKENS = 64
 CHUNK_TOKENS = 256
 """Tokens that a changed cache takes at a time: what it holds of earlier ones is what a prefill in chunks reads."""
 
@@ -61,12 +63,28 @@ Change = MatrixChange | CacheChange
 
 
 class Downstream:
-    """Measures changes of one model on fixed tokens `(sequences, tokens)`; its files lie in `scratch` until `close`."""
+    """Measures changes of one model on fixed tokens `(sequences, tokens)`; its files lie in `scratch` until `close`.
 
-    def __init__(self, model: StreamedModel, token_ids: torch.Tensor, scratch: str | Path):
+    `scored` names places `(sequences, tokens)` bool whose predictions are measured apart: a probe's answers (default: "text",
+    everywhere). Answers stand in the last `ANSWER_TOKENS`, which a cache reads after all before was stored.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        token_ids: torch.Tensor,
+        scratch: str | Path,
+        scored: Mapping[str, torch.Tensor] | None = None,
+    ):
         check_token_ids(token_ids, model.described)
         self.model, self.token_ids = model, token_ids
         self.num_sequences, num_tokens = token_ids.shape
+        everywhere = torch.ones(token_ids.shape, dtype=torch.bool)
+        self.scored = dict(scored) if scored is not None else {"text": everywhere}
+        edges = range(0, num_tokens, CHUNK_TOKENS)
+        if scored is not None and num_tokens > ANSWER_TOKENS:
+            edges = (*range(0, num_tokens - ANSWER_TOKENS, CHUNK_TOKENS), num_tokens - ANSWER_TOKENS)  # type: ignore[assignment]
+        self._chunks = [slice(a, b) for a, b in itertools.pairwise((*edges, num_tokens))]
         self._folder = Path(scratch)
         self._states = HiddenStates(self._folder, num_tokens, model.described.hidden_size, model.compute_dtype)
         self._prepare()
@@ -90,9 +108,18 @@ class Downstream:
                     self._advance(layer, self._clean(layer), after)
                 self._states.finish(f"clean-{layer + 1}")
 
-    @torch.no_grad()
     def measure(self, changes: Sequence[Change]) -> dict[str, float]:
-        """Nats per token of each change alone, by key. All are of one layer, or all of no layer."""
+        """Nats per token of each change alone, by key, over all scored places. All are of one layer, or all of no layer."""
+        counts = {name: int(places.sum()) for name, places in self.scored.items()}
+        found = self.measure_apart(changes)
+        return {
+            key: sum(nats * counts[name] for name, nats in by_name.items()) / sum(counts.values())
+            for key, by_name in found.items()
+        }
+
+    @torch.no_grad()
+    def measure_apart(self, changes: Sequence[Change]) -> dict[str, dict[str, float]]:
+        """The same, by key and by name of scored places."""
         where = {change.layer for change in changes}
         assert len(where) == 1, "changes of one layer go through the rest together"
         layer = where.pop()
@@ -126,8 +153,7 @@ class Downstream:
         plan = KVPlan(sites, options, 1, self.token_ids.shape[1], DTYPE_NAMES[self.model.compute_dtype])
         for i in range(self.num_sequences):
             cache = HaversackCache(plan)
-            for start in range(0, hidden.shape[1], CHUNK_TOKENS):
-                part = slice(start, start + CHUNK_TOKENS)
+            for part in self._chunks:
                 after[i : i + 1, part] = self.model.run_layer_cached(change.site.layer, hidden[i : i + 1, part], cache)
 
     def _start_outside(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> None:
@@ -142,20 +168,25 @@ class Downstream:
                     for i in range(self.num_sequences):
                         state[i : i + 1] = embed(self.token_ids[i : i + 1])
 
-    def _divergences(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> dict[str, float]:
+    def _divergences(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> dict[str, dict[str, float]]:
         last = self._clean(self.model.num_layers)
-        total = dict.fromkeys((change.key for change in changes), 0.0)
+        total = {change.key: dict.fromkeys(self.scored, 0.0) for change in changes}
         with self.model.after_layers() as logits_of:
             for i in range(self.num_sequences):
                 for start in range(0, last.shape[1], HEAD_TOKENS):
                     part = slice(start, start + HEAD_TOKENS)
+                    if not any(places[i, part].any() for places in self.scored.values()):
+                        continue
                     reference = logits_of(last[i : i + 1, part]).float().log_softmax(-1)
                     p = reference.exp()
                     for change, state in zip(changes, states, strict=True):
                         with self._replaced(change):
                             changed = logits_of(state[i : i + 1, part]).float().log_softmax(-1)
-                        total[change.key] += float((changed.neg_().add_(reference).mul_(p)).sum())
-        return {key: value / self.token_ids.numel() for key, value in total.items()}
+                        nats = changed.neg_().add_(reference).mul_(p).sum(-1)[0]
+                        for name, places in self.scored.items():
+                            total[change.key][name] += float(nats[places[i, part]].sum())
+        counts = {name: int(places.sum()) for name, places in self.scored.items()}
+        return {key: {name: nats / counts[name] for name, nats in row.items()} for key, row in total.items()}
 
     def _is_loaded(self, site: WeightSite) -> bool:
         return not self.model.module.get_parameter(f"{site.module}.{site.parameter}").is_meta

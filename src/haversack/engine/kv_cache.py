@@ -241,6 +241,17 @@ class HaversackCache(Cache):
         """Bytes held now over all layers."""
         return sum(layer.store.num_bytes() for layer in self.planned if layer.store is not None)
 
+    def copy(self) -> HaversackCache:
+        """Another cache that goes on from here; as many bytes again."""
+        first = self.planned[0]
+        other = HaversackCache(self.plan, batch_size=first.batch_size, capacity_tokens=first.capacity_tokens)
+        for mine, its in zip(self.planned, other.planned):
+            if mine.store is not None:
+                its.store = mine.store.resized(torch.arange(mine.store.batch_size))
+                its.is_initialized = True
+            its.columns = mine.columns
+        return other
+
     def save(self, path: str | Path, *, model_fingerprint: str) -> None:
         """Write every layer's state to one safetensors file, whole or not at all, bound to the plan and to the model that filled it."""
         tensors: dict[str, torch.Tensor] = {}
@@ -279,8 +290,7 @@ class HaversackCache(Cache):
                     dtype=plan.dtype,
                     device=device,
                 )
-                names = [*layer.store.tensors, "rows"]
-                layer.store.load_state({name: file.get_tensor(f"{i}.{name}") for name in names})
+                layer.store.load_state({name: file.get_tensor(f"{i}.{name}") for name in layer.store.state()})
                 layer.columns = int(about["columns"])
                 layer.is_initialized = True
         return cache

@@ -34,7 +34,7 @@ from haversack.parts.weights.base import WeightOption
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYOUTS = {"rows-v1": 1, "scales-v1": 1}
+LAYOUTS = {"rows-v1": 1, "scales-v1": 1, "huffman-v1": 1}
 """Layouts of stored tensors that this version reads."""
 
 

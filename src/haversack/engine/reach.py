@@ -8,18 +8,14 @@ masks that only the mask knows, all show up as a difference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from haversack.describe.site import AttentionSite
-from haversack.engine.attention import NAME, haversack_attention, haversack_mask, register
+from haversack.engine.attention import NAME, haversack_attention, register, registered
 from haversack.engine.kv_cache import DTYPE_NAMES, HaversackCache, KVPlan
 from haversack.errors import HaversackError, UnsupportedModelError
 from haversack.parts.kv.base import KVOption
@@ -104,7 +100,7 @@ def observe_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
         )
         return haversack_attention(module, query, key, value, *args, **kwargs)
 
-    with _registered(model, _OBSERVER, observe), torch.no_grad():
+    with registered(model, _OBSERVER, observe), torch.no_grad():
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
     if not seen:
         raise UnsupportedModelError(f"{type(model).__name__} never calls the attention function that was set")
@@ -138,20 +134,6 @@ def _largest_difference(model: PreTrainedModel) -> float:
         pieces.append(output.logits)
     difference = (torch.cat(pieces, dim=1) - expected).abs().amax(-1)[real.bool()].max() / expected.abs().max()
     return float(difference) if difference.isfinite() else float("inf")
-
-
-@contextmanager
-def _registered(model: PreTrainedModel, name: str, attention: Any) -> Iterator[None]:
-    before = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, haversack_mask)
-    try:
-        model.set_attn_implementation(name)
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def _shrink(config: PretrainedConfig) -> None:

@@ -236,7 +236,8 @@ def _kernels(packed: Any) -> dict[str, list[str]]:
     for site in packed.described.weights:
         option = WeightOption.from_dict(packed.folder.manifest.sites[site.id].option)
         names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
-        label = "as is" if option.grid is None else option.grid.label
+        stored = option.code or option.grid
+        label = "as is" if stored is None else stored.label
         found.setdefault(", ".join(dict.fromkeys(names)), set()).add(label)
     plan = packed.kv_plan
     for site, kv in zip(plan.sites, plan.options):

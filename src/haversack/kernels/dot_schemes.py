@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS
 from haversack.kernels.format import PackedFormat
-from haversack.kernels.ir import Function, Value, constant, splat_constant, vector, zeros
+from haversack.kernels.ir import Function, Value, constant, float_constant, splat_constant, vector, zeros
 from haversack.kernels.llvm import Target
 
 
@@ -371,8 +371,7 @@ def _bf16_table(values: Sequence[float]) -> Value:
 
 def _float_table(values: Sequence[float]) -> Value:
     """Sixteen floats: the values, repeated. Spelled as the bits of a double, which holds them exactly."""
-    rounded = [struct.unpack("<f", struct.pack("<f", value))[0] for value in values]
-    return constant("float", [f"0x{struct.pack('>d', value).hex().upper()}" for value in rounded] * (16 // len(values)))
+    return constant("float", [float_constant(value) for value in values] * (16 // len(values)))
 
 
 def _is_bf16(value: float) -> bool:

@@ -29,11 +29,13 @@ def round_block(
     zero: torch.Tensor,
     error: torch.Tensor,
     num_codes: int,
+    table: tuple[float, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 and changes float32, both `(columns, rows)`, of one block of columns; `error` `(rows,)` grows.
 
     `target` and `weight` are `(columns, rows)`, `feedback` `(columns, columns)`, `square` `(columns,)`, `scale` and
-    `zero` `(groups, rows)`, `group` `(columns,)` int64: the formulas are `ir_feedback`'s. All float32 and contiguous,
+    `zero` `(groups, rows)`, `group` `(columns,)` int64: the formulas are `ir_feedback`'s, with a `table` of rising values
+    those of tables, which read no `zero`. All float32 and contiguous,
     `rows` as `padded_rows` gives. Differs from doing it by torch's operations in the order of float sums alone.
     """
     columns, rows = target.shape
@@ -57,11 +59,11 @@ def round_block(
     words = [tensors[name].data_ptr() if name in tensors else 0 for name in JOB]
     words[JOB.index("columns")], words[JOB.index("rows")] = columns, rows
     job = (ctypes.c_int64 * len(JOB))(*words)
-    run = _FUNCTION(_module(num_codes).address("run"))
+    run = _FUNCTION(_module(num_codes, table).address("run"))
     run(ctypes.addressof(job), parallel_address(), torch.get_num_threads())
     return codes, change
 
 
 @cache
-def _module(num_codes: int) -> CompiledModule:
-    return compile_text(feedback_text(num_codes), host_target())
+def _module(num_codes: int, table: tuple[float, ...] | None) -> CompiledModule:
+    return compile_text(feedback_text(num_codes, table), host_target())

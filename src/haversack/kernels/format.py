@@ -12,6 +12,9 @@ from haversack.errors import UsageError
 WHOLE_ROW = 0
 """`group_size` of a matrix with one scale per row."""
 
+MAX_TABLE = 16
+"""Values of a table that kernels hold in registers: 4 bits."""
+
 SCALE_BYTES = {"f16": 2, "e8m0": 1}
 """How scales are stored, and the bytes of one."""
 

@@ -5,6 +5,7 @@ Only what the kernels here need. Types are LLVM's own spelling (`<16 x float>`),
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
@@ -208,6 +209,12 @@ def constant(element: str, values: Sequence[int | float | str]) -> Value:
 
 def zeros(type_: str) -> Value:
     return Value(type_, "zeroinitializer")
+
+
+def float_constant(value: float) -> str:
+    """The float32 nearest to a number, exactly, as LLVM spells floats: the bits of the double that equals it."""
+    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
+    return f"0x{struct.pack('>d', rounded).hex().upper()}"
 
 
 def splat_constant(type_: str, value: int | str) -> Value:

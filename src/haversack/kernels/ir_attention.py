@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from haversack.kernels.dot_schemes import multiply_add
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
-from haversack.kernels.ir_float import bf16_of, bf16_to_float, half_to_float
+from haversack.kernels.ir_float import bits_of, converts_half, floats_of, half_to_float
 from haversack.kernels.llvm import Target
 
 _F16 = "<16 x float>"
@@ -102,7 +102,7 @@ def supports(
     def whole(channels: int, bits: int) -> bool:
         return channels % (16 * 8 // bits if bits else 16) == 0
 
-    converts = dtype != "float16" or target.has("f16c") or target.has("avx512f") or target.has("neon")
+    converts = dtype != "float16" or converts_half(target)
     return (
         dtype in ("float32", "bfloat16", "float16")
         and converts
@@ -618,19 +618,13 @@ def _numbers(
 
 def _load_floats(f: Function, dtype: str, pointer: Value, target: Target) -> Value:
     """Sixteen numbers of `dtype` as float32."""
-    if dtype == "float32":
-        return f.load(_F16, pointer, 4)
-    bits = f.load("<16 x i16>", pointer, 2)
-    return bf16_to_float(f, bits) if dtype == "bfloat16" else half_to_float(f, bits, target)
+    size = _float_bytes(dtype)
+    return floats_of(f, f.load(_F16 if size == 4 else "<16 x i16>", pointer, size), dtype, target)
 
 
 def _store_floats(f: Function, dtype: str, value: Value, pointer: Value, target: Target) -> None:
     """Sixteen float32 as numbers of `dtype`, to nearest even."""
-    if dtype == "bfloat16":
-        value = bf16_of(f, value, target)
-    elif dtype == "float16":
-        value = f.cast("fptrunc", value, "<16 x half>")
-    f.store(value, pointer, _float_bytes(dtype))
+    f.store(bits_of(f, value, dtype, target), pointer, _float_bytes(dtype))
 
 
 def exponential(f: Function, x: Value) -> Value:

@@ -9,11 +9,15 @@ k, in group g of the grid:
 
     wanted = target[k] - sum_{j<k} feedback[k, j] change[j]        code = clamp(rint(wanted inverse[g]) + zero[g], 0, last)
     change[k] = (code - zero[g]) scale[g] - weight[k]              error += square[k] ((code - zero[g]) scale[g] - wanted)^2
+
+With a table of rising values, the code is the place of the value nearest to `wanted inverse[g]`, and stands for that value.
 """
 
 from __future__ import annotations
 
-from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
+from itertools import pairwise
+
+from haversack.kernels.ir import Function, Module, Value, float_constant, splat_constant, vector
 from haversack.kernels.ir_team import add_record_entry
 
 LANES, NUM_VECTORS = 16, 4
@@ -44,19 +48,19 @@ _NUMBERS = ("columns", "rows")
 _FLOATS = vector(LANES, "float")
 
 
-def feedback_text(num_codes: int) -> str:
-    """The whole module, entry `run`, for a grid of codes from 0 to `num_codes - 1`."""
+def feedback_text(num_codes: int, table: tuple[float, ...] | None = None) -> str:
+    """The whole module, entry `run`, for a grid of codes from 0 to `num_codes - 1`, or into a table of rising values."""
     module = Module()
     add_record_entry(
         module,
         [("i64" if name in _NUMBERS else "ptr", name) for name in JOB],
         lambda f, at: f.binary("udiv", at["rows"], TURN_ROWS),
-        lambda f, at, number: _turn(f, num_codes, at, number),
+        lambda f, at, number: _turn(f, num_codes, table, at, number),
     )
     return module.text()
 
 
-def _turn(f: Function, num_codes: int, at: dict[str, Value], number: Value) -> None:
+def _turn(f: Function, num_codes: int, table: tuple[float, ...] | None, at: dict[str, Value], number: Value) -> None:
     column_bytes = f.times(at["rows"], 4)
     feedback_bytes = f.times(at["columns"], 4)
     first = f.times(number, TURN_ROWS)
@@ -77,16 +81,22 @@ def _turn(f: Function, num_codes: int, at: dict[str, Value], number: Value) -> N
 
         wanted = f.loop(k, vectors("target", k), earlier)
         group = f.load("i64", f.offset(at["group"], f.times(k, 8)), 8)
-        scale, inverse, zero = (vectors(name, group) for name in ("scale", "inverse", "zero"))
+        scale, inverse = (vectors(name, group) for name in ("scale", "inverse"))
+        zero = vectors("zero", group) if table is None else []
         weight = vectors("weight", k)
         here = f.binary("add", f.binary("mul", k, at["rows"]), first)
         square = f.splat(f.load("float", f.offset(at["square"], f.times(k, 4)), 4), LANES)
         summed = []
         for v in range(NUM_VECTORS):
             place = f.binary("add", here, LANES * v)
-            whole = f.call(_FLOATS, f"llvm.rint.v{LANES}f32", f.binary("fmul", wanted[v], inverse[v]))
-            code = _clamped(f, f.binary("fadd", whole, zero[v]), num_codes - 1)
-            value = f.binary("fmul", f.binary("fsub", code, zero[v]), scale[v])
+            unit = f.binary("fmul", wanted[v], inverse[v])
+            if table is None:
+                whole = f.call(_FLOATS, f"llvm.rint.v{LANES}f32", unit)
+                code = _clamped(f, f.binary("fadd", whole, zero[v]), num_codes - 1)
+                unit = f.binary("fsub", code, zero[v])
+            else:
+                code, unit = _nearest(f, unit, table)
+            value = f.binary("fmul", unit, scale[v])
             f.store(f.cast("fptoui", code, vector(LANES, "i8")), f.offset(at["codes"], place))
             f.store(f.binary("fsub", value, weight[v]), f.offset(at["change"], f.times(place, 4)), 4)
             off = f.binary("fsub", value, wanted[v])
@@ -96,6 +106,17 @@ def _turn(f: Function, num_codes: int, at: dict[str, Value], number: Value) -> N
     before = [f.load(_FLOATS, f.offset(error, 4 * LANES * v), 4) for v in range(NUM_VECTORS)]
     for v, value in enumerate(f.loop(at["columns"], before, column)):
         f.store(value, f.offset(error, 4 * LANES * v), 4)
+
+
+def _nearest(f: Function, unit: Value, table: tuple[float, ...]) -> tuple[Value, Value]:
+    """Place and value of the nearest entry: one comparison per border between neighbours."""
+    code, value = splat_constant(_FLOATS, "0.0"), splat_constant(_FLOATS, float_constant(table[0]))
+    for place, (low, high) in enumerate(pairwise(table), 1):
+        border = splat_constant(_FLOATS, float_constant((low + high) / 2))
+        beyond = f.value(vector(LANES, "i1"), f"fcmp ogt {unit}, {border.name}")
+        code = f.value(_FLOATS, f"select {beyond}, {splat_constant(_FLOATS, f'{place}.0')}, {code}")
+        value = f.value(_FLOATS, f"select {beyond}, {splat_constant(_FLOATS, float_constant(high))}, {value}")
+    return code, value
 
 
 def _add_product(f: Function, a: Value, b: Value, c: Value) -> Value:

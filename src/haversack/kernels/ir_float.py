@@ -9,11 +9,33 @@ from haversack.kernels.ir import Function, Value, lanes_of, splat_constant, vect
 from haversack.kernels.llvm import Target
 
 
+def converts_half(target: Target) -> bool:
+    """Whether the CPU converts between float16 and float32 itself."""
+    return target.has("f16c") or target.has("avx512f") or target.has("neon")
+
+
+def floats_of(f: Function, bits: Value, dtype: str, target: Target) -> Value:
+    """float32 of a vector as it was loaded: floats, or i16 of bfloat16 or float16."""
+    if dtype == "float32":
+        return bits
+    return bf16_to_float(f, bits) if dtype == "bfloat16" else half_to_float(f, bits, target)
+
+
+def bits_of(f: Function, value: Value, dtype: str, target: Target) -> Value:
+    """A vector of float32 as it is stored in `dtype`, to nearest even: floats, or i16. float16 wants `converts_half`."""
+    if dtype == "float32":
+        return value
+    if dtype == "bfloat16":
+        return bf16_of(f, value, target)
+    lanes = lanes_of(value.type)
+    return f.cast("bitcast", f.cast("fptrunc", value, vector(lanes, "half")), vector(lanes, "i16"))
+
+
 def half_to_float(f: Function, bits: Value, target: Target) -> Value:
     """float32 of float16 bits (a vector of i16). By integers: exact for finite values, subnormals included."""
     lanes = lanes_of(bits.type)
     type_ = vector(lanes, "float")
-    if target.has("f16c") or target.has("avx512f") or target.has("neon"):
+    if converts_half(target):
         return f.cast("fpext", f.cast("bitcast", bits, vector(lanes, "half")), type_)
     wide = vector(lanes, "i32")
     word = f.cast("zext", bits, wide)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from haversack.kernels.ir import Function, Module, Value, splat_constant, zeros
 from haversack.kernels.ir_attention import exponential
-from haversack.kernels.ir_float import bf16_of, bf16_to_float
+from haversack.kernels.ir_float import bits_of, floats_of
 from haversack.kernels.llvm import Target
 
 _F16 = "<16 x float>"
@@ -24,7 +24,7 @@ _LANES = 16
 RECORD = ("next", "num_rows", "parallel", "threads")
 """First 64-bit words of a record; the program's pointers follow."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -171,41 +171,57 @@ def _add_mean(f: Function, step: RowStep, source: tuple[Operand, Value], out: Va
 def _load(f: Function, operand: Operand, pointer: Value, i: Value | int, lanes: int, target: Target) -> Value:
     """`lanes` numbers from `i` on as float32 (zero beyond), or one number everywhere where the stride is 0."""
     stride, size = operand.strides[-1], DTYPE_BYTES[operand.dtype]
+    element = "float" if size == 4 else "i16"
+    type_ = f"<{_LANES} x {element}>"
     if stride == 0:
-        if operand.dtype == "float32":
-            return f.splat(f.load("float", pointer, 4), _LANES)
-        return f.splat(bf16_to_float(f, f.load("i16", pointer, 2)), _LANES)
-    assert stride == 1
-    element = "float" if operand.dtype == "float32" else "i16"
-    place = f.offset(pointer, f.times(i, size) if isinstance(i, Value) else i * size)
-    if lanes == _LANES:
-        found = f.load(f"<16 x {element}>", place, size)
+        found = f.splat(f.load(element, pointer, size), _LANES)
+    elif stride > 1:
+        found = zeros(type_)
+        for lane in range(lanes):
+            one = f.load(element, _element(f, pointer, i, lane, stride, size), size)
+            found = f.value(type_, f"insertelement {found}, {one}, i32 {lane}")
+    elif lanes == _LANES:
+        found = f.load(type_, _element(f, pointer, i, 0, 1, size), size)
     else:
-        kind = "f32" if element == "float" else element
-        mask = ", ".join(f"i1 {str(lane < lanes).lower()}" for lane in range(_LANES))
-        type_ = f"<16 x {element}>"
+        kind = "f32" if size == 4 else element
         f.module.declare(f"declare {type_} @llvm.masked.load.v16{kind}.p0(ptr, i32, <16 x i1>, {type_})")
+        place = _element(f, pointer, i, 0, 1, size)
         found = f.value(
             type_,
-            f"call {type_} @llvm.masked.load.v16{kind}.p0({place}, i32 {size}, <16 x i1> <{mask}>, {type_} zeroinitializer)",
+            f"call {type_} @llvm.masked.load.v16{kind}.p0({place}, i32 {size}, <16 x i1> <{_mask(lanes)}>, {type_} zeroinitializer)",
         )
-    return found if element == "float" else bf16_to_float(f, found)
+    return floats_of(f, found, operand.dtype, target)
 
 
 def _store(
     f: Function, operand: Operand, value: Value, pointer: Value, i: Value | int, lanes: int, target: Target
 ) -> None:
-    size = DTYPE_BYTES[operand.dtype]
-    place = f.offset(pointer, f.times(i, size) if isinstance(i, Value) else i * size)
-    if operand.dtype == "bfloat16":
-        value = bf16_of(f, value, target)
+    stride, size = operand.strides[-1], DTYPE_BYTES[operand.dtype]
+    value = bits_of(f, value, operand.dtype, target)
+    element = "float" if size == 4 else "i16"
+    if stride > 1:
+        for lane in range(lanes):
+            one = f.value(element, f"extractelement {value}, i32 {lane}")
+            f.store(one, _element(f, pointer, i, lane, stride, size), size)
+        return
+    place = _element(f, pointer, i, 0, 1, size)
     if lanes == _LANES:
         f.store(value, place, size)
         return
-    kind = "f32" if operand.dtype == "float32" else "i16"
-    mask = ", ".join(f"i1 {str(lane < lanes).lower()}" for lane in range(_LANES))
+    kind = "f32" if size == 4 else element
     f.module.declare(f"declare void @llvm.masked.store.v16{kind}.p0({value.type}, ptr, i32, <16 x i1>)")
-    f.do(f"call void @llvm.masked.store.v16{kind}.p0({value}, {place}, i32 {size}, <16 x i1> <{mask}>)")
+    f.do(f"call void @llvm.masked.store.v16{kind}.p0({value}, {place}, i32 {size}, <16 x i1> <{_mask(lanes)}>)")
+
+
+def _mask(lanes: int) -> str:
+    return ", ".join(f"i1 {str(lane < lanes).lower()}" for lane in range(_LANES))
+
+
+def _element(f: Function, pointer: Value, i: Value | int, lane: int, stride: int, size: int) -> Value:
+    """Where number `i + lane` of an axis lies whose numbers are `stride` apart, as the halves of an interleaved rotation."""
+    step = stride * size
+    start = f.offset(pointer, f.times(i, step) if isinstance(i, Value) else i * step)
+    return f.offset(start, lane * step) if lane else start
 
 
 def _unary(intrinsic: str) -> Callable[[Function, Value], Value]:
@@ -253,10 +269,28 @@ def _gelu_tanh(f: Function, x: Value) -> Value:
     return f.binary("fmul", f.binary("fmul", x, splat_constant(_F16, _constant(0.5))), grown)
 
 
+def _gelu(f: Function, x: Value) -> Value:
+    """x / 2 (1 + erf(x / sqrt(2))), with erf to 1.5e-7 (Abramowitz and Stegun, formula 7.1.26)."""
+    one = splat_constant(_F16, _constant(1.0))
+    size = f.binary("fmul", f.call(_F16, "llvm.fabs.v16f32", x), splat_constant(_F16, _constant(0.5**0.5)))
+    t = _one_over(f, f.binary("fadd", one, f.binary("fmul", size, splat_constant(_F16, _constant(0.3275911)))))
+    total = splat_constant(_F16, _constant(_ERF[-1]))
+    for coefficient in reversed(_ERF[:-1]):
+        total = f.binary("fadd", f.binary("fmul", total, t), splat_constant(_F16, _constant(coefficient)))
+    power = _exp(f, f.value(_F16, f"fneg {f.binary('fmul', size, size)}"))
+    tail = f.binary("fmul", f.binary("fmul", total, t), power)  # 1 - erf(|x| / sqrt(2))
+    half = f.binary("fmul", x, splat_constant(_F16, _constant(0.5)))
+    negative = f.value("<16 x i1>", f"fcmp olt {x}, zeroinitializer")
+    above = f.binary("fsub", splat_constant(_F16, _constant(2.0)), tail)
+    return f.binary("fmul", half, f.value(_F16, f"select {negative}, {tail}, {above}"))
+
+
 def _relu(f: Function, x: Value) -> Value:
     more = f.value("<16 x i1>", f"fcmp ogt {x}, zeroinitializer")
     return f.value(_F16, f"select {more}, {x}, {_F16} zeroinitializer")
 
+
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
     "add": _arithmetic("fadd"),
@@ -266,12 +300,14 @@ _FUNCTIONS: dict[str, Callable[..., Value]] = {
     "copy": lambda f, x: x,
     "neg": lambda f, x: f.value(_F16, f"fneg {x}"),
     "square": lambda f, x: f.binary("fmul", x, x),
+    "cube": lambda f, x: f.binary("fmul", f.binary("fmul", x, x), x),
     "sqrt": _unary("sqrt"),
     "rsqrt": lambda f, x: _one_over(f, f.call(_F16, "llvm.sqrt.v16f32", x)),
     "reciprocal": _one_over,
     "sigmoid": _sigmoid,
     "silu": _silu,
     "tanh": _tanh,
+    "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "relu": _relu,
 }

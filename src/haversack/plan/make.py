@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from haversack.cost.candidates import Serving, kv_candidates, weight_candidates
 from haversack.cost.damage import Damage
 from haversack.cost.damages import damage_table, unknown_kv_damages
+from haversack.cost.lossless import without_loss
 from haversack.cost.serving import ServingProblem, serving_problem
 from haversack.describe.workload import check_positions
 from haversack.engine.decoder.forecast import forecast_step
@@ -100,7 +101,9 @@ def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
         return _solve_with(question, serving, (Mapped(),))
     if question.placement == "streamed":
         return _solve_streamed(question, serving, (streamed,))
-    problem, solution = _solve_with(question, serving, (resident,))
+    # Where nothing is lost whatever is chosen, time decides.
+    minimise: Literal["damage", "seconds"] = "seconds" if question.lossless else "damage"
+    problem, solution = _solve_with(question, serving, (resident,), minimise=minimise)
     is_short = bool(solution.evaluation.excess_bytes)  # else a bound on speed or damage is missed: no disk mends that
     if solution.fits or question.placement == "resident" or not is_short:
         return problem, solution
@@ -127,8 +130,8 @@ def hopeless(question: Question) -> Answer | None:
     if question.budget_bytes is None:
         return None
     unknown = Damage(None, "unknown")
-    weight_options = dict.fromkeys([WeightOption(), *candidate_options("weights")], unknown)
-    kv_options = dict.fromkeys([KVOption(), *candidate_options("kv")], unknown)
+    weight_options = dict.fromkeys([WeightOption(), *_uncoded(question)], unknown)
+    kv_options = dict.fromkeys([KVOption(), *candidate_options("kv", question.recipes)], unknown)
     free = dataclasses.replace(
         question,
         max_damage=None,
@@ -190,8 +193,9 @@ def _built(
     question: Question, serving: Serving, placements: Sequence[Placement], *, lossless: bool = False
 ) -> ServingProblem:
     model, lossless = question.model, lossless or question.lossless
-    options: tuple[WeightOption, ...] = () if lossless else candidate_options("weights")
-    damages = damage_table(model, options, None if lossless else question.weight_damages)
+    damages = damage_table(model, () if lossless else _uncoded(question), question.weight_damages)
+    if lossless:
+        damages = without_loss(damages)
     weights = [
         weight_candidates(serving, site, _bounded(damages[site.id], question), _placements(site.layer, placements))
         for site in model.weights
@@ -201,7 +205,7 @@ def _built(
         if question.kv_damages is not None and not lossless:
             kv_damages: Mapping[KVOption, Damage] = question.kv_damages[site.id]
         else:
-            kv_damages = unknown_kv_damages(model, site, () if lossless else candidate_options("kv"))
+            kv_damages = unknown_kv_damages(model, site, () if lossless else candidate_options("kv", question.recipes))
         kv.append(kv_candidates(serving, site, _bounded(kv_damages, question)))
     speed = question.workload.min_tokens_per_second
     max_seconds = None if speed is None else question.workload.users / speed
@@ -217,6 +221,11 @@ def _built(
 
 
 Option = TypeVar("Option", WeightOption, KVOption)
+
+
+def _uncoded(question: Question) -> list[WeightOption]:
+    """Options offered whatever the weights are: whether a code holds a matrix, only its values say."""
+    return [option for option in candidate_options("weights", question.recipes) if option.code is None]
 
 
 def _bounded(damages: Mapping[Option, Damage], question: Question) -> Mapping[Option, Damage]:

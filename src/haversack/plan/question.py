@@ -29,6 +29,7 @@ class Question:
 
     `budget_kind` "process" counts the whole process's peak, "tensor" our tensors only. `placement` "auto" keeps weights
     resident and streams from disk only where nothing resident fits. `lossless` offers only what changes no value.
+    `recipes` are ids: of weights and caches, those that one is for are offered nothing but such recipes and `as is`.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Question:
     weight_damages: Mapping[str, Mapping[WeightOption, Damage]] | None = None
     kv_damages: Mapping[str, Mapping[KVOption, Damage]] | None = None
     lossless: bool = False
+    recipes: tuple[str, ...] = ()
 
     @property
     def runtime_bytes(self) -> int:

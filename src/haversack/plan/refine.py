@@ -25,7 +25,9 @@ from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.site import WeightSite
 from haversack.engine.measure import DamageMeter
+from haversack.engine.probe_meter import ProbeMeter, mean_kl
 from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.probes.suite import Task
 from haversack.solve.correct import Trial, correct, solution_hash
 from haversack.solve.exact import Solution
 
@@ -37,7 +39,7 @@ SOLVE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Refined:
-    """The best measured solution; `damage` is its KL on windows that chose nothing, `trials` all that were measured."""
+    """The best measured solution; `damage` is its KL on windows, and probes, that chose nothing, `trials` all that were measured."""
 
     solution: Solution
     damage: Damage
@@ -91,18 +93,45 @@ class PlanMeter:
     def judge(self, built: ServingProblem, chosen: Sequence[int]) -> Damage:
         """KL of one solution on the windows that no search saw, with its range."""
         self._meter.use(self.calibration.windows.judge)
-        return promised(self._kl(built, chosen), self._meter.entropy())
+        changed, caches = self._changes(built, chosen)
+        damage = promised(self._meter.kl_per_token(changed, caches), self._meter.entropy())
+        if not built.kinds:
+            return damage
+        found = self._probes(self._judging_probes, changed, caches)
+        return replace(damage, probes=tuple((kind, found[kind]) for kind in built.kinds))
 
-    def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float:
-        """KL in nats per token of one solution, on the windows of the search."""
+    def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float | tuple[float, ...]:
+        """KL in nats per token of one solution, on the windows of the search; then of each probe's answers, where plans are judged by them."""
         self._meter.use(self.calibration.windows.search)
-        return float(self._kl(built, chosen).mean())
+        changed, caches = self._changes(built, chosen)
+        text = float(self._meter.kl_per_token(changed, caches).mean())
+        if not built.kinds:
+            return text
+        found = self._probes(self._steering_probes, changed, caches)
+        return (text, *(found[kind] for kind in built.kinds))
 
-    def _kl(self, built: ServingProblem, chosen: Sequence[int]) -> torch.Tensor:
+    def _changes(self, built: ServingProblem, chosen: Sequence[int]) -> tuple[dict, dict]:
         weights, kv = built.candidates(built.problem.describe(chosen))
         changed = {c.site.id: (c.option, self.tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
-        caches = {c.site.id: c.option for c in kv if not c.option.is_neutral}
-        return self._meter.kl_per_token(changed, caches)
+        return changed, {c.site.id: c.option for c in kv if not c.option.is_neutral}
+
+    @cached_property
+    def _steering_probes(self) -> ProbeMeter:
+        return self._probe_meter(self.calibration.tasks)
+
+    @cached_property
+    def _judging_probes(self) -> ProbeMeter:
+        return self._probe_meter(self.calibration.judge_tasks)
+
+    def _probe_meter(self, tasks: Sequence[Task]) -> ProbeMeter:
+        model = self.calibration.model
+        meter = ProbeMeter(self._meter.model, model.attention, model.dtype, tasks)
+        meter.scores({})  # the reference, while the weights are the checkpoint's
+        return meter
+
+    def _probes(self, meter: ProbeMeter, changed: dict, caches: dict) -> dict[str, float]:
+        with self._meter.changed(changed):
+            return mean_kl(meter.scores(caches, against_own=False))
 
     def _digest(self, built: ServingProblem, solution: Solution) -> str:
         capacity = built.problem.capacity_bytes.get("device", 0)

@@ -28,13 +28,20 @@ class _Strict(BaseModel):
 
 
 class DamageRecord(_Strict):
-    """Nats per token with its label; `low` and `high` are the range where one is known."""
+    """Nats per token with its label; `low` and `high` are the range where one is known. `probes` are nats per answer token by
+    kind of probe, where plans are judged by the worst of them."""
 
     nats: float | None
     label: Literal["measured", "proxied", "cited", "unknown"]
     low: float | None = None
     high: float | None = None
     source: str = ""
+    probes: dict[str, float] = {}
+
+    @property
+    def worst_probe(self) -> str | None:
+        """The kind of probe that loses most."""
+        return max(self.probes, key=lambda kind: self.probes[kind], default=None)
 
 
 class WeightChoice(_Strict):
@@ -111,7 +118,7 @@ class Solve(_Strict):
 
 
 class Plan(_Strict):
-    """A whole plan for serving."""
+    """A whole plan for serving. `recipes` are those that the question was restricted to."""
 
     version: Literal[1] = 1
     haversack: str
@@ -124,6 +131,7 @@ class Plan(_Strict):
     kv: tuple[KVChoice, ...]
     prediction: Prediction
     solve: Solve
+    recipes: tuple[str, ...] = ()
     front: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     prediction_hash: str = ""
@@ -134,6 +142,8 @@ class Plan(_Strict):
         data["weights"] = [[w.site, w.option, w.placement, w.stored_bytes] for w in self.weights]
         data["kv"] = [[k.site, k.option, k.stored_bytes] for k in self.kv]
         data["prediction"] = self.prediction.model_dump(mode="json")
+        if not self.prediction.damage.probes:  # as in plans from before there were probes
+            del data["prediction"]["damage"]["probes"]
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from haversack.describe.parallel import Parallelism
 from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
+from haversack.plan.search import largest_that
 from haversack.recipes.base import optimizer_option
 from haversack.units import format_bytes
 
@@ -81,11 +82,11 @@ def plan_training(question: TrainingQuestion) -> TrainingAnswer:
     divide."""
     optimizer_option(question.workload.optimizer)
     check_positions(question.workload, question.model.max_positions, question.model.name)
-    answer = _answer(question)
+    answer = answer_training(question)
     if answer.fits:
         return answer
     for change, other in _changes(question):
-        if _answer(other).fits:
+        if answer_training(other).fits:
             return dataclasses.replace(answer, cheapest_change=f"It would fit with {change}.")
     needed = format_bytes(answer.ledger.peak()[1])
     return dataclasses.replace(
@@ -109,30 +110,13 @@ def largest(question: TrainingQuestion, what: str) -> int | None:
 
     def fits(value: int) -> bool:
         workload = dataclasses.replace(question.workload, **{field: value})  # type: ignore[arg-type]
-        return _answer(dataclasses.replace(question, workload=workload)).fits
+        return answer_training(dataclasses.replace(question, workload=workload)).fits
 
-    return _largest_that(fits, least, most, step)
-
-
-def _largest_that(fits: Callable[[int], bool], least: int, most: int, step: int) -> int | None:
-    """Doubling, then halving the interval, in steps of `step`."""
-    if not fits(least):
-        return None
-    low, high = least, least
-    while high < most and fits(min(most, high * 4)):
-        low = high = min(most, high * 4)
-    if low >= most:
-        return most // step * step
-    high = min(most, low * 4)
-    while high - low > max(step, low // 64):
-        middle = (low + high) // 2 // step * step
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest_that(fits, least, most, step)
 
 
-def _answer(question: TrainingQuestion) -> TrainingAnswer:
+def answer_training(question: TrainingQuestion) -> TrainingAnswer:
+    """Whether exactly this fits, without a look for changes."""
     rank = rank_cost(question.model, question.workload, question.parallel, runtime_bytes=question.runtime_bytes)
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]

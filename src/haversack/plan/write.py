@@ -93,6 +93,7 @@ def write_answer(
             num_choices=sum(len(group.choices) for group in built.problem.groups),
             evaluations=0 if refined is None else len(refined.trials),
         ),
+        recipes=question.recipes,
         front=front,
         notes=_notes(question),
     ).sealed()

@@ -125,6 +125,41 @@ def make_copy(rng: random.Random, count_tokens: Callable[[str], int], *, num_tok
     return Probe(f"Copy this list: {text}.\n", f"Copy: {words[0]}", text[len(words[0]) :])
 
 
+def make_statements(
+    rng: random.Random,
+    count_tokens: Callable[[str], int],
+    *,
+    context_tokens: int,
+    template: str,
+    num_statements: int,
+    filler: str,
+) -> list[Probe]:
+    """`num_statements` statements spread over about `context_tokens` of one text: a probe each (one without a question for none), in random order.
+
+    Each statement stands at a random place in its share of the text, so that depths cover the whole of it.
+    """
+    statement, question = TEMPLATES[template]
+    pairs = make_records(rng, 3 * len(WORDS) // 4, "word")
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < num_statements:
+        key, value = pairs.pop()
+        if value not in [other for _, other in chosen]:
+            chosen.append((key, value))
+    lines = [line for line in filler.splitlines(keepends=True) if line.strip()]
+    lines = [line for line in lines if not any(f" {value}" in line for _, value in chosen)]
+    start = rng.randrange(max(1, len(lines) // 2))
+    told = [statement.format(key=key, value=value) for key, value in chosen]
+    room = context_tokens - sum(count_tokens(one) for one in told)
+    text = _take(lines[start:], count_tokens, room).splitlines(keepends=True)
+    for i in reversed(range(num_statements)):
+        low, high = (len(text) * j // num_statements for j in (i, i + 1))
+        text.insert(rng.randrange(low, max(low + 1, high)), told[i])
+    context = "".join(text)
+    probes = [Probe(context, question.format(key=key), f" {value}") for key, value in chosen]
+    rng.shuffle(probes)
+    return probes or [Probe(context, "", "")]
+
+
 def _record_filler(records: list[tuple[str, str]], statement: str) -> list[str]:
     return [statement.format(key=key, value=value) for key, value in records]
 

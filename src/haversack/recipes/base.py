@@ -6,18 +6,23 @@ them by hand. The planner's candidates are the union of the options of all recip
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haversack.errors import UsageError
 from haversack.parts.base import Part, Source, all_parts
 from haversack.parts.optimizer.base import OptimizerOption
+
+if TYPE_CHECKING:
+    from haversack.parts.kv.base import KVOption
+    from haversack.recipes.cache_budget import CacheBudget
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Recipe:
     `options` builds the options (`WeightOption`, `KVOption`, `Placement`, `OptimizerOption`) that the recipe offers for its
     resident, from fewest to most bytes; an optimizer's recipe has one, which is chosen by the recipe's id. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
-    those which another recipe beats at equal bytes stay out.
+    those which another recipe beats at equal bytes stay out. `whole_cache`, of KV recipes, gives every layer an option so
+    that the cache stays within a byte budget; with `needs_statistics` it asks for measurements on the model.
     """
 
     id: str
@@ -38,6 +44,8 @@ class Recipe:
     published: str = ""
     catalogue: tuple[str, ...] = ()
     candidates: bool = True
+    whole_cache: Callable[[CacheBudget], tuple[KVOption, ...]] | None = None
+    needs_statistics: bool = False
 
 
 @cache
@@ -55,11 +63,14 @@ def all_recipes() -> dict[str, Recipe]:
 
 
 @cache
-def candidate_options(resident: str) -> tuple[Any, ...]:
-    """All distinct options that recipes offer to the planner for a resident."""
+def candidate_options(resident: str, recipes: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """All distinct options offered to the planner for a resident: those of the named recipes where any is for it, else of
+    every recipe that is a candidate."""
     distinct: dict[str, Any] = {}
-    for recipe in all_recipes().values():
-        if recipe.resident == resident and recipe.candidates:
+    every = [recipe for recipe in all_recipes().values() if recipe.resident == resident]
+    named = [recipe for recipe in every if recipe.id in recipes]
+    for recipe in named or every:
+        if named or recipe.candidates:
             for option in recipe.options():
                 distinct.setdefault(json.dumps(option.to_dict(), sort_keys=True), option)
     return tuple(distinct.values())
@@ -77,6 +88,22 @@ def optimizer_option(name: str) -> OptimizerOption:
         raise UsageError(f"optimizer is {name!r}, but must be one of {', '.join(names)}.")
     (option,) = all_recipes()[name].options()
     return option
+
+
+def check_recipes(ids: Sequence[str], residents: Sequence[str]) -> None:
+    """Raise a UsageError naming the first id that is no recipe for one of these residents, with what was meant or may be had."""
+    known = {recipe.id: recipe.resident for recipe in all_recipes().values()}
+    able = [name for name, resident in known.items() if resident in residents]
+    for name in ids:
+        if name in able:
+            continue
+        if name in known:
+            raise UsageError(
+                f"recipe {name!r} is for {known[name]}, but only {' and '.join(residents)} are planned here."
+            )
+        near = difflib.get_close_matches(name, able, 1, 0.5)
+        way = f"did you mean {near[0]!r}?" if near else f"name one of {', '.join(able)}."
+        raise UsageError(f"there is no recipe {name!r}; {way}")
 
 
 @cache

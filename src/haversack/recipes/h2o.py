@@ -6,14 +6,7 @@ from haversack.parts.base import Source
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.recipes.base import Recipe
-
-
-def options() -> tuple[KVOption, ...]:
-    return tuple(
-        KVOption(score=HeavyHitters(sink_tokens=4, selected_tokens=tokens, recent_tokens=64, block_tokens=64))
-        for tokens in (124, 380)
-    )
-
+from haversack.recipes.cache_budget import selection, usual_selections
 
 RECIPE = Recipe(
     id="h2o",
@@ -25,7 +18,8 @@ RECIPE = Recipe(
         "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
         "2306.14048",
     ),
-    options=options,
+    options=lambda: usual_selections(HeavyHitters),
+    whole_cache=lambda budget: budget.everywhere(lambda n: KVOption(selection(HeavyHitters, n))),
     published="with 20% heavy hitters, up to 29 times the throughput of leading systems (abstract)",
     catalogue=("h2o",),
 )

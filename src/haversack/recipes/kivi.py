@@ -6,6 +6,7 @@ from haversack.parts.base import Source
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.recipes.base import Recipe
+from haversack.recipes.cache_budget import CacheBudget, Options
 
 
 def options() -> tuple[KVOption, ...]:
@@ -13,6 +14,17 @@ def options() -> tuple[KVOption, ...]:
         KVOption(represent=QuantizedKV(key_bits, value_bits, group_size=64, recent_tokens=64))
         for key_bits, value_bits in ((2, 2), (4, 2), (4, 4), (8, 8))
     )
+
+
+def whole_cache(budget: CacheBudget) -> Options:
+    """The most bytes that fit, over bits, group sizes and recent windows."""
+    settings = [
+        KVOption(represent=QuantizedKV(key_bits, value_bits, group_size, recent_tokens))
+        for key_bits, value_bits in ((2, 2), (4, 2), (4, 4), (8, 4), (8, 8))
+        for group_size in (32, 64)
+        for recent_tokens in (0, 32, 64)
+    ]
+    return budget.best_of([(option,) * len(budget.sites) for option in settings])
 
 
 RECIPE = Recipe(
@@ -26,6 +38,7 @@ RECIPE = Recipe(
         "2402.02750",
     ),
     options=options,
+    whole_cache=whole_cache,
     published="2.6 times less peak memory, model weights included, at almost the same quality (abstract)",
     catalogue=("kivi",),
 )

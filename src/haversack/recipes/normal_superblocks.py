@@ -23,5 +23,4 @@ RECIPE = Recipe(
     title="Max's normal quantizer in groups of 16 and 32 with 4-bit scales, rounded with second-order feedback",
     source=Source("Max", 1960, "Quantizing for minimum distortion", None, "table 1"),
     options=options,
-    candidates=False,  # until kernels read these forms: decoding tiles costs many times the time
 )

@@ -21,5 +21,4 @@ RECIPE = Recipe(
     title="Max's normal quantizer in groups of 64, rounded with second-order feedback",
     source=Source("Max", 1960, "Quantizing for minimum distortion", None, "table 1"),
     options=options,
-    candidates=False,
 )

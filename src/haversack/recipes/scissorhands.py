@@ -6,14 +6,7 @@ from haversack.parts.base import Source
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.persistence import Persistence
 from haversack.recipes.base import Recipe
-
-
-def options() -> tuple[KVOption, ...]:
-    return tuple(
-        KVOption(score=Persistence(sink_tokens=4, selected_tokens=tokens, recent_tokens=64, block_tokens=64))
-        for tokens in (124, 380)
-    )
-
+from haversack.recipes.cache_budget import selection, usual_selections
 
 RECIPE = Recipe(
     id="scissorhands",
@@ -25,7 +18,8 @@ RECIPE = Recipe(
         "Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression at Test Time",
         "2305.17118",
     ),
-    options=options,
+    options=lambda: usual_selections(Persistence),
+    whole_cache=lambda budget: budget.everywhere(lambda n: KVOption(selection(Persistence, n))),
     published="up to 5 times less KV cache, 20 times with 4-bit quantization, without loss of quality (abstract)",
     catalogue=("scissorhands",),
 )

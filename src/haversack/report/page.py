@@ -14,7 +14,7 @@ from haversack.formats.packed_folder import PLAN_NAME
 from haversack.jobs.verify import VERIFIED_NAME
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
-from haversack.plan.schema import Plan
+from haversack.plan.schema import DamageRecord, Plan
 from haversack.report.charts import Bar, FrontPoint, SiteCell, pareto, site_map, stacked_bars, stand_alone
 from haversack.units import format_bytes, format_count, format_seconds
 
@@ -147,6 +147,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
             f"{format_bytes(kv_stored)} of {format_bytes(kv_neutral)} ({kv_stored / max(1, kv_neutral):.1%})",
         ),
         ("damage", lost + (f" ({damage.source})" if damage.source else "")),
+        *_probes(damage),
         ("decode", f"{format_seconds(prediction.seconds_per_token)} per step at the memory's bound"),
         (
             "solver",
@@ -154,6 +155,15 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
             + (f"; {plan.solve.evaluations} whole plans measured" if plan.solve.evaluations else ""),
         ),
     ]
+
+
+def _probes(damage: DamageRecord) -> list[tuple[str, str]]:
+    """What each kind of probe loses, the worst first."""
+    if not damage.probes:
+        return []
+    ordered = sorted(damage.probes.items(), key=lambda item: -item[1])
+    said = [f"{kind} {nats:.4g}" for kind, nats in ordered]
+    return [("probes", f"{', '.join(said)} nats per answer token; the plan is judged by the worst")]
 
 
 def _cells(plan: Plan) -> list[SiteCell]:

@@ -7,7 +7,8 @@ group g is taken as
     d[g, c] * (1 + a + b[kind of g] + e[g] + f[g, c]),   a, b, e, f independent, normal, of mean 0, variances below
 
 (a linear Gaussian model; Rasmussen and Williams 2006, section 2.1). A measured total of a solution x is the sum over g
-of that at x[g], plus noise, so the fit needs one solve with as many unknowns as there are measurements.
+of that at x[g], plus noise, so the fit needs one solve with as many unknowns as there are measurements. Damages of several
+probes are fitted apart; a solution is as good as its worst probe.
 
 Then the problem is solved again with the fitted damages, within a trust region around the best measured solution (at
 most `radius` groups change; doubled after a success, halved after a failure), without solutions already measured. Every
@@ -29,7 +30,7 @@ import numpy as np
 
 from haversack.errors import PlanError, UsageError
 from haversack.solve.exact import NoSolutionError, SolverTimeoutError, solve
-from haversack.solve.problem import Problem
+from haversack.solve.problem import Problem, as_tuple
 
 SHARED_VARIANCE, KIND_VARIANCE, GROUP_VARIANCE, CHOICE_VARIANCE = 1.0, 1.0, 0.1, 0.05
 """Prior variances of the relative errors a, b, e and f: proxies are often off by a common factor and by role, less so
@@ -47,13 +48,15 @@ NOISE = 0.01
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured solution. `predicted` by the damages given, `fitted` by those corrected before it was measured."""
+    """One measured solution, by its worst probe. `predicted` by the damages given, `fitted` by those corrected before it was
+    measured; `probes` is what each probe measured."""
 
     solution_hash: str
     chosen: tuple[int, ...]
     predicted: float
     fitted: float
     measured: float
+    probes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Corrected:
 
 def correct(
     problem: Problem,
-    measure: Callable[[tuple[int, ...]], float],
+    measure: Callable[[tuple[int, ...]], float | tuple[float, ...]],
     *,
     max_evaluations: int,
     start: Sequence[int] | None = None,
@@ -78,11 +81,12 @@ def correct(
 ) -> Corrected:
     """Searches for the solution with the least measured damage, in at most `max_evaluations` calls of `measure`.
 
-    `measure` takes one index per group and returns nats per token; infinity or NaN says that the solution failed.
+    `measure` takes one index per group and returns nats per token, of each probe where damages are tuples; infinity or NaN
+    says that the solution failed.
     `start` is measured first (the solver's answer if None); what is returned is never worse. `state` resumes what
     `record` was handed after every measurement (a dict for JSON); evaluations in it count. `first_radius` groups may
     change at first, half of them if None. `time_limit_seconds` is for each solve. Stops early when nothing new is
-    left within reach. Raises UsageError for damages that are tuples, PlanError for a state of another problem,
+    left within reach. Raises UsageError for as many figures as there are no probes, PlanError for a state of another problem,
     NoSolutionError if nothing fits.
     """
     if max_evaluations < 1:
@@ -102,14 +106,20 @@ def correct(
             chosen = tuple(start) if start is not None else _first(problem, time_limit_seconds)
         if chosen is None:
             break
-        measured = float(measure(chosen))
+        probes = tuple(float(x) for x in as_tuple(measure(chosen)))
+        if len(probes) != len(model.damage):
+            raise UsageError(
+                f"{len(probes)} figures were measured, but damages are of {len(model.damage)} probes; measure each of them."
+            )
+        measured = max(probes) if all(map(math.isfinite, probes)) else math.inf
         trials.append(
             Trial(
                 solution_hash=solution_hash(problem, chosen),
                 chosen=chosen,
                 predicted=model.total(model.damage, chosen),
                 fitted=model.total(fitted, chosen),
-                measured=measured if math.isfinite(measured) else math.inf,
+                measured=measured,
+                probes=probes if math.isfinite(measured) else (),
             )
         )
         if record is not None:
@@ -127,11 +137,12 @@ class _DamageModel:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        if any(isinstance(choice.damage, tuple) for group in problem.groups for choice in group.choices):
-            raise UsageError(
-                "damages are tuples, but one measured number can only correct damages that are one number."
-            )
-        self.damage = np.array([float(c.damage) for group in problem.groups for c in group.choices])  # type: ignore[arg-type]
+        rows = [as_tuple(choice.damage) for group in problem.groups for choice in group.choices]
+        self.damage = np.zeros(
+            (max(map(len, rows)), len(rows))
+        )  # (probes, choices); a shorter row counts as 0 beyond its end
+        for i, row in enumerate(rows):
+            self.damage[: len(row), i] = row
         self.starts = np.cumsum([0] + [len(group.choices) for group in problem.groups])
         self.group_of = np.repeat(np.arange(len(problem.groups)), np.diff(self.starts))
         kinds = {kind: i for i, kind in enumerate(dict.fromkeys(group.kind for group in problem.groups))}
@@ -139,35 +150,44 @@ class _DamageModel:
         self.num_kinds = len(kinds)
 
     def total(self, damage: np.ndarray, chosen: Sequence[int]) -> float:
-        return float(damage[self.starts[:-1] + np.asarray(chosen)].sum())
+        return float(damage[:, self.starts[:-1] + np.asarray(chosen)].sum(1).max())
 
     def fitted(self, trials: Sequence[Trial]) -> np.ndarray:
-        """(num_choices,) damages; as given before any trial. A damage never changes its sign."""
-        return self.damage * np.maximum(1.0 + self._errors(trials, None), SMALLEST_FACTOR)
+        """(num_probes, num_choices) damages; as given before any trial. A damage never changes its sign."""
+        return self._corrected(trials, None)
 
     def drawn(self, trials: Sequence[Trial]) -> np.ndarray:
-        """(num_choices,) damages drawn from the posterior; the same for the same number of trials."""
-        errors = self._errors(trials, np.random.default_rng(len(trials)))
-        return self.damage * np.maximum(1.0 + errors, SMALLEST_FACTOR)
+        """(num_probes, num_choices) damages drawn from the posterior; the same for the same number of trials."""
+        return self._corrected(trials, np.random.default_rng(len(trials)))
 
-    def _errors(self, trials: Sequence[Trial], draw: np.random.Generator | None) -> np.ndarray:
-        """(num_choices,) posterior mean of the relative errors, or with `draw` a draw from the posterior.
+    def _corrected(self, trials: Sequence[Trial], draw: np.random.Generator | None) -> np.ndarray:
+        trials = [trial for trial in trials if math.isfinite(trial.measured)]
+        measured = np.array([trial.probes for trial in trials]).reshape(len(trials), len(self.damage))
+        taken = (
+            self.starts[:-1] + np.array([trial.chosen for trial in trials]) if trials else np.empty((0, 0), np.int64)
+        )
+        factors = [1.0 + self._errors(row, taken, measured[:, k], draw) for k, row in enumerate(self.damage)]
+        return self.damage * np.maximum(factors, SMALLEST_FACTOR)
 
-        By Matheron's rule: a draw from the prior, moved by what it says wrongly about the measured totals.
+    def _errors(
+        self, damage: np.ndarray, taken: np.ndarray, measured: np.ndarray, draw: np.random.Generator | None
+    ) -> np.ndarray:
+        """(num_choices,) posterior mean of one probe's relative errors, or with `draw` a draw from the posterior.
+
+        `damage` are the probe's; `taken` (trials, groups) are places in it, `measured` the totals found. By Matheron's rule: a
+        draw from the prior, moved by what it says wrongly about the measured totals.
         """
-        prior = np.zeros(len(self.damage))
+        prior = np.zeros(len(damage))
         if draw is not None:
             of_kind = draw.normal(0, KIND_VARIANCE**0.5, self.num_kinds)
             of_group = draw.normal(0, GROUP_VARIANCE**0.5, len(self.kind_of)) + of_kind[self.kind_of]
-            prior = draw.normal(0, CHOICE_VARIANCE**0.5, len(self.damage)) + of_group[self.group_of]
+            prior = draw.normal(0, CHOICE_VARIANCE**0.5, len(damage)) + of_group[self.group_of]
             prior = prior + draw.normal(0, SHARED_VARIANCE**0.5)
-        trials = [trial for trial in trials if math.isfinite(trial.measured)]
-        if not trials:
+        if not len(taken):
             return prior
-        taken = self.starts[:-1] + np.array([trial.chosen for trial in trials])  # (trials, groups)
-        by_group = self.damage[taken]
-        by_kind = np.zeros((len(trials), self.num_kinds))
-        by_choice = np.zeros((len(trials), len(self.damage)))
+        by_group = damage[taken]
+        by_kind = np.zeros((len(taken), self.num_kinds))
+        by_choice = np.zeros((len(taken), len(damage)))
         for i, row in enumerate(by_group):
             np.add.at(by_kind[i], self.kind_of, row)
             by_choice[i, taken[i]] = row
@@ -175,7 +195,6 @@ class _DamageModel:
         # covariance of every choice's relative error with every measured total: (trials, choices)
         covariance = SHARED_VARIANCE * totals[:, None] + KIND_VARIANCE * by_kind[:, self.kind_of[self.group_of]]
         covariance = covariance + GROUP_VARIANCE * by_group[:, self.group_of] + CHOICE_VARIANCE * by_choice
-        measured = np.array([trial.measured for trial in trials])
         noise = NOISE**2 * np.maximum(measured**2, totals**2) + 1e-18
         of_totals = covariance @ by_choice.T + np.diag(noise)
         wrong = measured - totals - by_choice @ prior
@@ -185,7 +204,8 @@ class _DamageModel:
 
     def replaced(self, damage: np.ndarray) -> Problem:
         """The problem with these damages and, since they are no longer the ones it was set for, no bound on them."""
-        values = iter(damage.tolist())
+        rows = damage.T.tolist()
+        values = iter([row[0] if len(row) == 1 else tuple(row) for row in rows])
         groups = tuple(
             replace(group, choices=tuple(replace(choice, damage=next(values)) for choice in group.choices))
             for group in self.problem.groups
@@ -236,7 +256,10 @@ def _fingerprint(problem: Problem) -> str:
 
 def _saved(fingerprint: str, trials: Sequence[Trial]) -> dict[str, Any]:
     rows = [{**asdict(t), "measured": t.measured if math.isfinite(t.measured) else None} for t in trials]
-    return {"problem": fingerprint, "trials": [{**row, "chosen": list(row["chosen"])} for row in rows]}
+    return {
+        "problem": fingerprint,
+        "trials": [{**row, "chosen": list(row["chosen"]), "probes": list(row["probes"])} for row in rows],
+    }
 
 
 def _loaded(problem: Problem, fingerprint: str, state: dict[str, Any]) -> list[Trial]:
@@ -248,7 +271,8 @@ def _loaded(problem: Problem, fingerprint: str, state: dict[str, Any]) -> list[T
     for row in state["trials"]:
         chosen = tuple(row["chosen"])
         measured = math.inf if row["measured"] is None else row["measured"]
-        trials.append(Trial(**{**row, "chosen": chosen, "measured": measured}))
+        probes = tuple(row.get("probes") or ((measured,) if math.isfinite(measured) else ()))
+        trials.append(Trial(**{**row, "chosen": chosen, "measured": measured, "probes": probes}))
         if solution_hash(problem, chosen) != row["solution_hash"]:
             raise PlanError(f"trial {len(trials)} of the saved search doesn't match its hash; the file was changed.")
     return trials

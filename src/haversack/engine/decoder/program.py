@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from haversack.engine.decoder.schedule import Action, Schedule, dtype_name, row_elements, row_steps
+from haversack.engine.decoder.schedule import Action, Schedule, row_elements, row_steps
 from haversack.engine.decoder.trace import Node, View
 from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
@@ -23,7 +23,8 @@ from haversack.errors import UnsupportedModelError
 from haversack.kernels import ir_run
 from haversack.kernels.compiled import CompiledMatvec, Matvec
 from haversack.kernels.format import PackedFormat
-from haversack.kernels.ir_rows import DTYPE_BYTES, RECORD, RowStep, rows_text
+from haversack.kernels.ir_float import converts_half
+from haversack.kernels.ir_rows import RECORD, RowStep, rows_text
 from haversack.kernels.ir_tape import APPEND_RECORD, tape_text
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
 from haversack.kernels.registry import choose_kernel
@@ -92,7 +93,7 @@ class StepProgram:
     def _tensor(self, node: Node, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
         """A tensor over a node's buffer, the batch as its first axis."""
         start = self._address(node) - self.arena.data_ptr()
-        size = DTYPE_BYTES[dtype_name(node.layout)]
+        size = node.layout.dtype.itemsize
         whole = self.arena[start : start + self.batch_size * row_elements(node) * size].view(node.layout.dtype)
         return whole.as_strided(
             (self.batch_size, *sizes[1:]), (row_elements(node), *strides[1:]), whole.storage_offset() + offset
@@ -100,6 +101,15 @@ class StepProgram:
 
     def _view(self, view: View) -> torch.Tensor:
         return self._tensor(view.node, view.offset, view.sizes, view.strides)
+
+    def _operand(self, view: View) -> torch.Tensor:
+        """A view as torch takes it, of whatever node."""
+        if view.node.is_constant:
+            return _constant(view)
+        if view.node.kind in ("tokens", "positions"):
+            given = self.tokens if view.node.kind == "tokens" else self.positions
+            return given.as_strided((self.batch_size, *view.sizes[1:]), view.strides)
+        return self._view(view)
 
     def _record(self, words: Sequence[int]) -> int:
         """The address of a record that lives as long as the program."""
@@ -125,13 +135,19 @@ class StepProgram:
         self._stretches.append(function)
 
     def _bind(self, action: Action) -> None:
-        {"rows": self._rows, "linear": self._linears, "attention": self._attention, "embedding": self._embedding}[
-            action.kind
-        ](action.nodes)
+        {
+            "rows": self._rows,
+            "linear": self._linears,
+            "attention": self._attention,
+            "embedding": self._embedding,
+            "torch": self._call_torch,
+        }[action.kind](action.nodes)
 
     def _rows(self, nodes: Sequence[Node]) -> None:
         slots: dict[Node, int] = {}
         steps = tuple(step for node in nodes for step in row_steps(node, slots))
+        if any(node.layout.dtype == torch.float16 for node in nodes) and not converts_half(host_target()):
+            raise UnsupportedModelError("it computes in float16, which this CPU does not convert")
         module = _row_program(steps)
         words = [0, self.batch_size, parallel_address(), self._threads]
         assert len(words) == len(RECORD)
@@ -171,6 +187,19 @@ class StepProgram:
                 self._torch(_product(x, weight, out))
         for kernel, group in by_kernel.items():
             self._matmul(kernel, group, x)
+
+    def _call_torch(self, nodes: Sequence[Node]) -> None:
+        views = [view for view in nodes[0].inputs if isinstance(view, View)]
+        tensors = [self._operand(view) for view in views]
+        outs = [(node.facts["index"], self._tensor(node, 0, node.layout.shape, node.layout.strides)) for node in nodes]
+        call = nodes[0].facts["call"]
+
+        def run() -> None:
+            found = call(tensors)
+            for index, out in outs:
+                out.copy_(found[index])
+
+        self._torch(run)
 
     def _matmul(self, kernel: Matvec, group: Sequence[tuple[PackedMatrix, int]], x: torch.Tensor) -> None:
         words: list[int] = []
@@ -343,6 +372,8 @@ def _compiled_kernel(matrix: PackedMatrix, batch_size: int, dtype: torch.dtype) 
         return None
     grid = option.grid
     fmt = PackedFormat(grid.bits, grid.group_size, matrix.in_features, grid.symmetric)
+    if dtype == torch.float16:  # the kernels behind it convert their input first
+        return None
     kernel = choose_kernel(fmt, batch_size, dtype, option.grid.activation_bits)
     if not isinstance(kernel, CompiledMatvec) or option.grid.activation_bits < kernel.activation_bits:
         return None
@@ -353,7 +384,7 @@ def _product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], An
     """`out = x W^T` by torch or by the registry's kernels."""
     if isinstance(weight, PackedTensor):
         matrices = _matrices(weight)
-        if len(matrices) == 1 and matrices[0][0].option.grid is None:
+        if len(matrices) == 1 and matrices[0][0].option.is_neutral:
             transposed = matrices[0][0].tensors()["weight"].t()
             return lambda: torch.mm(x, transposed, out=out)
         return lambda: out.copy_(weight.linear(x))

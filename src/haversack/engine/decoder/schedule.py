@@ -19,7 +19,8 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Action:
-    """`kind` is "rows" (a program over `nodes`), "linear" (of one input), "attention" or "embedding" (one node)."""
+    """`kind` is "rows" (a program over `nodes`), "linear" (of one input), "torch" (of one call), "attention" or
+    "embedding" (one node)."""
 
     kind: str
     nodes: tuple[Node, ...]
@@ -72,6 +73,12 @@ def row_steps(node: Node, slots: dict[Node, int]) -> list[RowStep]:
             steps.append(_step("copy", part.sizes[1:], (part,), piece, slots))
             start += part.sizes[-1]
         return steps
+    if node.kind == "stack":
+        pieces = [View(node, i * out.strides[-1], out.sizes[:-1], out.strides[:-1]) for i in range(len(node.inputs))]
+        return [
+            _step("copy", piece.sizes[1:], (part,), piece, slots)
+            for part, piece in zip(node.inputs, pieces, strict=True)
+        ]
     if node.kind == "mean":
         (source,) = node.inputs
         assert isinstance(source, View)
@@ -94,8 +101,8 @@ def _actions(graph: StepGraph) -> list[Action]:
     for i, node in enumerate(graph.nodes):
         if node in done or node.kind in ("constant", "tokens", "positions", "table"):
             continue
-        if node.kind in ("map", "mean", "cat"):
-            if node.op not in FUNCTIONS and node.kind != "cat":
+        if node.kind in ("map", "mean", "cat", "stack"):
+            if node.kind == "map" and node.op not in FUNCTIONS:
                 raise UnsupportedModelError(f"a step has the operation {node.op}, which is not compiled")
             rows.append(node)
             continue
@@ -103,6 +110,11 @@ def _actions(graph: StepGraph) -> list[Action]:
         group: tuple[Node, ...] = (node,)
         if node.kind == "linear":
             group = tuple(n for n in graph.nodes[i:] if n.kind == "linear" and n.inputs == node.inputs)
+        elif node.kind == "torch":
+            group = tuple(n for n in graph.nodes[i:] if n.facts.get("call") is node.facts["call"])
+            for view in (v for v in node.inputs if isinstance(v, View) and not v.node.is_constant):
+                if view.sizes[0] != TRACED_ROWS or view.strides[0] not in (0, row_elements(view.node)):
+                    raise UnsupportedModelError(f"a step calls {node.op} on sequences that lie apart")
         actions.append(Action(node.kind, group))
         done.update(group)
     flush()
@@ -131,7 +143,7 @@ def _place(graph: StepGraph, actions: tuple[Action, ...], batch_size: int) -> tu
         layout = node.layout
         if layout.shape[0] != TRACED_ROWS or layout.stride(0) != row_elements(node) or layout.offset:
             raise UnsupportedModelError(f"a step makes {tuple(layout.shape)} of {node.op}, not one row per sequence")
-        num_bytes = batch_size * row_elements(node) * DTYPE_BYTES[dtype_name(layout)]
+        num_bytes = batch_size * row_elements(node) * layout.dtype.itemsize
         num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         fits = [span for span in free if span[1] - span[0] >= num_bytes]
         if fits:
@@ -194,8 +206,6 @@ def _step(
             operands.append(x)
             continue
         assert not isinstance(s, float)
-        if s[-1] not in (0, 1):
-            raise UnsupportedModelError(f"a step reads every {s[-1]}th number in {op}, which is not compiled")
         constant = x.node.is_constant
         slot = slots.setdefault(x.node, len(slots))
         row_stride = 0 if constant else row_elements(x.node)

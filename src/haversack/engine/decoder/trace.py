@@ -3,16 +3,18 @@
 The model runs once on `TRACED_ROWS` sequences of one token. Matrix products, embeddings and attention are taken down where
 they are called and return tensors of the right shape without computing; every other operation is taken down as torch
 dispatches it. Which numbers an operation reads is told by the tensors themselves (storage, offset, strides), so that views
-need no names; what depends on parameters alone is computed once and kept. So no architecture is known here by name, and an
-operation that is not known makes the graph `unsupported`, which names it.
+need no names; what depends on parameters alone is computed once and kept. So no architecture is known here by name. An
+operation that is not compiled is kept as a call of torch between what is; so are experts, whose module picks matrices by
+what it is given. What is neither makes the graph `unsupported`, which names it.
 
 Tensors that a layer gets beside hidden states and that depend on positions alone (rotary tables) are inputs of the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from haversack.engine.packed_tensor import PackedTensor
+from haversack.engine.packed_tensor import PackedStack, PackedTensor
 from haversack.errors import UnsupportedModelError
 
 TRACED_ROWS = 3
@@ -36,7 +38,7 @@ _MAPS = {
 }  # fmt: skip
 """Operations of one number each, by torch's name; `row_program` computes them."""
 
-_COMMUTING = {"add", "mul"}
+_POWERS = {2.0: "square", 3.0: "cube", 0.5: "sqrt", -0.5: "rsqrt"}
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class Layout:
 
 @dataclass(eq=False)
 class Node:
-    """One tensor that was made: `kind` is "map", "mean", "cat", "linear", "embedding", "attention", "constant", "tokens",
-    "positions", "table" (a function of positions that layers get), or "unknown"."""
+    """One tensor that was made: `kind` is "map", "mean", "cat", "stack", "linear", "embedding", "attention", "torch" (of what `facts["call"]` makes of the
+    inputs, the result `facts["index"]`), "constant", "tokens", "positions", "table" (a function of positions that
+    layers get), or "unknown"."""
 
     kind: str
     op: str
@@ -124,6 +127,9 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
     hooks = [
         layer.register_forward_pre_hook(recorder.layer_hook(i), with_kwargs=True) for i, layer in enumerate(layers)
     ]
+    experts = [m for m in model.modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))]
+    for module in experts:
+        module.forward = partial(recorder.call_experts, module.forward)
     model.set_attn_implementation(TRACE_ATTENTION)
     _ACTIVE.append(recorder)
     try:
@@ -137,6 +143,8 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
         _ACTIVE.pop()
         for hook in hooks:
             hook.remove()
+        for module in experts:
+            del module.forward  # the class's own comes back
         model.set_attn_implementation(attention_name)
     logits = recorder.view(output.logits)
     return StepGraph(_live(recorder.nodes, logits.node), logits, recorder.tables)
@@ -220,7 +228,12 @@ class _Functions(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.embedding:
             return self._embedding(*args, **kwargs)
-        if any(isinstance(x, PackedTensor) for x in args):
+        if func is F.layer_norm:
+            return _layer_norm(*args, **kwargs)
+        if func is torch.addmm and not kwargs:  # GPT-2's Conv1D, whose weight is `(in, out)`
+            bias, x, weight = args
+            return self._linear(x, weight if isinstance(weight, PackedTensor) else weight.t(), bias)
+        if any(isinstance(x, PackedTensor | PackedStack) for x in args):
             raise UnsupportedModelError(f"a packed weight meets {getattr(func, '__name__', func)}")
         return func(*args, **kwargs)
 
@@ -228,16 +241,19 @@ class _Functions(TorchFunctionMode):
         source = self.recorder.view(x)
         if source.node.is_constant:
             return F.linear(x, weight, bias)
-        out = torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+        out_features = weight.shape[1 if getattr(weight, "transposed", False) else 0]
+        out = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
         self.recorder.register(out, "linear", "linear", (source,), weight=weight)
         return out if bias is None else out + bias
 
     def _embedding(self, index: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         source = self.recorder.view(index)
-        if source.node.kind not in ("tokens", "positions"):
-            raise UnsupportedModelError("an embedding looks up other numbers than tokens and positions")
         out = torch.empty(*index.shape, weight.shape[1], dtype=weight.dtype, device=index.device)
-        self.recorder.register(out, "embedding", source.node.kind, (source,), weight=weight)
+        if source.node.kind in ("tokens", "positions"):
+            self.recorder.register(out, "embedding", source.node.kind, (source,), weight=weight)
+        else:  # OPT counts its positions from two
+            call = _Call(lambda index: F.embedding(index, weight), (index,), {})
+            self.recorder.register(out, "torch", "embedding", (source,), call=call, index=0)
         return out
 
 
@@ -283,10 +299,25 @@ class _Recorder(TorchDispatchMode):
         views = {id(t): self.view(t) for t in tensors}
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        for made in [out] if isinstance(out, torch.Tensor) else [t for _, t in tensors_in(out)]:
-            if any(_storage(made) == _storage(t) for t in tensors) and not name.endswith("_"):
+        in_place = name.endswith("_")
+        call = _Call(_on_a_copy(func) if in_place else func, args, kwargs)
+        for i, (_, made) in enumerate(tensors_in(out)):
+            if any(_storage(made) == _storage(t) for t in tensors) and not in_place:
                 continue  # a view
-            self.register(made, *self._kind(name, args, kwargs, views, made))
+            kind, op, inputs = self._kind(name, args, kwargs, views, made)
+            if kind == "unknown" and (not in_place or _is_whole(made)) and _is_row_by_row(args, kwargs):
+                inputs = tuple(views[id(t)] for t in tensors)
+                self.register(made, "torch", op, inputs, call=call, index=i)
+            else:
+                self.register(made, kind, op, inputs)
+        return out
+
+    def call_experts(self, forward: Callable, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In the place of an experts module's forward: its result is as its first argument is."""
+        tensors = [t for _, t in tensors_in((args, kwargs))]
+        views = tuple(self.view(t) for t in tensors)
+        out = torch.empty_like(tensors[0])
+        self.register(out, "torch", "experts", views, call=_Call(forward, args, kwargs), index=0)
         return out
 
     def _kind(
@@ -302,7 +333,7 @@ class _Recorder(TorchDispatchMode):
         unknown = "unknown", f"{name} of {out.dtype}", sources
         if not out.is_floating_point():
             return unknown
-        if in_place and (out.storage_offset() or out.numel() * out.element_size() != out.untyped_storage().nbytes()):
+        if in_place and not _is_whole(out):
             return unknown
         numbers = tuple(float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else x for x in inputs)
         if plain in _MAPS:
@@ -312,17 +343,80 @@ class _Recorder(TorchDispatchMode):
         elif plain == "copy":
             if _operands(numbers[1:2]):
                 return "map", "copy", numbers[1:2]
-        elif plain == "pow" and numbers[1] in (2.0, 0.5, -0.5):
-            return "map", {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt"}[numbers[1]], numbers[:1]
-        elif plain == "gelu" and kwargs.get("approximate") == "tanh":
-            return "map", "gelu_tanh", numbers[:1]
+        elif plain == "pow" and numbers[1] in _POWERS:
+            return "map", _POWERS[numbers[1]], numbers[:1]
+        elif plain == "gelu":
+            return "map", "gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu", numbers[:1]
         elif plain == "mean" and args[1] in ([-1], [out.ndim - 1]) and len(args) > 2 and args[2]:
             return "mean", "mean", numbers[:1]
         elif plain == "cat":
             axis = (args[1] if len(args) > 1 else 0) % out.ndim
             if axis == out.ndim - 1:
                 return "cat", "cat", tuple(views[id(t)] for t in args[0])
+        elif plain == "stack" and (args[1] if len(args) > 1 else 0) % out.ndim == out.ndim - 1:
+            return "stack", "stack", tuple(views[id(t)] for t in args[0])
         return unknown
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """What torch computes in one operation, in float32 as it does, by operations that steps are made of."""
+    if len(normalized_shape) != 1:
+        raise UnsupportedModelError("a norm runs over several axes")
+    centered = x.float()
+    centered = centered - centered.mean(-1, keepdim=True)
+    out = centered * torch.rsqrt((centered * centered).mean(-1, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    out = out if bias is None else out + bias
+    return out.to(x.dtype)
+
+
+class _Call:
+    """A call with its tensors taken out: with others in their places, the tensors that it returns."""
+
+    def __init__(self, function: Callable, args: Any, kwargs: Any):
+        self.function = function
+        self.args, self.kwargs = _replaced((args, kwargs), lambda _: _PLACE)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        given = iter(tensors)
+        args, kwargs = _replaced((self.args, self.kwargs), lambda _: next(given))
+        return [t for _, t in tensors_in(self.function(*args, **kwargs))]
+
+
+_PLACE = object()
+
+
+def _replaced(nest: Any, replace: Callable[[Any], Any]) -> Any:
+    """The same nest with what `replace` makes of each tensor, or of each place of one."""
+    if nest is _PLACE or (isinstance(nest, torch.Tensor) and not isinstance(nest, PackedTensor)):
+        return replace(nest)
+    if isinstance(nest, Mapping):
+        return {key: _replaced(value, replace) for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(_replaced(value, replace) for value in nest)
+    return nest
+
+
+def _on_a_copy(func: Callable) -> Callable:
+    """An operation in place, of its first argument, as one that leaves that as it is."""
+    return lambda first, *args, **kwargs: func(first.clone(), *args, **kwargs)
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all that its storage holds."""
+    return not tensor.storage_offset() and tensor.nbytes == tensor.untyped_storage().nbytes()
+
+
+def _is_row_by_row(args: Any, kwargs: Any) -> bool:
+    """Whether no argument is a shape that names the traced number of sequences."""
+    lists = [x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
+    return not any(TRACED_ROWS in x for x in lists if all(isinstance(n, int) for n in x))
 
 
 def _operands(inputs: tuple[Any, ...]) -> bool:

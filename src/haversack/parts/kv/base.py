@@ -13,12 +13,12 @@ the same tokens, in the same groups, as it would alone. Keys are stored after ro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.describe.site import AttentionSite
-from haversack.errors import UnsupportedModelError, UsageError
+from haversack.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
 from haversack.parts.base import Part, check_range, part_from_dict
 from haversack.parts.kv.slabs import allocate, selection_slabs
@@ -162,27 +162,38 @@ class Represent(KVPart):
         """The tensors of `num_slots` slots that each hold one token of each KV head. Raises UsageError where tokens are stored in groups."""
         raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
 
-    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+    def slots(self, tensors: dict[str, torch.Tensor], site: AttentionSite) -> Slots:
         """Slots in tensors as `stored_slots` declares them."""
         raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
 
 
 class Demote(KVPart):
-    """What becomes of tokens that no head chooses; without such a part they are dropped."""
+    """What becomes of tokens that no head chooses; without such a part they are dropped.
+
+    They are held in a store of their own (`demoted_tokens`, `stored`, `store`), or leave something in the tokens that are kept (`merge`).
+    """
 
     stage: ClassVar[str] = "demote"
+    merges: ClassVar[bool] = False
+    """Whether freed tokens change the kept ones, which must then be in the model's dtype: packed ones would be packed again and again."""
 
-    @abstractmethod
     def demoted_tokens(self, regions: Regions, capacity_tokens: int) -> int:
         """How many freed tokens of a sequence of at most `capacity_tokens` are held."""
+        return 0
 
-    @abstractmethod
     def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int) -> tuple[StoredTensor, ...]:
         """The tensors that hold demoted tokens, whole blocks of them."""
+        return ()
 
-    @abstractmethod
-    def store(self, site: AttentionSite, regions: Regions, tensors: dict[str, torch.Tensor]) -> PackedGroups:
+    def store(self, site: AttentionSite, regions: Regions, tensors: dict[str, torch.Tensor]) -> PackedGroups | None:
         """The store in those tensors: groups of `regions.block_tokens` tokens, each head's own."""
+        return None
+
+    def merge(
+        self, kept: tuple[torch.Tensor, torch.Tensor], freed: tuple[torch.Tensor, torch.Tensor], open_to: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept keys and values `(rows, kv_heads, tokens, head_dim)` with what freed ones leave in those that are `open_to` it; float32."""
+        raise UsageError(f"{self.id} leaves kept tokens as they are.")
 
 
 class PackedGroups(ABC):
@@ -214,9 +225,28 @@ class Slots(ABC):
     def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of slots `[first, last)` in float32."""
 
+    def as_stored(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New tokens as they will be read once they are stored: queries see no other form of them, so that chunks decide nothing."""
+        return keys, values
+
+    def replace(self, rows: slice, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store other keys and values in `slots` `(rows, kv_heads, n)`, where tokens are in the model's dtype."""
+        raise UsageError("packed slots are written once.")
+
     @abstractmethod
     def movable(self) -> tuple[torch.Tensor, ...]:
         """Tensors `(batch, kv_heads, slots, ...)` in which a token moves when its slot does."""
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How queries attend: logits are scaled, then capped, and share their softmax with learned `sinks` `(heads,)`, which take
+    probability and give no value. `real` `(batch, new_tokens)` is False where a new token is padding (None: nowhere)."""
+
+    scaling: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
 
 class KVLayer(ABC):
@@ -237,7 +267,6 @@ class KVLayer(ABC):
         DoesNotFitError, before anything is written, if a sequence would outgrow the planned capacity.
         """
 
-    @abstractmethod
     def attend(
         self,
         query: torch.Tensor,
@@ -252,11 +281,11 @@ class KVLayer(ABC):
         """Attend to the stored tokens, and causally to new ones that are not stored yet.
 
         `query` is `(batch, heads, q_tokens, head_dim)`; the queries are the new tokens, or, without new keys, the last
-        `q_tokens` stored ones' successors. `sinks` `(heads,)` are learned extra logits that take probability and give no
-        value. Returns the output `(batch, heads, q_tokens, head_dim)` in the query's dtype and the log-sum-exp of the
-        logits `(batch, heads, q_tokens)` in float32, without the sinks, so that pieces combine. A query that sees no
-        token gets zeros and a log-sum-exp of minus infinity.
+        `q_tokens` stored ones' successors. See `Attending` for the rest. Returns the output `(batch, heads, q_tokens,
+        head_dim)` in the query's dtype and the log-sum-exp of the logits `(batch, heads, q_tokens)` in float32, without
+        the sinks, so that pieces combine. A query that sees no token gets zeros and a log-sum-exp of minus infinity.
         """
+        return self._attend(query, new_keys, new_values, Attending(scaling, softcap, sinks, real))
 
     def step(
         self,
@@ -270,8 +299,20 @@ class KVLayer(ABC):
         real: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to what is stored and, causally, to the new tokens; then store those. Arguments and results as `attend`'s."""
-        result = self.attend(query, keys, values, scaling=scaling, softcap=softcap, sinks=sinks, real=real)
-        self.append(keys, values, real)
+        return self._step(query, keys, values, Attending(scaling, softcap, sinks, real))
+
+    @abstractmethod
+    def _attend(
+        self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `attend` does."""
+
+    def _step(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `step` does; layers that choose between tokens attend and store in turns."""
+        result = self._attend(query, keys, values, how)
+        self.append(keys, values, how.real)
         return result
 
     @abstractmethod
@@ -282,9 +323,19 @@ class KVLayer(ABC):
     def resized(self, index: torch.Tensor) -> KVLayer:
         """A new layer whose sequence i is this one's `index[i]`; its batch is `len(index)`."""
 
-    @abstractmethod
     def crop(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` of every sequence; UsageError where earlier ones were dropped for them."""
+        if num_tokens:
+            self.check_crop(num_tokens)
+            self._forget(num_tokens)
+
+    @abstractmethod
+    def check_crop(self, num_tokens: int) -> None:
+        """Raise UsageError unless the last `num_tokens` can be forgotten."""
+
+    @abstractmethod
+    def _forget(self, num_tokens: int) -> None:
+        """What `crop` does once it was checked."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -316,6 +367,16 @@ class KVLayer(ABC):
         """Bytes this layer may ever hold: the sum of its declared tensors."""
 
 
+def check_room(site: AttentionSite, longest_tokens: int, room_tokens: int) -> None:
+    """Raise DoesNotFitError where a sequence would outgrow the tokens that a layer was planned for."""
+    if longest_tokens > room_tokens:
+        raise DoesNotFitError(
+            f"{site.id}: a sequence of {longest_tokens} tokens was asked of a cache planned for {room_tokens}; plan a longer "
+            "context, or options that drop old tokens.",
+            cheapest_change=f"plan a context of {longest_tokens} tokens",
+        )
+
+
 def _plain() -> Represent:
     from haversack.parts.kv.plain import PlainKV
 
@@ -324,24 +385,51 @@ def _plain() -> Represent:
 
 @dataclass(frozen=True)
 class KVOption:
-    """A composition of parts at an attention site. The default is *neutral*: the model's dtype, every token."""
+    """A composition of parts at an attention site. The default is *neutral*: the model's dtype, every token.
+
+    With `heads`, one option per KV head, the layer is ragged: heads of one option lie together in a layer of their own
+    (`parts.kv.bands`), and the other fields stay as they are by default. `by_head` makes such an option.
+    """
 
     score: Score | None = None
     represent: Represent = field(default_factory=_plain)
     demote: Demote | None = None
+    heads: tuple[KVOption, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.heads and (self.score or self.demote or any(option.heads for option in self.heads)):
+            raise UsageError("an option by heads holds nothing but one plain option per KV head.")
+        if self.demote is not None and self.demote.merges and not self.represent.lossless:
+            raise UsageError(f"{self.demote.id} changes kept tokens, so they can't be stored by {self.represent.id}.")
 
     @property
     def parts(self) -> tuple[KVPart, ...]:
+        if self.heads:
+            return tuple(dict.fromkeys(part for option in self.heads for part in option.parts))
         return tuple(part for part in (self.score, self.demote, self.represent) if part is not None)
 
     @property
     def is_neutral(self) -> bool:
-        return self.score is None and self.represent.lossless
+        return not self.heads and self.score is None and self.represent.lossless
 
     @property
     def label(self) -> str:
         """A few words for tables, unique among options."""
+        if self.heads:
+            return "; ".join(f"{heads}: {option.label}" for option, heads in _named_bands(self.heads))
         return " + ".join(part.label for part in self.parts)
+
+    def bands(self, site: AttentionSite) -> tuple[Band, ...]:
+        """Heads of one option together, as sites of their own; those that drop nothing first, for they refuse what is too long."""
+        if len(self.heads) != site.num_kv_heads:
+            raise UsageError(f"{site.id} has {site.num_kv_heads} KV heads, but the option is for {len(self.heads)}.")
+        groups = site.num_heads // site.num_kv_heads
+        found = []
+        for option in dict.fromkeys(sorted(self.heads, key=lambda option: option.score is not None)):
+            heads = tuple(head for head, its in enumerate(self.heads) if its == option)
+            part = replace(site, num_heads=groups * len(heads), num_kv_heads=len(heads))
+            found.append(Band(f"heads-{'-'.join(map(str, heads))}", heads, part, option))
+        return tuple(found)
 
     def regions(self, site: AttentionSite, capacity_tokens: int) -> Regions:
         """What is held at this site. A native sliding window of W never needs more than the last W - 1 tokens.
@@ -368,6 +456,13 @@ class KVOption:
         self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str
     ) -> tuple[StoredTensor, ...]:
         """Declared tensors for `batch_size` sequences of at most `capacity_tokens` each."""
+        if self.heads:
+            sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
+            return tuple(
+                tensor.prefixed(band.name)
+                for band in self.bands(site)
+                for tensor in band.option.stored(band.site, **sizes)  # type: ignore[arg-type]
+            )
         regions = self.regions(site, capacity_tokens)
         if not regions.selected_tokens:
             return self.represent.stored(site, regions, batch_size=batch_size, dtype=dtype)
@@ -382,16 +477,26 @@ class KVOption:
         self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, new_tokens: int, dtype: str
     ) -> int:
         """The most bytes one attend and append of `new_tokens` per sequence allocates, the output excluded."""
+        if self.heads:
+            from haversack.parts.kv.bands import bands_workspace_bytes
+
+            shape = {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
+            return bands_workspace_bytes(site, self.bands(site), capacity_tokens=capacity_tokens, **shape)  # type: ignore[arg-type]
         regions = self.regions(site, capacity_tokens)
         sizes = {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
         if regions.selected_tokens:
             from haversack.parts.kv.selective import selection_workspace_bytes
 
-            return selection_workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
+            packed, merges = not self.represent.lossless, self.demote is not None and self.demote.merges
+            return selection_workspace_bytes(site, regions, packed=packed, merges=merges, **sizes)  # type: ignore[arg-type]
         return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
         """What attends with one new token per sequence on this machine."""
+        if self.heads:
+            bands = self.bands(site)
+            names = [b.option.kernel_name(b.site, capacity_tokens=capacity_tokens, dtype=dtype) for b in bands]
+            return " and ".join(dict.fromkeys(names))
         from haversack.parts.kv.attention import BLOCKWISE
 
         regions = self.regions(site, capacity_tokens)
@@ -407,6 +512,12 @@ class KVOption:
         device: str | torch.device = "cpu",
     ) -> KVLayer:
         """An empty layer; its slabs equal `stored` to the byte."""
+        if self.heads:
+            from haversack.parts.kv.bands import BandedLayer
+
+            sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype, "device": device}
+            bands = self.bands(site)
+            return BandedLayer(site, bands, [band.option.build(band.site, **sizes) for band in bands])  # type: ignore[arg-type]
         regions = self.regions(site, capacity_tokens)
         if not regions.selected_tokens:
             return self.represent.build(site, regions, batch_size=batch_size, dtype=dtype, device=device)
@@ -419,21 +530,46 @@ class KVOption:
             site,
             regions,
             self.score,
-            self.represent.slots(tensors),
+            self.represent.slots(tensors, site),
             batch_size=batch_size,
             declared=declared,
             tensors=tensors,
             rebuild=lambda rows: self.build(
                 site, batch_size=rows, capacity_tokens=capacity_tokens, dtype=dtype, device=device
             ),
-            demoted=self.demote.store(site, regions, tensors) if self.demote else None,
+            demote=self.demote,
         )
 
     def to_dict(self) -> dict[str, Any]:
+        if self.heads:
+            return {"heads": [option.to_dict() for option in self.heads]}
         stages = (("score", self.score), ("demote", self.demote), ("represent", self.represent))
         return {stage: part.to_dict() for stage, part in stages if part is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVOption:
+        if "heads" in data:
+            return cls(heads=tuple(cls.from_dict(option) for option in data["heads"]))
         parts = {stage: part_from_dict(data[stage]) for stage in ("score", "represent", "demote") if stage in data}
         return cls(**parts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Band:
+    """KV heads of one layer that have one option: `site` is the layer's, cut to them."""
+
+    name: str
+    heads: tuple[int, ...]
+    site: AttentionSite
+    option: KVOption
+
+
+def by_head(options: Sequence[KVOption]) -> KVOption:
+    """One option per KV head; where all are equal, that option."""
+    return options[0] if len(set(options)) == 1 else KVOption(heads=tuple(options))
+
+
+def _named_bands(options: Sequence[KVOption]) -> list[tuple[KVOption, str]]:
+    """Distinct options and the heads that have them, as text."""
+    distinct = dict.fromkeys(options)
+    return [(one, "heads " + ",".join(str(i) for i, o in enumerate(options) if o == one)) for one in distinct]

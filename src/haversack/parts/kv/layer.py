@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from haversack.describe.site import AttentionSite
-from haversack.errors import DoesNotFitError, UsageError
+from haversack.errors import UsageError
 from haversack.ledger import StoredTensor, total_bytes
 from haversack.parts.kv.attention import as_block, attend_blocks, decode_form, key_block_tokens
-from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer, PackedGroups, Regions
+from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, Attending, KVLayer, PackedGroups, Regions, check_room
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +78,7 @@ class RingLayer(KVLayer):
         num_real = [num_new] * self.batch_size if real is None else [int(n) for n in real.sum(-1)]
         if not self.regions.drops:
             longest = max(count + n for count, n in zip(self.counts, num_real))
-            if longest > self.regions.total_tokens:
-                raise DoesNotFitError(
-                    f"{self.site.id}: a sequence of {longest} tokens was asked of a cache planned for "
-                    f"{self.regions.total_tokens}; plan a longer context, or options that drop old tokens.",
-                    cheapest_change=f"plan a context of {longest} tokens",
-                )
+            check_room(self.site, longest, self.regions.total_tokens)
         if real is None or all(n == num_new for n in num_real):
             self.real_since_padding += num_new
             if len(set(self.counts)) == 1:
@@ -179,25 +174,17 @@ class RingLayer(KVLayer):
 
     # Attending
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        new_keys: torch.Tensor | None = None,
-        new_values: torch.Tensor | None = None,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
+    def _attend(
+        self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        num_queries, device = query.shape[2], query.device
+        num_queries, device, real = query.shape[2], query.device, how.real
         if num_queries == 1 and real is None and not (torch.is_grad_enabled() and query.requires_grad):
-            decoder = self.decoder(softcap)
+            decoder = self.decoder(how.softcap)
             if decoder is not None and query.dtype == self.tensors["keys"].dtype:
                 stored = (self.counts, self.packed_until)
-                return decoder(query, new_keys, new_values, *stored, scaling=scaling, sinks=sinks)
+                return decoder(query, new_keys, new_values, *stored, scaling=how.scaling, sinks=how.sinks)
         uniform = real is None and len(set(self.counts)) == 1
         counts = torch.tensor(self.counts[:1] if uniform else self.counts, dtype=torch.int32, device=device)[:, None]
         if real is None:
@@ -220,9 +207,9 @@ class RingLayer(KVLayer):
             blocks,
             num_kv_heads=self.site.num_kv_heads,
             value_head_dim=self.site.value_head_dim,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
+            scaling=how.scaling,
+            softcap=how.softcap,
+            sinks=how.sinks,
         )
 
     def decoder(self, softcap: float | None = None) -> DecodeAttention | None:
@@ -411,9 +398,7 @@ class RingLayer(KVLayer):
         other.real_since_padding = self.real_since_padding
         return other
 
-    def crop(self, num_tokens: int) -> None:
-        if num_tokens == 0:
-            return
+    def check_crop(self, num_tokens: int) -> None:
         sinks = self.regions.sink_tokens
         overwritten = self.regions.drops and max(self.counts) > sinks + self.ring_tokens
         packed = any(
@@ -422,6 +407,8 @@ class RingLayer(KVLayer):
         if num_tokens > self.real_since_padding or overwritten or packed:
             why = "padding" if num_tokens > self.real_since_padding else "tokens that were dropped or packed since"
             raise UsageError(f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; that needs {why} back.")
+
+    def _forget(self, num_tokens: int) -> None:
         self.counts = [count - num_tokens for count in self.counts]
         self.real_since_padding -= num_tokens
 

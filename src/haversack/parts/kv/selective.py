@@ -17,7 +17,7 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
 from haversack.parts.kv.attention import as_block, attend_blocks, attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Selection, Slots
+from haversack.parts.kv.base import Attending, Demote, KVLayer, PackedGroups, Regions, Selection, Slots, check_room
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class SelectiveLayer(KVLayer):
         declared: tuple[StoredTensor, ...],
         tensors: dict[str, torch.Tensor],
         rebuild: Callable[[int], KVLayer],
-        demoted: PackedGroups | None = None,
+        demote: Demote | None = None,
     ):
         self.site = site
         self.regions = regions
@@ -52,7 +52,8 @@ class SelectiveLayer(KVLayer):
         self.declared = declared
         self.tensors = tensors
         self.rebuild = rebuild
-        self.demoted = demoted
+        self.demote = demote
+        self.demoted: PackedGroups | None = demote.store(site, regions, tensors) if demote else None
         self.counts = [0] * batch_size  # real tokens seen, by row
         self.used = [0] * batch_size  # slots that hold one
         self.tensors["positions"].fill_(EMPTY)
@@ -78,52 +79,42 @@ class SelectiveLayer(KVLayer):
 
     # A step: blocks end inside it, so attending and appending take turns
 
-    def step(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
+    def _step(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         batch_size, num_heads, num_new, _ = query.shape
+        self._check_room(num_new, how.real)
         output = query.new_zeros((batch_size, num_new, num_heads, values.shape[-1])).transpose(1, 2)
         lse = torch.full((batch_size, num_heads, num_new), -torch.inf, device=query.device)
-        for rows, columns in self._pieces(num_new, real):
+        for rows, columns in self._pieces(num_new, how.real):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
-            part, part_lse = self._attend_rows(
-                rows, query[piece], keys[piece], values[piece], scaling, softcap, sinks, learn=True
-            )
+            part, part_lse = self._attend_rows(rows, query[piece], keys[piece], values[piece], how, learn=True)
             output[piece], lse[piece] = part, part_lse
             self._store(rows, keys[piece], values[piece])
         return output, lse
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Tokens that nobody attended from: they are stored, and weigh nothing yet."""
+        self._check_room(keys.shape[2], real)
         for rows, columns in self._pieces(keys.shape[2], real):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
             self._store(rows, keys[piece], values[piece])
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        new_keys: torch.Tensor | None = None,
-        new_values: torch.Tensor | None = None,
-        *,
-        scaling: float,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
+    def _attend(
+        self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if real is not None and not bool(real.all()):
+        if how.real is not None and not bool(how.real.all()):
             raise UsageError(f"{self.site.id}: padded tokens must be attended and stored in one step.")
-        rows = range(self.batch_size)
-        return self._attend_rows(rows, query, new_keys, new_values, scaling, softcap, sinks, learn=False)
+        return self._attend_rows(range(self.batch_size), query, new_keys, new_values, how, learn=False)
+
+    def _check_room(self, num_new: int, real: torch.Tensor | None) -> None:
+        """What is dropped needs none; what is demoted stays, in as many groups as were planned and one block before the next."""
+        if self.demoted is not None:
+            num_real = [num_new] * self.batch_size if real is None else [int(n) for n in real.sum(-1)]
+            room = self.regions.slot_tokens - 1 + self.demoted.num_groups * self.demoted.group_tokens
+            check_room(self.site, max(count + n for count, n in zip(self.counts, num_real)), room)
 
     def _pieces(self, num_new: int, real: torch.Tensor | None) -> Iterator[tuple[range, slice]]:
         """Rows and columns of new tokens that lie in one block: all rows together where they stand alike."""
@@ -155,24 +146,24 @@ class SelectiveLayer(KVLayer):
         query: torch.Tensor,
         new_keys: torch.Tensor | None,
         new_values: torch.Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        how: Attending,
         *,
         learn: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if new_keys is not None and new_values is not None:
+            new_keys, new_values = self.slots.as_stored(new_keys, new_values)
         output, lse = attend_blocks(
             query,
             lambda start, stop: self._blocks(rows, new_keys, new_values, start, stop, query.shape[2]),
             num_kv_heads=self.site.num_kv_heads,
             value_head_dim=self.site.value_head_dim,
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks,
+            scaling=how.scaling,
+            softcap=how.softcap,
+            sinks=how.sinks,
         )
         if learn and self.regions.drops:
             assert new_keys is not None
-            self._learn(rows, query, new_keys, lse, scaling, softcap)
+            self._learn(rows, query, new_keys, lse, how)
         return output, lse
 
     def _blocks(
@@ -228,20 +219,14 @@ class SelectiveLayer(KVLayer):
             del keys, values, hidden
 
     def _learn(
-        self,
-        rows: range,
-        query: torch.Tensor,
-        new_keys: torch.Tensor,
-        lse: torch.Tensor,
-        scaling: float,
-        softcap: float | None,
+        self, rows: range, query: torch.Tensor, new_keys: torch.Tensor, lse: torch.Tensor, how: Attending
     ) -> None:
         """Add what this piece's queries gave to each token, from the log-sum-exp, a block of probabilities at a time."""
         import torch
 
         batch_size, _, num_queries, head_dim = query.shape
         shape = (batch_size, self.site.num_kv_heads, -1, num_queries)
-        q = (query.detach().float() * scaling).view(*shape, head_dim).flatten(2, 3)
+        q = (query.detach().float() * how.scaling).view(*shape, head_dim).flatten(2, 3)
         shift = lse.detach().view(shape).flatten(2, 3)[..., None]
         row_slice = slice(rows.start, rows.stop)
         weights = self.tensors["importance"]
@@ -252,8 +237,8 @@ class SelectiveLayer(KVLayer):
             weights[row_slice] *= self.selection.memory
         for keys, _, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
             scores = torch.matmul(q, keys.transpose(-1, -2))
-            if softcap is not None:
-                scores = scores.div_(softcap).tanh_().mul_(softcap)
+            if how.softcap is not None:
+                scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
             scores = scores.sub_(shift).exp_().unflatten(2, (-1, num_queries))
             if hidden is not None:
                 scores.masked_fill_(hidden.unsqueeze(2), 0.0)
@@ -298,6 +283,8 @@ class SelectiveLayer(KVLayer):
         kept = torch.zeros_like(protected).scatter_(2, priority.topk(keep_tokens, dim=2, sorted=False).indices, True)
         if self.demoted is not None:
             self._demote(rows, ~kept)
+        if self.demote is not None and self.demote.merges:
+            self._merge(rows, kept, positions)
         # per head, as many kept ones lie behind the first slots as freed ones lie in them, so the two lists pair up
         to = (~kept[:, :, :keep_tokens]).nonzero()
         source = kept[:, :, keep_tokens:].nonzero()
@@ -315,11 +302,19 @@ class SelectiveLayer(KVLayer):
         """Pack the freed tokens, in the order of their slots, as one group of each head."""
         assert self.demoted is not None
         row_slice = slice(rows.start, rows.stop)
-        index = freed.nonzero()[:, 2].view(*freed.shape[:2], -1)  # (rows, kv_heads, block_tokens)
-        keys, values = self.slots.read(row_slice, 0, freed.shape[2])
+        held = self.slots.read(row_slice, 0, freed.shape[2])
         slot = (self.counts[rows.start] - self.used[rows.start]) // self.demoted.group_tokens
-        keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (keys, values))
-        self.demoted.write(row_slice, slot, keys, values)
+        self.demoted.write(row_slice, slot, *_taken(held, _places(freed)))
+
+    def _merge(self, rows: range, kept: torch.Tensor, positions: torch.Tensor) -> None:
+        """Fold the freed tokens into kept ones, sinks apart, before their slots are taken."""
+        assert self.demote is not None
+        row_slice = slice(rows.start, rows.stop)
+        held = self.slots.read(row_slice, 0, kept.shape[2])
+        places = _places(kept)
+        open_to = positions.gather(2, places) >= self.regions.sink_tokens
+        merged = self.demote.merge(_taken(held, places), _taken(held, _places(~kept)), open_to)
+        self.slots.replace(row_slice, places, *merged)
 
     # Batches
 
@@ -346,9 +341,7 @@ class SelectiveLayer(KVLayer):
         other.used = [self.used[i] for i in order]
         return other
 
-    def crop(self, num_tokens: int) -> None:
-        if num_tokens == 0:
-            return
+    def check_crop(self, num_tokens: int) -> None:
         size = self.regions.block_tokens
         for count, used in zip(self.counts, self.used):
             freed = self.regions.drops and count != used
@@ -356,6 +349,8 @@ class SelectiveLayer(KVLayer):
                 raise UsageError(
                     f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; others were freed for them."
                 )
+
+    def _forget(self, num_tokens: int) -> None:
         for row in range(self.batch_size):
             self.used[row] -= num_tokens
             self.counts[row] -= num_tokens
@@ -384,12 +379,30 @@ class SelectiveLayer(KVLayer):
         self.counts, self.used = (row.tolist() for row in state["rows"])
 
 
+def _places(chosen: torch.Tensor) -> torch.Tensor:
+    """Slots that are chosen, as many in each head: `(rows, kv_heads, slots)` bool to `(rows, kv_heads, n)`."""
+    return chosen.nonzero()[:, 2].view(*chosen.shape[:2], -1)
+
+
+def _taken(held: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (x.gather(2, places[..., None].expand(-1, -1, -1, x.shape[-1])) for x in held)
+    return keys, values
+
+
 def selection_workspace_bytes(
-    site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
+    site: AttentionSite,
+    regions: Regions,
+    *,
+    batch_size: int,
+    new_tokens: int,
+    dtype: str,
+    packed: bool = False,
+    merges: bool = False,
 ) -> int:
     """The most bytes one step of `new_tokens` allocates beyond its output.
 
-    Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take.
+    Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take. `packed` slots are
+    unpacked where they are read; with `merges` freed and kept tokens meet in float32.
     """
     f32, i64 = DTYPE_BYTES["F32"], 8
     queries = min(new_tokens, regions.block_tokens)
@@ -397,7 +410,7 @@ def selection_workspace_bytes(
     heads = batch_size * site.num_kv_heads
     block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * f32
     if (
-        regions.demoted_tokens
+        packed or regions.demoted_tokens
     ):  # codes, a plane of them, and scales in float32, while the later of keys and values is made
         block_bytes += heads * block_tokens * (2 * max(site.key_head_dim, site.value_head_dim) + 4 * f32)
     attending = attention_workspace_bytes(
@@ -419,7 +432,14 @@ def selection_workspace_bytes(
     freeing = slots * (2 * f32 + i64 + 4) + moved * (9 * i64 + max(head_dims * DTYPE_BYTES[dtype], 2 * f32))
     if regions.demoted_tokens:  # what is freed is read, gathered and packed in float32
         freeing += (slots + 2 * moved) * head_dims * f32
+    rounded = 0
+    if packed:  # a block is packed in float32 when it is stored, and seen so by its own queries
+        freeing += moved * head_dims * 4 * f32
+        rounded = heads * queries * head_dims * 3 * f32
+    if merges:  # all slots, the kept and the freed ones apart, likenesses, sums and what comes out
+        freeing += (5 * slots + 3 * moved) * head_dims * f32
+        freeing += moved * regions.total_tokens * (2 * f32 + 1) + slots * (3 * i64 + 2 * f32)
     rows = batch_size * site.num_heads
     piece = rows * queries * site.value_head_dim * f32  # a block's output, before it is put where it belongs
     causal = queries * queries + 2 * queries * i64
-    return rows * new_tokens * f32 + causal + max(attending + piece, learning + piece, freeing)
+    return rows * new_tokens * f32 + causal + max(attending + piece + rounded, learning + piece + rounded, freeing)

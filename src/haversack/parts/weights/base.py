@@ -1,6 +1,7 @@
 """The whole contract of weight parts, and the option that composes them.
 
-An option is a composition, one part per stage: transform -> select -> factor -> grid -> rounding -> correct -> code.
+An option is a composition, one part per stage: transform -> select -> factor -> grid -> rounding -> correct; or one code
+that keeps the matrix as it is, in fewer bytes.
 The parts meet in a `WeightTask`, the working state of one site while it is packed: each transform rewrites the matrix
 (and the second-order statistics with it), the rounding chooses codes on the grid, corrections store what the grid
 left over. At run time the same parts compute `y = x W^T` from what they stored, each adding its contribution.
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from haversack.ledger import StoredTensor, total_bytes
+from haversack.errors import UsageError
+from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
 from haversack.parts.base import Part, part_from_dict
 
 if TYPE_CHECKING:
@@ -68,17 +70,31 @@ class Transform(WeightPart):
 
 
 @dataclass(frozen=True)
-class EvenCodes:
-    """Codes an even step apart: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
+class ScalarCodes:
+    """What a grid of few values per group computes: code `q` from 0 to `num_codes - 1` stands for `(q - zero) * scale`.
 
     `scale` and `zero` are `(out, groups)` float32; column c belongs to group `c // group_columns`. The nearest code of
-    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0.
+    `w` is `clamp(round(w / scale) + zero)`, and 0 with a scale of 0. With `values`, rising, place `p` stands for
+    `values[p] * scale` instead, and the grid's code is `codes[p]`.
     """
 
     scale: torch.Tensor
     zero: torch.Tensor
     num_codes: int
     group_columns: int
+    values: tuple[float, ...] | None = None
+    codes: torch.Tensor | None = None
+
+    def steps(self, codes: torch.Tensor, group: int) -> torch.Tensor:
+        """What codes `(out, columns)` of one group stand for at scale 1, float32."""
+        import torch
+
+        if self.values is None:
+            return codes - self.zero[:, group : group + 1]
+        table = torch.zeros(self.num_codes)
+        places = torch.arange(len(self.values)) if self.codes is None else self.codes.int()
+        table[places] = torch.tensor(self.values)
+        return table[codes.int()]
 
 
 class Grid(WeightPart):
@@ -136,14 +152,13 @@ class Grid(WeightPart):
         values = [self.dequantize(code.expand(len(history), 1), scales, column) for code in codes]
         return torch.cat(values, 1)[:, None]
 
-    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes | None:
-        """What `quantize` and `dequantize` compute, for roundings in compiled code; None where steps aren't even."""
+    def scalar_codes(self, scales: Mapping[str, torch.Tensor]) -> ScalarCodes | None:
+        """What `quantize` and `dequantize` compute, for roundings in compiled code; None for other grids."""
         return None
 
+    @abstractmethod
     def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
-        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them. Grids with `even_codes`
-        have it."""
-        raise NotImplementedError(f"{type(self).__name__} has no scale of its own per group")
+        """Write the storable scales nearest to `scale` `(out,)` for one group; returns them, float32."""
 
     @abstractmethod
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,6 +183,11 @@ class Grid(WeightPart):
     @abstractmethod
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `matmul` runs through on this machine."""
+
+    def decode_seconds(self, num_weights: int) -> float:
+        """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
+        reads."""
+        return 0.0
 
 
 class Rounding(WeightPart):
@@ -205,19 +225,80 @@ class Correction(WeightPart):
         """The most bytes `contribute` allocates, its result included."""
 
 
+class Code(WeightPart):
+    """Stores the whole matrix, in the checkpoint's own dtype, to the bit.
+
+    How many bytes that takes depends on the values: a code sets room aside, so that its bytes are known, and holds the
+    matrices that fit into it.
+    """
+
+    stage: ClassVar[str] = "code"
+    lossless: ClassVar[bool] = True
+    dtype: ClassVar[str]
+    """The one dtype that it codes, by its name in safetensors."""
+
+    @abstractmethod
+    def needed_bits(self, weight: torch.Tensor) -> float:
+        """What of the room set aside `weight` `(out, in)` would take, in bits per weight."""
+
+    @abstractmethod
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether `encode` has room for `weight` `(out, in)`."""
+
+    @abstractmethod
+    def encode(self, task: WeightTask) -> dict[str, torch.Tensor]:
+        """The stored tensors. Raises CheckpointError for a matrix of another dtype, or one that there is no room for."""
+
+    @abstractmethod
+    def matmul(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        """`x W^T` for `x` `(..., in_features)`, as torch computes it from the matrix."""
+
+    @abstractmethod
+    def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        """Rows `(len(index), in_features)` of the matrix, in its own dtype."""
+
+    @abstractmethod
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The most bytes `matmul` allocates beyond its result for `num_tokens` rows of input of `dtype`."""
+
+    @abstractmethod
+    def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
+        """The kernel that `matmul` runs through on this machine."""
+
+    @abstractmethod
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The most bytes `rows` allocates for so many rows, its result included."""
+
+    @abstractmethod
+    def decode_seconds(self, num_weights: int) -> float:
+        """What decoding so many weights takes one thread, beside reading them."""
+
+
 @dataclass(frozen=True)
 class WeightOption:
-    """A composition of parts at a weight site. Without a grid it is *neutral*: the checkpoint's dtype, untouched."""
+    """A composition of parts at a weight site, or a code alone. Without either it is *neutral*: the checkpoint's dtype,
+    untouched."""
 
     grid: Grid | None = None
     rounding: Rounding | None = None
     transforms: tuple[Transform, ...] = ()
     corrections: tuple[Correction, ...] = ()
+    code: Code | None = None
+
+    def __post_init__(self) -> None:
+        alone = self.grid is None and self.rounding is None and not self.transforms and not self.corrections
+        if self.code is not None and not alone:
+            raise UsageError(f"{self.code.id} keeps a matrix as it is; no other part goes with it.")
 
     @property
     def parts(self) -> tuple[WeightPart, ...]:
-        middle: tuple[WeightPart, ...] = tuple(p for p in (self.grid, self.rounding) if p is not None)
+        middle: tuple[WeightPart, ...] = tuple(p for p in (self.grid, self.rounding, self.code) if p is not None)
         return (*self.transforms, *middle, *self.corrections)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every bit of the matrix is kept."""
+        return self.grid is None
 
     @property
     def is_neutral(self) -> bool:
@@ -230,6 +311,8 @@ class WeightOption:
 
     def stored(self, out_features: int, in_features: int, dtype: str) -> tuple[StoredTensor, ...]:
         """Declared tensors; names carry the stage's index where a stage may repeat (`correct0.up`)."""
+        if self.code is not None:
+            return self.code.stored(out_features, in_features)
         if self.grid is None:
             return (StoredTensor("weight", dtype, (out_features, in_features)),)
         declared: list[StoredTensor] = []
@@ -245,6 +328,8 @@ class WeightOption:
 
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         """The most bytes `linear` allocates beyond its result for `num_tokens` rows of input of `dtype`."""
+        if self.code is not None:
+            return self.code.workspace_bytes(num_tokens, out_features, in_features, dtype)
         if self.grid is None:
             return 0
         transformed = sum(t.workspace_bytes(num_tokens, in_features, dtype) for t in self.transforms)
@@ -254,6 +339,10 @@ class WeightOption:
 
     def rows_workspace_bytes(self, num_rows: int, in_features: int, dtype: str) -> int:
         """The most bytes that a lookup of rows allocates beyond its result of `dtype`: they are made in float32."""
+        if self.code is not None:
+            made = self.code.rows_bytes(num_rows, in_features)
+            is_result = dtype == self.code.dtype
+            return made - num_rows * in_features * DTYPE_BYTES[dtype] if is_result else made
         if self.grid is None:
             return 0
         result_bytes = 4 * num_rows * in_features
@@ -264,12 +353,21 @@ class WeightOption:
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `linear` runs through on this machine."""
+        if self.code is not None:
+            return self.code.kernel_name(num_tokens, out_features, in_features, dtype)
         if self.grid is None:
             return "torch linear"
         return self.grid.kernel_name(num_tokens, out_features, in_features, dtype)
 
+    def decode_seconds(self, num_weights: int) -> float:
+        """What one thread takes to turn so many stored weights into numbers, where no kernel multiplies as it reads."""
+        decoding = self.code or self.grid
+        return decoding.decode_seconds(num_weights) if decoding is not None else 0.0
+
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {}
+        if self.code is not None:
+            data["code"] = self.code.to_dict()
         if self.transforms:
             data["transforms"] = [part.to_dict() for part in self.transforms]
         if self.grid is not None:
@@ -287,10 +385,13 @@ class WeightOption:
             rounding=part_from_dict(data["rounding"]) if "rounding" in data else None,  # type: ignore[arg-type]
             transforms=tuple(part_from_dict(d) for d in data.get("transforms", ())),  # type: ignore[misc]
             corrections=tuple(part_from_dict(d) for d in data.get("corrections", ())),  # type: ignore[misc]
+            code=part_from_dict(data["code"]) if "code" in data else None,  # type: ignore[arg-type]
         )
 
     def encode(self, task: WeightTask) -> dict[str, torch.Tensor]:
         """Pack `task.weight`: the stored tensors by declared name. `task` is consumed."""
+        if self.code is not None:
+            return self.code.encode(task)
         if self.grid is None:
             return {"weight": task.weight}
         in_features = task.weight.shape[1]
@@ -311,6 +412,8 @@ class WeightOption:
 
     def linear(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         """`x W^T` for `x` `(..., in_features)` from the stored tensors."""
+        if self.code is not None:
+            return self.code.matmul(x, tensors, out_features)
         if self.grid is None:
             import torch.nn.functional as F
 
@@ -325,7 +428,9 @@ class WeightOption:
         return y
 
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
-        """Rows `(len(index), in_features)`: float32 from a grid, the stored dtype if neutral."""
+        """Rows `(len(index), in_features)`: float32 from a grid, the checkpoint's dtype if nothing is lost."""
+        if self.code is not None:
+            return self.code.rows(index, tensors, in_features)
         if self.grid is None:
             return tensors["weight"][index]
         rows = self.grid.rows(index, tensors, in_features)
@@ -336,7 +441,7 @@ class WeightOption:
         return rows
 
     def dense(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
-        """The whole matrix that the stored tensors stand for, `(out, in)`, float32 unless neutral."""
+        """The whole matrix that the stored tensors stand for, `(out, in)`, float32 unless nothing is lost."""
         import torch
 
         return self.rows(torch.arange(out_features), tensors, in_features)

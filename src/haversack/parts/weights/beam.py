@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from haversack.errors import CheckpointError, UsageError
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.base import Grid, Rounding, WeightTask
+from haversack.parts.weights.damped_factor import damped_factor, required_hessian
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +58,9 @@ class BeamFeedback(Rounding):
         check_range(self.id, "delay", self.delay, "from 1 to 30", 1 <= self.delay <= 30)
 
     def round(self, task: WeightTask, grid: Grid) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if task.hessian is None:
-            raise UsageError(
-                "second-order feedback needs calibration statistics and this site has none; calibrate first, "
-                "or choose nearest rounding."
-            )
-        factor = upper_factor(task.hessian, self.damping, task.notes)
-        scales = grid.fit(task.weight, task.hessian.diagonal())
+        hessian = required_hessian(task)
+        factor, _ = damped_factor(hessian, self.damping, task.notes)
+        scales = grid.fit(task.weight, hessian.diagonal())
         return self.search(task.weight, grid, scales, factor), scales
 
     def search(
@@ -168,25 +164,3 @@ def nearest_path(weight: torch.Tensor, grid: Grid, scales: Mapping[str, torch.Te
     import torch
 
     return BeamFeedback().search(weight.float(), grid, scales, torch.eye(weight.shape[1]))
-
-
-def upper_factor(hessian: torch.Tensor, damping: float, notes: list[str]) -> torch.Tensor:
-    """Upper triangular `R` with `R R^T = hessian + d I`: `d` is `damping` times the mean diagonal, raised until it
-    factorises. Raises CheckpointError for statistics that are not finite."""
-    import torch
-
-    if not bool(torch.isfinite(hessian).all()):
-        raise CheckpointError("calibration statistics are not finite; the model overflows on the calibration text.")
-    mean = hessian.diagonal().mean().item()
-    if mean <= 0:  # no token at all: every column on its own
-        return torch.eye(len(hessian))
-    flipped = hessian.flip(0, 1).float()
-    tried = damping
-    while True:
-        matrix = flipped + tried * mean * torch.eye(len(flipped))
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if info.item() == 0:
-            if tried > damping:
-                notes.append(f"statistics not positive definite: damping raised from {damping:g} to {tried:g}")
-            return lower.flip(0, 1)
-        tried *= 10

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
 from haversack.codecs.codebooks import BITS, Codebook, codebook
-from haversack.codecs.scale_codings import SCALE_CODINGS, SUPERBLOCK_COLUMNS, ScaleCoding, scale_coding
+from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS, SuperblockScales
 from haversack.errors import CheckpointError
-from haversack.ledger import StoredTensor
+from haversack.kernels.format import MAX_TABLE
+from haversack.ledger import DTYPE_BYTES
 from haversack.parts.base import Source, check_range
+from haversack.parts.weights.base import ScalarCodes
 from haversack.parts.weights.decoded import DecodedGrid
 from haversack.parts.weights.scale_search import BLOCK_ELEMENTS, group_importance, scaled_error, search_scales
 
@@ -23,6 +25,9 @@ _SMALLEST_SHRINK = {2: 0.45, 3: 0.55, 4: 0.65, 8: 0.85}
 _NUM_SHRINKS = {2: 16, 3: 14, 4: 12, 8: 4}
 """Range of clipping that is searched, per bits, as shares of the scale that covers the group's extreme."""
 
+SCALE_TILE_BYTES, _ROW_MULTIPLE = 4 << 20, 64
+"""Second-level scales are written out for so many bytes' rows at once: what a matrix of 4,096 by 8,192 has in groups of 16."""
+
 
 @dataclass(frozen=True)
 class CodebookGrid(DecodedGrid):
@@ -30,8 +35,9 @@ class CodebookGrid(DecodedGrid):
 
     `values` names the table (`codecs/codebooks.py`). `group_size` is 16, 32, 64 or 128 columns, or 0 for one group
     per row. `scales` names how they are stored (`codecs/scale_codings.py`): MXFP4 is fp4 with e8m0 scales of 32
-    columns; with s6 or u4, superblocks of 256 columns make groups of 16 or 32 cheap (0.44 and 0.19 bits). `search` chooses each group's clipping by the importance-weighted squared
-    error; without it, scales cover the group's extreme. Scales are rounded as stored before codes are chosen.
+    columns; with s6 or u4, superblocks of 256 columns make groups of 16 or 32 cheap (0.44 and 0.19 bits). `search`
+    chooses each group's clipping by the importance-weighted squared error; without it, scales cover the group's extreme.
+    Scales are rounded as stored before codes are chosen.
 
     Error: half the distance of neighbouring values times the scale, without clipping. Source: Dettmers et al. 2023
     (arXiv 2305.14314, section 3) for block-wise tables; differs in searching the scale instead of dividing by the
@@ -55,15 +61,7 @@ class CodebookGrid(DecodedGrid):
 
     def __post_init__(self) -> None:
         check_range(self.id, "values", self.values, f"one of {', '.join(BITS)}", self.values in BITS)
-        check_range(
-            self.id,
-            "group_size",
-            self.group_size,
-            "16, 32, 64, 128, or 0 (the whole row)",
-            not isinstance(self.group_size, bool) and self.group_size in (0, 16, 32, 64, 128),
-        )
-        names = [name for name in SCALE_CODINGS if self.group_size or name in ("f16", "e8m0")]
-        check_range(self.id, "scales", self.scales, f"one of {', '.join(names)}", self.scales in names)
+        self.check_groups()
         check_range(self.id, "search", self.search, "true or false", isinstance(self.search, bool))
 
     @property
@@ -76,11 +74,6 @@ class CodebookGrid(DecodedGrid):
         words = [self.values, f"g{self.group_size}" if self.group_size else "per row"]
         words += [self.scales] if self.scales != "f16" else []
         return " ".join(words + ([] if self.search else ["absmax"]))
-
-    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
-        row_bytes = packed_row_bytes(self.padded_features(in_features), self.bits)
-        codes = StoredTensor("codes", "U8", (out_features, row_bytes))
-        return (codes, *self._coding.stored(out_features, self.num_groups(in_features)))
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The scales' working state for `weight` `(out, in)`; `importance` is `(in,)`.
@@ -113,27 +106,49 @@ class CodebookGrid(DecodedGrid):
     ) -> torch.Tensor:
         return codebook(self.values).values(codes).mul_(self._column_scales(scales, first_column, codes.shape[1]))
 
-    def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch.nn.functional as F
+    def scalar_codes(self, scales: Mapping[str, torch.Tensor]) -> ScalarCodes | None:
+        import torch
 
-        from haversack.codecs.bitpack import pack_codes
-
-        padding = self.padded_features(codes.shape[1]) - codes.shape[1]
-        return {"codes": pack_codes(F.pad(codes, (0, padding)), self.bits), **self._coding.pack(scales)}
+        book, scale = codebook(self.values), self.coding.values(scales)
+        if len(book.ordered) > MAX_TABLE:
+            return None
+        values, zero = tuple(book.ordered.tolist()), torch.zeros_like(scale)
+        return ScalarCodes(scale, zero, 2**self.bits, self.group_size or 2**31, values, book.codes)
 
     def matmul(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         if not self._has_kernels:
             return super().matmul(x, tensors, out_features)
         from haversack.kernels.registry import packed_matmul
 
-        return packed_matmul(x, tensors["codes"], tensors["scales"], in_features=x.shape[-1], **self._form)
+        in_features, step = x.shape[-1], self._scale_rows(x.shape[-1])
+        if out_features <= step:
+            return packed_matmul(
+                x,
+                tensors["codes"],
+                self._plain_scales(tensors, slice(None), in_features),
+                in_features=in_features,
+                **self._form,
+            )
+        out = x.new_empty(*x.shape[:-1], out_features)
+        for first in range(0, out_features, step):
+            rows = slice(first, first + step)
+            scales = self._plain_scales(tensors, rows, in_features)
+            out[..., rows] = packed_matmul(x, tensors["codes"][rows], scales, in_features=in_features, **self._form)
+        return out
 
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         if not self._has_kernels:
             return super().rows(index, tensors, in_features)
+        import torch
+
         from haversack.kernels.registry import packed_rows
 
-        return packed_rows(index, tensors["codes"], tensors["scales"], in_features=in_features, **self._form)
+        if not self._has_superscales:
+            return packed_rows(index, tensors["codes"], tensors["scales"], in_features=in_features, **self._form)
+        scales = self._plain_scales(tensors, index, in_features)
+        return packed_rows(
+            torch.arange(len(index)), tensors["codes"][index], scales, in_features=in_features, **self._form
+        )
 
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
         if not self._has_kernels:
@@ -141,15 +156,24 @@ class CodebookGrid(DecodedGrid):
         from haversack.describe.checkpoint import torch_dtype
         from haversack.kernels.registry import workspace_bytes
 
-        case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
-        return workspace_bytes(num_tokens, out_features, in_features, **case)
+        case = {"dtype": torch_dtype(dtype), "scales": self._kernel_scales, **self._form}
+        if not self._has_superscales:
+            return workspace_bytes(num_tokens, out_features, in_features, **case)
+        rows = min(out_features, self._scale_rows(in_features))
+        expanded = 2 * rows * self.num_groups(in_features)
+        product = rows * num_tokens * DTYPE_BYTES[dtype] if rows < out_features else 0
+        return workspace_bytes(num_tokens, rows, in_features, **case) + expanded + product
 
     def rows_bytes(self, num_rows: int, in_features: int) -> int:
         if not self._has_kernels:
             return super().rows_bytes(num_rows, in_features)
         from haversack.kernels.registry import rows_bytes
 
-        return rows_bytes(num_rows, in_features, scales=self.scales, **self._form)
+        made = rows_bytes(num_rows, in_features, scales=self._kernel_scales, **self._form)
+        if not self._has_superscales:
+            return made
+        taken = packed_row_bytes(self.padded_features(in_features), self.bits) + 2 * self.num_groups(in_features) + 16
+        return made + num_rows * taken  # their codes and scales, taken out first
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         if not self._has_kernels:
@@ -157,13 +181,53 @@ class CodebookGrid(DecodedGrid):
         from haversack.describe.checkpoint import torch_dtype
         from haversack.kernels.registry import kernel_name
 
-        case = {"dtype": torch_dtype(dtype), "scales": self.scales, **self._form}
-        return kernel_name(num_tokens, out_features, in_features, **case)
+        case = {"dtype": torch_dtype(dtype), "scales": self._kernel_scales, **self._form}
+        name = kernel_name(num_tokens, out_features, in_features, **case)
+        return f"{name} under superscales" if self._has_superscales else name
+
+    def decode_seconds(self, num_weights: int) -> float:
+        return 0.0 if self._has_kernels else super().decode_seconds(num_weights)
 
     @property
     def _has_kernels(self) -> bool:
-        """Whether the kernel registry reads this form: one scale per group as it is, and a table of 16 values at most."""
-        return self.scales in ("f16", "e8m0") and self.bits <= 4
+        """Whether the kernel registry reads this form: a table of 16 values at most, and scales of groups as they are or
+        written out first."""
+        if self.bits > 4:
+            return False
+        if not self._has_superscales:
+            return True
+        from haversack.kernels.superscales import supported
+
+        return supported()
+
+    @property
+    def _has_superscales(self) -> bool:
+        return isinstance(self.coding, SuperblockScales)
+
+    @property
+    def _kernel_scales(self) -> str:
+        return "f16" if self._has_superscales else self.scales
+
+    def _scale_rows(self, in_features: int) -> int:
+        """Rows whose scales are written out at once."""
+        if not self._has_superscales:
+            return 2**62
+        return max(
+            _ROW_MULTIPLE, SCALE_TILE_BYTES // (2 * self.num_groups(in_features)) // _ROW_MULTIPLE * _ROW_MULTIPLE
+        )
+
+    def _plain_scales(
+        self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int
+    ) -> torch.Tensor:
+        """Scales `(rows, groups)` of some rows, as kernels read them."""
+        coding = self.coding
+        if not isinstance(coding, SuperblockScales):
+            return tensors["scales"][rows]
+        from haversack.kernels.ir_superscales import SuperscaleCase
+        from haversack.kernels.superscales import expand
+
+        case = SuperscaleCase(coding.bits, coding.num_groups, coding.signed, self.num_groups(in_features))
+        return expand(tensors["scales"][rows], tensors["superscales"][rows], case)
 
     @property
     def _form(self) -> dict[str, Any]:
@@ -180,7 +244,7 @@ class CodebookGrid(DecodedGrid):
         codes = unpack_codes(tensors["codes"][rows], self.bits, padded).reshape(-1).int()
         table = codebook(self.values).table.to(codes.device)
         values = torch.index_select(table, 0, codes).view(-1, groups, padded // groups)
-        values *= self._coding.unpack(tensors, rows, groups)[..., None]
+        values *= self.coding.unpack(tensors, rows, groups)[..., None]
         return values.view(-1, padded)[:, :in_features]
 
     def decode_row_bytes(self, in_features: int) -> int:
@@ -193,7 +257,7 @@ class CodebookGrid(DecodedGrid):
         """The scales' working state for `weight` `(rows, groups, width)`."""
         import torch
 
-        coding = self._coding
+        coding = self.coding
         cover = weight.abs().amax(-1) / table.largest
         if not self.search:
             return coding.encode(cover)
@@ -215,25 +279,21 @@ class CodebookGrid(DecodedGrid):
             if not symmetric and self.scales in ("f16", "s4", "s6"):
                 yield -scale
 
-    @property
-    def _coding(self) -> ScaleCoding:
-        return scale_coding(self.scales, self.group_size)
-
     def _column_scales(self, scales: Mapping[str, torch.Tensor], first_column: int, num_columns: int) -> torch.Tensor:
         """float32 scales `(out, columns)` of some columns; `(out, 1)` where they share a group."""
         import torch
 
         if not self.group_size:
-            return self._coding.values(scales)
+            return self.coding.values(scales)
         first, last = first_column // self.group_size, (first_column + num_columns - 1) // self.group_size
         if first == last:
-            return self._coding.values(scales, slice(first, first + 1))
+            return self.coding.values(scales, slice(first, first + 1))
         groups = torch.arange(first_column, first_column + num_columns) // self.group_size
-        return self._coding.values(scales)[:, groups]
+        return self.coding.values(scales)[:, groups]
 
     def _check_range(self, weight: torch.Tensor) -> None:
         largest = weight.abs().amax().item() if weight.numel() else 0.0
-        limit = self._coding.largest * codebook(self.values).largest
+        limit = self.coding.largest * codebook(self.values).largest
         if not math.isfinite(largest):
             raise CheckpointError("a weight matrix holds values that are not finite; no codebook can represent them.")
         if largest > limit:

@@ -1,4 +1,4 @@
-"""Grids without kernels of their own: products and rows come from decoding tiles of rows."""
+"""Grids of packed codes under coded scales that are read by rows: products come from decoding tiles of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from haversack.codecs.bitpack import packed_row_bytes
+from haversack.codecs.scale_codings import SCALE_CODINGS, ScaleCoding, scale_coding
+from haversack.ledger import StoredTensor
+from haversack.parts.base import check_range
 from haversack.parts.weights.base import Grid
 
 if TYPE_CHECKING:
@@ -13,7 +17,45 @@ if TYPE_CHECKING:
 
 
 class DecodedGrid(Grid):
-    """A grid that says how rows are read from its stored tensors; everything else follows, in bounded workspace."""
+    """A grid that says how rows are read from its stored tensors; everything else follows, in bounded workspace.
+
+    Codes are packed (`codecs/bitpack.py`); `scales` names how the scales of groups are stored (`codecs/scale_codings.py`).
+    """
+
+    scales: str
+
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        row_bytes = packed_row_bytes(self.padded_features(in_features), self.bits)
+        codes = StoredTensor("codes", "U8", (out_features, row_bytes))
+        return (codes, *self.coding.stored(out_features, self.num_groups(in_features)))
+
+    def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch.nn.functional as F
+
+        from haversack.codecs.bitpack import pack_codes
+
+        padding = self.padded_features(codes.shape[1]) - codes.shape[1]
+        return {"codes": pack_codes(F.pad(codes, (0, padding)), self.bits), **self.coding.pack(scales)}
+
+    def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
+        return self.coding.set_group(scales, group, scale)
+
+    @property
+    def coding(self) -> ScaleCoding:
+        """How this grid's scales are stored."""
+        return scale_coding(self.scales, self.group_size)
+
+    def check_groups(self) -> None:
+        """Raise UsageError for a group size or a coding of scales that there is not."""
+        check_range(
+            self.id,
+            "group_size",
+            self.group_size,
+            "16, 32, 64, 128, or 0 (the whole row)",
+            not isinstance(self.group_size, bool) and self.group_size in (0, 16, 32, 64, 128),
+        )
+        names = [name for name in SCALE_CODINGS if self.group_size or name in ("f16", "e8m0")]
+        check_range(self.id, "scales", self.scales, f"one of {', '.join(names)}", self.scales in names)
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int) -> torch.Tensor:
@@ -57,3 +99,8 @@ class DecodedGrid(Grid):
         from haversack.kernels.decoded_tiles import NAME
 
         return NAME
+
+    def decode_seconds(self, num_weights: int) -> float:
+        from haversack.kernels.decoded_tiles import SECONDS_PER_WEIGHT
+
+        return num_weights * SECONDS_PER_WEIGHT

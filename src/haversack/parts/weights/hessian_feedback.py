@@ -11,15 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from haversack.errors import CheckpointError, UsageError
 from haversack.parts.base import Source, check_range
-from haversack.parts.weights.base import EvenCodes, Grid, Rounding, WeightTask
+from haversack.parts.weights.base import Grid, Rounding, ScalarCodes, WeightTask
+from haversack.parts.weights.damped_factor import damped_factor, required_hessian
 
 if TYPE_CHECKING:
     import torch
-
-_MAX_DAMPING = 1e4
-"""Relative damping at which the matrix is diagonal for every purpose; float32 always factorises before it."""
 
 _LEAST_GAIN = 0.01
 """Share of the error that a sweep must take off for another to follow."""
@@ -79,22 +76,15 @@ class HessianFeedback(Rounding):
     def round(self, task: WeightTask, grid: Grid) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         import torch
 
-        weight, hessian = task.weight, task.hessian
-        if hessian is None:
-            raise UsageError(
-                "second-order feedback needs calibration statistics and this site has none; calibrate first, "
-                "or choose nearest rounding."
-            )
+        weight, hessian = task.weight, required_hessian(task)
         importance = hessian.diagonal().clone()
-        if not bool(torch.isfinite(importance).all()):
-            raise CheckpointError("calibration statistics are not finite; the model overflows on the calibration text.")
         num_dead = int((importance <= 0).sum())
         if num_dead:
             task.notes.append(
                 f"{num_dead} of {importance.numel()} inputs are never active; their columns round to nearest"
             )
         order = torch.argsort(importance, descending=True) if self.activation_order else torch.arange(len(importance))
-        factor, added = self._factorize(hessian, order, task.notes)
+        factor, added = damped_factor(hessian, self.damping, task.notes, order)
         fixed = grid.fit(weight, importance)
         codes, scales, error = self._feed_back(weight, importance, fixed, grid, order, factor)
         # Both errors in the norm of the undamped statistics: what damping added is taken off again.
@@ -108,31 +98,6 @@ class HessianFeedback(Rounding):
         for name in scales:
             scales[name][worse] = fixed[name][worse]
         return codes, scales
-
-    def _factorize(self, hessian: torch.Tensor, order: torch.Tensor, notes: list[str]) -> tuple[torch.Tensor, float]:
-        """Upper triangular `R` with `R R^T = hessian[order][:, order] + added * I`, and `added`."""
-        import torch
-
-        mean = hessian.diagonal().mean().item()
-        flipped = order.flip(0)
-        if mean <= 0:  # no token at all: every column on its own
-            return torch.eye(len(order)), 1.0
-        damping = self.damping
-        matrix = hessian[flipped][:, flipped].float()
-        diagonal = matrix.diagonal().clone()
-        while damping <= _MAX_DAMPING:
-            matrix.diagonal().copy_(diagonal + damping * mean)
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            if info.item() == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-                if damping > self.damping:
-                    notes.append(
-                        f"statistics not positive definite: damping raised from {self.damping:g} to {damping:g}"
-                    )
-                return lower.flip(0, 1), damping * mean
-            damping *= 10
-        raise CheckpointError(
-            "calibration statistics can't be made positive definite; they are not finite or not symmetric."
-        )
 
     def _feed_back(
         self,
@@ -158,17 +123,17 @@ class HessianFeedback(Rounding):
         error = torch.zeros(rows)
         diagonal = factor.diagonal()
         block_size = self.block_size if self.static_groups else grid.group_size or in_features
-        even = grid.even_codes(scales)
+        scalar = grid.scalar_codes(scales)
         for start in range(0, in_features, block_size):
             block = slice(start, min(start + block_size, in_features))
             if not self.static_groups:  # scales of this group from what feedback has made of its columns
                 for name, fitted in grid.fit(target[block, :out_features].T, importance[block]).items():
                     scales[name][:, start // block_size] = fitted[:, 0]
-                even = grid.even_codes(scales)
+                scalar = grid.scalar_codes(scales)
             feedback = (factor[block, block] / diagonal[block]).T.contiguous()  # R_jk / R_kk at [k, j]
             args = (target[block], original[block], feedback, diagonal[block].square(), order[block])
-            if even is not None:
-                found, change = _round_evenly(*args, even, error)
+            if scalar is not None:
+                found, change = _round_compiled(*args, scalar, error)
             else:
                 found, change = _round_columns(*args, grid, scales, error, out_features)
             codes[order[block]] = found[:, :out_features]
@@ -211,17 +176,17 @@ class HessianFeedback(Rounding):
                 before, among = change[block].clone(), hessian[block, block].float().clone()
                 among.diagonal().add_(added)
                 now, pull = before, product[block]
-                if grid.group_size and grid.even_codes(scales) is not None:
-                    now = before + self._rescale(grid, scales, start // width, codes[:, block], among, pull)
+                if grid.group_size and (scalar := grid.scalar_codes(scales)) is not None:
+                    now = before + self._rescale(grid, scales, scalar, start // width, codes[:, block], among, pull)
                     pull = pull + among @ (now - before)
                 feedback = among / diagonal[block, None]
                 target = original[block] - pull / diagonal[block, None] + now
                 target.addmm_(feedback.tril(-1), now)
                 columns = torch.arange(block.start, block.stop)
                 args = (target, original[block], feedback, diagonal[block].contiguous(), columns)
-                even = grid.even_codes(scales)
-                if even is not None:
-                    found, after = _round_evenly(*args, even, unused)
+                scalar = grid.scalar_codes(scales)
+                if scalar is not None:
+                    found, after = _round_compiled(*args, scalar, unused)
                 else:
                     found, after = _round_columns(*args, grid, scales, unused, out_features)
                 codes[:, block] = found[:, :out_features].T
@@ -237,6 +202,7 @@ class HessianFeedback(Rounding):
         self,
         grid: Grid,
         scales: dict[str, torch.Tensor],
+        scalar: ScalarCodes,
         group: int,
         codes: torch.Tensor,
         among: torch.Tensor,
@@ -246,17 +212,14 @@ class HessianFeedback(Rounding):
         `(columns, rows)`."""
         import torch
 
-        even = grid.even_codes(scales)
-        assert even is not None
-        scale, zero = even.scale[:, group], even.zero[:, group]
+        scale = scalar.scale[:, group]
         steps = torch.zeros_like(pull)
-        steps[:, : len(scale)] = codes.T - zero
+        steps[:, : len(scale)] = scalar.steps(codes, group).T
         slope, curve = (steps * pull).sum(0)[: len(scale)], (steps * (among @ steps)).sum(0)[: len(scale)]
-        kept = {name: tensor[:, group].clone() for name, tensor in scales.items()}
-        by = grid.set_scale(scales, group, scale - slope / curve.clamp_min(1e-30)) - scale
+        wanted = scale - slope / curve.clamp_min(1e-30)
+        by = grid.set_scale(scales, group, wanted) - scale
         worse = 2 * by * slope + by.square() * curve >= 0  # rounded to where it was, or past the best
-        for name, tensor in scales.items():
-            tensor[worse, group] = kept[name][worse]
+        grid.set_scale(scales, group, torch.where(worse, scale, wanted))
         by[worse] = 0
         steps[:, : len(scale)] *= by
         return steps
@@ -273,24 +236,26 @@ def _damped_error(change: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return error
 
 
-def _round_evenly(
+def _round_compiled(
     target: torch.Tensor,
     original: torch.Tensor,
     feedback: torch.Tensor,
     square: torch.Tensor,
     columns: torch.Tensor,
-    even: EvenCodes,
+    scalar: ScalarCodes,
     error: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and changes `(columns, rows)` of one block by compiled code, for codes an even step apart."""
+    """Codes and changes `(columns, rows)` of one block by compiled code, for few values per group."""
     import torch.nn.functional as F
 
     from haversack.kernels.feedback import round_block
 
-    padding = (0, error.numel() - even.scale.shape[0])
-    scale, zero = (F.pad(t.T, padding).contiguous() for t in (even.scale, even.zero))
-    group = columns // even.group_columns
-    return round_block(target, original, feedback, square, group, scale, zero, error, even.num_codes)
+    padding = (0, error.numel() - scalar.scale.shape[0])
+    scale, zero = (F.pad(t.T, padding).contiguous() for t in (scalar.scale, scalar.zero))
+    group = columns // scalar.group_columns
+    args = (target, original, feedback, square, group, scale, zero, error, scalar.num_codes)
+    places, change = round_block(*args, scalar.values)
+    return (places if scalar.codes is None else scalar.codes[places.int()]), change
 
 
 def _round_columns(

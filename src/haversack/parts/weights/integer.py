@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from haversack.errors import CheckpointError
 from haversack.ledger import StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.weights.base import EvenCodes, Grid
+from haversack.parts.weights.base import Grid, ScalarCodes
 
 if TYPE_CHECKING:
     import torch
@@ -140,12 +140,12 @@ class IntegerGrid(Grid):
             values[:, columns] = (codes[:, columns].float() - zero) * scale
         return values
 
-    def even_codes(self, scales: Mapping[str, torch.Tensor]) -> EvenCodes:
+    def scalar_codes(self, scales: Mapping[str, torch.Tensor]) -> ScalarCodes:
         import torch
 
         scale = scales["scales"].float()
         zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.symmetric else scales["zeros"].float()
-        return EvenCodes(scale, zero, 2**self.bits, self.group_size or 2**31)
+        return ScalarCodes(scale, zero, 2**self.bits, self.group_size or 2**31)
 
     def set_scale(self, scales: dict[str, torch.Tensor], group: int, scale: torch.Tensor) -> torch.Tensor:
         stored = _round_to_f16(scale)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
-from haversack.codecs.scale_codings import SCALE_CODINGS, SUPERBLOCK_COLUMNS, ScaleCoding, scale_coding
+from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS
 from haversack.codecs.trellis import WINDOW_BITS, trellis_table
 from haversack.errors import CheckpointError, UsageError
-from haversack.ledger import StoredTensor
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.decoded import DecodedGrid
 from haversack.parts.weights.scale_search import group_importance
@@ -51,25 +50,12 @@ class TrellisGrid(DecodedGrid):
 
     def __post_init__(self) -> None:
         check_range(self.id, "bits", self.bits, "2, 3 or 4", self.bits in (2, 3, 4))
-        check_range(
-            self.id,
-            "group_size",
-            self.group_size,
-            "16, 32, 64, 128, or 0 (the whole row)",
-            not isinstance(self.group_size, bool) and self.group_size in (0, 16, 32, 64, 128),
-        )
-        names = [name for name in SCALE_CODINGS if self.group_size or name in ("f16", "e8m0")]
-        check_range(self.id, "scales", self.scales, f"one of {', '.join(names)}", self.scales in names)
+        self.check_groups()
 
     @property
     def label(self) -> str:
         words = [f"trellis{self.bits}", f"g{self.group_size}" if self.group_size else "per row"]
         return " ".join(words + ([self.scales] if self.scales != "f16" else []))
-
-    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
-        row_bytes = packed_row_bytes(self.padded_features(in_features), self.bits)
-        codes = StoredTensor("codes", "U8", (out_features, row_bytes))
-        return (codes, *self._coding.stored(out_features, self.num_groups(in_features)))
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The scales' working state: each group's root mean square, for the table's values have variance 1."""
@@ -83,12 +69,12 @@ class TrellisGrid(DecodedGrid):
         weighting = group_importance(importance, in_features, padded, groups)
         grouped = F.pad(weight.float(), (0, padded - in_features)).view(-1, groups, padded // groups)
         wanted = (grouped.square() * weighting).sum(-1).div_(weighting.sum(-1)).sqrt_()
-        if wanted.numel() and float(wanted.max()) > self._coding.largest:
+        if wanted.numel() and float(wanted.max()) > self.coding.largest:
             raise CheckpointError(
-                f"a group of weights of size {float(wanted.max()):.4g} exceeds {self._coding.largest:.4g}, the largest "
+                f"a group of weights of size {float(wanted.max()):.4g} exceeds {self.coding.largest:.4g}, the largest "
                 f"scale that {self.scales} can hold; keep this matrix in its own dtype."
             )
-        return self._coding.encode(wanted)
+        return self.coding.encode(wanted)
 
     def quantize(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0) -> torch.Tensor:
         if first_column:
@@ -114,16 +100,8 @@ class TrellisGrid(DecodedGrid):
         table = trellis_table(self.bits).view(-1, 1 << self.bits)
         before = history & (len(table) - 1)
         group = column // self.group_size if self.group_size else 0
-        scale = self._coding.values(scales, slice(group, group + 1))
+        scale = self.coding.values(scales, slice(group, group + 1))
         return torch.index_select(table, 0, before.view(-1)).view(*history.shape, -1) * scale[..., None]
-
-    def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch.nn.functional as F
-
-        from haversack.codecs.bitpack import pack_codes
-
-        padding = self.padded_features(codes.shape[1]) - codes.shape[1]
-        return {"codes": pack_codes(F.pad(codes, (0, padding)), self.bits), **self._coding.pack(scales)}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int) -> torch.Tensor:
         from haversack.codecs.bitpack import unpack_codes
@@ -131,7 +109,7 @@ class TrellisGrid(DecodedGrid):
         padded, groups = self.padded_features(in_features), self.num_groups(in_features)
         values = self._unit_values(unpack_codes(tensors["codes"][rows], self.bits, padded))
         grouped = values.view(-1, groups, padded // groups)
-        grouped *= self._coding.unpack(tensors, rows, groups)[..., None]
+        grouped *= self.coding.unpack(tensors, rows, groups)[..., None]
         return values[:, :in_features]
 
     def decode_row_bytes(self, in_features: int) -> int:
@@ -155,11 +133,7 @@ class TrellisGrid(DecodedGrid):
         table = trellis_table(self.bits).to(codes.device)
         return torch.index_select(table, 0, windows.view(-1)).view(codes.shape)
 
-    @property
-    def _coding(self) -> ScaleCoding:
-        return scale_coding(self.scales, self.group_size)
-
     def _column_scales(self, scales: Mapping[str, torch.Tensor], num_columns: int) -> torch.Tensor:
         """float32 scales `(out, columns)`, or `(out, 1)`."""
-        values = self._coding.values(scales)
+        values = self.coding.values(scales)
         return values.repeat_interleave(self.group_size, 1)[:, :num_columns] if self.group_size else values

@@ -1,0 +1,150 @@
+"""What a model's heads look at, measured on probes: the figures that budgets per layer and per head are shared by.
+
+One forward pass per task with a whole cache gives the attention of the last `WINDOW_TOKENS` queries; the matrix of all
+queries never exists. What a head is worth to the answers is measured directly: that head alone holds sinks and a window, and
+the answers' tokens diverge by so much. Everything is computed when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from haversack.describe.site import AttentionSite
+from haversack.engine.attention import haversack_attention, registered
+from haversack.engine.probe_meter import ProbeMeter
+from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.probes.suite import Task
+
+WINDOW_TOKENS = 32
+"""Queries whose attention stands for what later ones will look at (Li et al. 2024, arXiv 2404.14469, and many since)."""
+
+GRID = 64
+"""Points of a cumulative curve, beyond its beginning at 0."""
+
+_NAME = "haversack-statistics"
+
+
+class AttentionStatistics:
+    """Statistics of one model on `tasks`; layers and heads in the order of `sites`."""
+
+    def __init__(
+        self,
+        model: Any,
+        sites: Sequence[AttentionSite],
+        dtype: str,
+        tasks: Sequence[Task],
+        *,
+        streaming_tokens: int = 64,
+    ):
+        self.sites = tuple(sites)
+        self._model = model
+        self._dtype = dtype
+        self._tasks = tuple(tasks)
+        self._streaming = KVOption(SinksAndWindow(4, streaming_tokens))
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """`(layers, GRID)`: share of the attention that the most attended i / GRID of all tokens get, mean over KV heads and tasks."""
+        return torch.stack([torch.stack([_curve(p) for p in of_layer]).mean(0) for of_layer in zip(*self._last)])
+
+    @cached_property
+    def dispersion(self) -> list[float]:
+        """Entropy of the mean attention over tokens, nats, by layer (Qin et al. 2025, arXiv 2503.12491)."""
+        return [fmean(_entropy(p.mean(1)) for p in of_layer) for of_layer in zip(*self._last)]
+
+    @cached_property
+    def shift(self) -> list[float]:
+        """Variance of a token's attention over the queries, summed over tokens, by layer (the same)."""
+        return [fmean(float(p.var(1).sum(-1).mean()) for p in of_layer) for of_layer in zip(*self._last)]
+
+    @cached_property
+    def retrieval(self) -> list[list[float]]:
+        """`[layer][query head]`: attention that the query before an answer's token gives to that token where the context
+        states it, mean over answers (Wu et al. 2024, arXiv 2404.15574, by mass instead of by rank)."""
+        total = torch.zeros(len(self.sites), max(site.num_heads for site in self.sites))
+        count = 0
+        for task, of_task in zip(self._tasks, self._last):
+            turn = task.turns[0]
+            stated = _last_place(task.context, turn.answer)
+            if stated is None:
+                continue
+            count += 1
+            for layer, p in enumerate(of_task):
+                asked = p[:, -len(turn.answer) :, stated : stated + len(turn.answer)]  # (heads, answer, answer)
+                total[layer, : p.shape[0]] += asked.diagonal(dim1=1, dim2=2).mean(1)
+        return [(total[i, : site.num_heads] / max(1, count)).tolist() for i, site in enumerate(self.sites)]
+
+    @cached_property
+    def head_damage(self) -> list[list[float]]:
+        """`[layer][KV head]`: mean nats per answer token with that head alone held to sinks and a window."""
+        meter = ProbeMeter(self._model, self.sites, self._dtype, self._tasks)
+        found = []
+        for site in self.sites:
+            row = []
+            for head in range(site.num_kv_heads):
+                options = [self._streaming if i == head else KVOption() for i in range(site.num_kv_heads)]
+                scores = meter.scores({site.id: by_head(options)}, asked=("after",))
+                row.append(fmean(score.kl for score in scores))
+            found.append(row)
+        return found
+
+    @cached_property
+    def _last(self) -> list[list[torch.Tensor]]:
+        """`[task][layer]`: probabilities of the last queries, `(heads, queries, tokens)`, each over the tokens before it."""
+        out = []
+        for task in self._tasks:
+            turn = task.turns[0]
+            ids = torch.tensor([[*task.context, *turn.question, *turn.answer[:-1]]])
+            seen: dict[int, torch.Tensor] = {}
+
+            def observe(
+                module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+            ) -> Any:
+                number = getattr(module, "layer_idx", None)
+                seen[len(seen) if number is None else int(number)] = _probabilities(query, key, kwargs)  # noqa: B023
+                return haversack_attention(module, query, key, value, *args, **kwargs)
+
+            with registered(self._model, _NAME, observe), torch.inference_mode():
+                self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            out.append([seen[layer] for layer in sorted(seen)])
+        return out
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Of the last queries of the first sequence: `(heads, queries, tokens)` float32."""
+    num_tokens = query.shape[2]
+    first = max(0, num_tokens - WINDOW_TOKENS)
+    q, k = query[0, :, first:].float(), key[0].float()
+    scores = q @ k.repeat_interleave(q.shape[0] // k.shape[0], dim=0).transpose(-1, -2)
+    scores = scores * (kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    if (softcap := kwargs.get("softcap")) is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    distance = torch.arange(first, num_tokens)[:, None] - torch.arange(num_tokens)
+    hidden = distance < 0
+    if (window := kwargs.get("sliding_window")) is not None:
+        hidden |= distance >= window
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def _curve(p: torch.Tensor) -> torch.Tensor:
+    mass = p.mean(1).sort(-1, descending=True).values.cumsum(-1).mean(0)
+    places = torch.arange(1, GRID + 1) * len(mass) // GRID - 1
+    return mass[places.clamp_min(0)]
+
+
+def _entropy(p: torch.Tensor) -> float:
+    return float(-(p * p.clamp_min(1e-12).log()).sum(-1).mean())
+
+
+def _last_place(context: Sequence[int], answer: Sequence[int]) -> int | None:
+    """Where the context holds the answer for the last time."""
+    for start in range(len(context) - len(answer), -1, -1):
+        if tuple(context[start : start + len(answer)]) == tuple(answer):
+            return start
+    return None

@@ -1,0 +1,117 @@
+"""What a cache loses on probes: KL of the answers' tokens from those of a whole cache, and exact match.
+
+The reference is the same weights under the neutral cache, read in the same chunks, so that only the cache differs. A question
+is asked after its context was read, and compressed as it was read; or also ahead of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+
+from haversack.describe.site import AttentionSite
+from haversack.engine.kv_cache import HaversackCache, KVPlan
+from haversack.parts.kv.base import KVOption
+from haversack.probes.suite import Task
+
+Asked = Literal["after", "before"]
+"""Whether a question is read only after its context, or ahead of it too."""
+
+CHUNK_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task's answers: nats per answer token, whether every answer was exact (None for real text, which has no right answer),
+    the text's own negative log-likelihood per token, and the bytes that the cache held when the context was read."""
+
+    kind: str
+    asked: Asked
+    kl: float
+    exact: bool | None
+    nll: float
+    held_bytes: int
+
+
+class ProbeMeter:
+    """Asks `tasks` of a model whose attention function is ours. Memory: the model, one sequence's caches, and the reference's
+    log-probabilities of every answer token, `4 vocab_size` bytes each."""
+
+    def __init__(self, model: Any, sites: Sequence[AttentionSite], dtype: str, tasks: Iterable[Task]):
+        self.model = model
+        self.sites = tuple(sites)
+        self.dtype = dtype
+        self.tasks: list[tuple[Asked, Task]] = []
+        for task in tasks:
+            self.tasks.append(("after", task))
+            if task.announced:
+                self.tasks.append(("before", task.asked_before()))
+        self.capacity_tokens = max(task.num_tokens for _, task in self.tasks)
+        self._reference: dict[int, torch.Tensor] = {}
+
+    def scores(
+        self,
+        options: Mapping[str, KVOption],
+        asked: Sequence[Asked] = ("after", "before"),
+        *,
+        against_own: bool = True,
+    ) -> list[Score]:
+        """Every task under a cache whose layers hold what `options` says by site id; sites without one hold everything.
+
+        The reference is made when it is first needed, by the weights as they are then; `against_own` False says that they
+        are others now, so that a whole cache is no reference either.
+        """
+        out = []
+        for i, (when, task) in enumerate(self.tasks):
+            if when not in asked:
+                continue
+            if i not in self._reference:
+                self._reference[i] = self._answers(task, {})[0]
+            reference = self._reference[i]
+            if options or not against_own:
+                found, held_bytes = self._answers(task, options)
+            else:
+                found, held_bytes = reference, self.cache({}).plan.max_bytes()
+            right = torch.tensor([token for turn in task.turns for token in turn.answer])
+            kl = (reference.exp() * (reference - found)).sum(-1).mean()
+            exact = None if task.kind.startswith("text") else bool((found.argmax(-1) == right).all())
+            nll = -float(found.gather(1, right[:, None]).mean())
+            out.append(Score(task.kind, when, max(0.0, float(kl)), exact, nll, held_bytes))
+        return out
+
+    def cache(self, options: Mapping[str, KVOption]) -> HaversackCache:
+        """An empty cache of the capacity that all tasks share."""
+        chosen = tuple(options.get(site.id, KVOption()) for site in self.sites)
+        return HaversackCache(KVPlan(self.sites, chosen, 1, self.capacity_tokens, self.dtype))
+
+    def _answers(self, task: Task, options: Mapping[str, KVOption]) -> tuple[torch.Tensor, int]:
+        """Log-probabilities before every answer token of all turns, `(answer tokens, vocab_size)` float32, and bytes held."""
+        cache = self.cache(options)
+        with torch.inference_mode():
+            for chunk in torch.tensor(task.context).split(CHUNK_TOKENS):
+                self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = []
+            for i, turn in enumerate(task.turns):
+                if not task.in_a_row and i + 1 < len(task.turns):
+                    used = cache.copy()
+                else:
+                    used = cache  # the last one needs no copy
+                ids = torch.tensor([[*turn.question, *turn.answer]])
+                logits = self.model(input_ids=ids, past_key_values=used, use_cache=True).logits[0]
+                out.append(logits[-len(turn.answer) - 1 : -1].float().log_softmax(-1))
+        return torch.cat(out), cache.num_bytes()
+
+
+def mean_kl(scores: Sequence[Score]) -> dict[str, float]:
+    """Kind -> mean nats per answer token over its tasks, in the order of the suite; both ways of asking together."""
+    kinds = dict.fromkeys(score.kind for score in scores)
+    return {kind: fmean(score.kl for score in scores if score.kind == kind) for kind in kinds}
+
+
+def worst(scores: Sequence[Score]) -> tuple[str, float]:
+    """The kind of probe that loses most, and what it loses: what a cache is judged by."""
+    return max(mean_kl(scores).items(), key=lambda item: item[1])

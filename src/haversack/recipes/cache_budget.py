@@ -1,0 +1,117 @@
+"""A whole cache within a byte budget: what recipes that are asked for one share.
+
+A recipe's `whole_cache` turns a `CacheBudget` into one option per layer. Most have one number that grows with the bytes; the
+largest that fits is found here, by bytes as declared, so that scales, positions and the block being filled count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from haversack.describe.site import AttentionSite
+from haversack.errors import DoesNotFitError
+from haversack.parts.kv.base import KVOption, Selection
+from haversack.units import format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+Options = tuple[KVOption, ...]
+"""One per layer, in order."""
+
+SINK_TOKENS = 4
+MAX_BLOCK_TOKENS = 64
+
+
+class HeadStatistics(Protocol):
+    """What recipes ask of a model's heads; `engine.attention_statistics` measures it, and says in which shapes."""
+
+    @property
+    def mass(self) -> torch.Tensor: ...
+
+    @property
+    def dispersion(self) -> list[float]: ...
+
+    @property
+    def shift(self) -> list[float]: ...
+
+    @property
+    def retrieval(self) -> list[list[float]]: ...
+
+    @property
+    def head_damage(self) -> list[list[float]]: ...
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """Layers whose caches together may take `num_bytes` for one sequence of `capacity_tokens`.
+
+    `statistics` are measured on the model for the recipes that ask for them (`HeadStatistics`), else None.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    capacity_tokens: int
+    dtype: str
+    num_bytes: int
+    statistics: HeadStatistics | None = None
+
+    def bytes_of(self, options: Sequence[KVOption]) -> int:
+        """Declared bytes of a whole cache."""
+        return sum(
+            option.stored_bytes(site, batch_size=1, capacity_tokens=self.capacity_tokens, dtype=self.dtype)
+            for site, option in zip(self.sites, options, strict=True)
+        )
+
+    def largest(self, make: Callable[[int], Options], limit: int) -> Options:
+        """`make(n)` for the largest n up to `limit` that fits, bytes growing with n.
+
+        Raises DoesNotFitError where even `make(1)` doesn't: a budget below what the recipe must hold.
+        """
+        if (needed := self.bytes_of(make(1))) > self.num_bytes:
+            raise DoesNotFitError(
+                f"a cache of {format_bytes(self.num_bytes)} was asked, but its smallest form "
+                f"({make(1)[0].label}) takes {format_bytes(needed)}.",
+                budget_bytes=self.num_bytes,
+                shortfall_bytes=needed - self.num_bytes,
+                owners={"kv": needed},
+                cheapest_change=f"Allow {format_bytes(needed)}, or take another recipe.",
+            )
+        low, high = 1, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes_of(make(middle)) <= self.num_bytes else (low, middle - 1)
+        return make(low)
+
+    def everywhere(self, make: Callable[[int], KVOption]) -> Options:
+        """The same option at every layer, as large as fits; `make` takes tokens."""
+        return self.largest(lambda n: (make(n),) * len(self.sites), self.capacity_tokens)
+
+    def shared(self, make: Callable[[int], KVOption], shares: Sequence[float]) -> Options:
+        """Layers get tokens in proportion to `shares`, none more than the context."""
+        mean = sum(shares) / len(shares)
+
+        def at(n: int) -> Options:
+            return tuple(make(min(self.capacity_tokens, max(1, round(n * share / mean)))) for share in shares)
+
+        return self.largest(at, self.capacity_tokens * len(self.sites))
+
+    def best_of(self, candidates: Sequence[Options]) -> Options:
+        """Of whole caches, the one with the most bytes that fits. Raises DoesNotFitError, as `largest`, where none does."""
+        ordered = sorted(candidates, key=self.bytes_of)
+        return self.largest(lambda n: ordered[n - 1], len(ordered))
+
+
+def usual_selections(kind: type[Selection]) -> tuple[KVOption, ...]:
+    """What a score that chooses offers to the planner: 192 and 448 tokens for each head, and a block of 64."""
+    return tuple(KVOption(score=kind(SINK_TOKENS, tokens, 64, 64)) for tokens in (124, 380))
+
+
+def selection(kind: type[Selection], num_tokens: int, *, block_tokens: int | None = None, **fields: Any) -> Selection:
+    """A selection with about `num_tokens` slots, the block that is being filled included: four sinks, and of the others half the
+    most recent, half chosen. If not given, blocks are an eighth of the whole, 4 to 64 tokens; there are at least 16 slots."""
+    block = block_tokens or min(MAX_BLOCK_TOKENS, max(4, 1 << (num_tokens.bit_length() - 4)) if num_tokens >= 16 else 4)
+    held = max(2 * block, 16 - block, num_tokens - block) // block * block
+    recent = (held - SINK_TOKENS) // 2
+    return kind(SINK_TOKENS, held - SINK_TOKENS - recent, recent, block, **fields)

@@ -1,0 +1,62 @@
+"""Every KV recipe keeps the bytes that it was given, at every step, and holds the same tokens in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.parts_kv.recipes import CAPACITY_TOKENS, SITES, asked, recipe_options, whole_cache_recipes
+
+from haversack.errors import DoesNotFitError
+from haversack.parts.kv.base import KVOption
+
+
+@pytest.mark.parametrize("recipe", whole_cache_recipes(), ids=lambda r: r.id)
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_recipe_fills_its_budget_and_never_passes_it(recipe, share):
+    budget = asked(share)
+    options = recipe.whole_cache(budget)
+    assert len(options) == len(SITES)
+    taken = budget.bytes_of(options)
+    assert taken <= budget.num_bytes
+    assert taken > 0.4 * budget.num_bytes  # blocks, groups and whole heads come in steps
+    for option in options:
+        assert KVOption.from_dict(option.to_dict()) == option
+
+
+@pytest.mark.parametrize("recipe", whole_cache_recipes(), ids=lambda r: r.id)
+def test_a_budget_below_the_smallest_form_is_refused_with_what_it_needs(recipe):
+    with pytest.raises(DoesNotFitError, match=r"its smallest form .* takes") as error:
+        recipe.whole_cache(asked(0.002))
+    assert error.value.shortfall_bytes > 0
+
+
+@pytest.mark.parametrize("option", recipe_options(), ids=lambda o: o.label)
+def test_bytes_are_the_declared_ones_at_every_step(option):
+    """Prefill in chunks, the one in flight included, and decoding: the slabs are all there is, and they never grow."""
+    site, length = SITES[0], CAPACITY_TOKENS
+    shape = {"batch_size": 1, "capacity_tokens": length, "dtype": "F32"}
+    layer = option.build(site, **shape)
+    generator = torch.Generator().manual_seed(0)
+    planned, done = option.stored_bytes(site, **shape), 0
+    for step in (100, 64, 40, 1, 1, 1, length - 207):
+        x = torch.randn(3, 1, 4, step, 32, generator=generator)
+        layer.step(x[0], x[1, :, :2], x[2, :, :2], scaling=0.2)
+        done += step
+        assert layer.num_bytes() == layer.max_bytes() == planned
+        assert layer.seen_tokens() == (done,)
+
+
+@pytest.mark.parametrize("option", recipe_options(), ids=lambda o: o.label)
+def test_growth_beyond_the_plan_is_refused_or_held_in_the_same_bytes(option):
+    site, length = SITES[0], CAPACITY_TOKENS
+    layer = option.build(site, batch_size=1, capacity_tokens=length, dtype="F32")
+    x = torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(0))
+    layer.append(x, x)
+    held = layer.num_bytes()
+    try:
+        layer.append(x, x)
+    except DoesNotFitError:
+        assert layer.seen_tokens() == (length,)
+    else:
+        assert layer.seen_tokens() == (2 * length,)
+    assert layer.num_bytes() == held
