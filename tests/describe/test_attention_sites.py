@@ -7,7 +7,6 @@ import torch
 from tests.describe.families import FAMILIES
 
 from haversack.describe.model import describe_model
-from haversack.errors import UnsupportedModelError
 from haversack.ledger import DTYPE_BYTES
 
 _BASE = FAMILIES["llama"]

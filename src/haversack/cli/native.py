@@ -47,7 +47,9 @@ def print_native(question: Question, why: str, *, json: bool) -> int:
         f"{'fits' if answer.fits else 'does not fit'}{asked} ({of}), left to transformers as it is."
     )
     if not answer.fits:
-        console.paragraph(f"{format_bytes(answer.shortfall_bytes)} short at {point}. {answer.cheapest_change or ''}".rstrip())
+        console.paragraph(
+            f"{format_bytes(answer.shortfall_bytes)} short at {point}. {answer.cheapest_change or ''}".rstrip()
+        )
     typer.echo("")
     console.ledger_table(answer.ledger)
     typer.echo("")

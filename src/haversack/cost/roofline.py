@@ -85,7 +85,9 @@ def serving_operators(
             flops = sum(2.0 * _products(model, s, users if s.role == "head" else tokens, users) for s in sites)
             out.append(rates.operator(point, name, num_bytes, flops))
         pairs = prompt * (prompt + 1) / 2 if point == "prefill" else workload.context_tokens
-        flops = sum(users * _attention_flops(site, pairs, prompt if point == "prefill" else 1) for site in model.attention)
+        flops = sum(
+            users * _attention_flops(site, pairs, prompt if point == "prefill" else 1) for site in model.attention
+        )
         out.append(rates.operator(point, ATTENTION, kv_bytes * (passes + 1) / 2, flops))
     return [operator for operator in out if operator.num_bytes or operator.flops]
 
@@ -103,7 +105,9 @@ def training_operators(model: Model, workload: TrainingWorkload, machine: Machin
     for point, times in (("forward", 1), ("backward", backward + again)):
         for name, sites in _by_role(model).items():
             inside = times - again if name == "head" and point == "backward" else times
-            num_bytes = inside * passes * width * sum(s.num_parameters * read_share(model, s, tokens // passes) for s in sites)
+            num_bytes = (
+                inside * passes * width * sum(s.num_parameters * read_share(model, s, tokens // passes) for s in sites)
+            )
             flops = sum(2.0 * inside * _products(model, s, tokens, tokens) for s in sites)
             out.append(rates.operator(point, name, num_bytes, flops))
         pairs = workload.seq_len * (workload.seq_len + 1) / 2

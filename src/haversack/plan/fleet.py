@@ -69,7 +69,9 @@ def parse_mix(parts: Sequence[str]) -> tuple[Requests, ...]:
 def plan_fleet(model: Model, mix: Sequence[Requests], prices: Mapping[str, Price]) -> FleetAnswer:
     """The cheapest priced machines for `mix`. Raises UsageError beyond the model's positions."""
     for requests in mix:
-        check_positions(ServeWorkload(requests.prompt_tokens, requests.generate_tokens), model.max_positions, model.name)
+        check_positions(
+            ServeWorkload(requests.prompt_tokens, requests.generate_tokens), model.max_positions, model.name
+        )
     left_out: dict[str, str] = {}
     loads: dict[str, dict[str, float]] = {requests.label: {} for requests in mix}
     working = profile_forward(model, batch_size=1, new_tokens=CHUNK_TOKENS).peak_bytes

@@ -56,7 +56,9 @@ def native_answer(question: Question, why: str) -> NativeAnswer:
     if users >= 1:
         change = f"About {users} users at once would fit."
     else:
-        change = f"A budget of {format_bytes(answer.peak[1])} would do; its matrices alone could be packed, its cache not."
+        change = (
+            f"A budget of {format_bytes(answer.peak[1])} would do; its matrices alone could be packed, its cache not."
+        )
     return dataclasses.replace(answer, cheapest_change=change)
 
 
@@ -72,7 +74,9 @@ def _ledger(question: Question, serving: NativeServing) -> Ledger:
         ledger.add(point, "rest", "device", total_bytes(model.rest) + total_bytes(model.buffers))
         if point == "load":
             continue
-        ledger.add(point, "generation", "device", 4 * 8 * workload.users * workload.context_tokens + GENERATION_ODDS_BYTES)
+        ledger.add(
+            point, "generation", "device", 4 * 8 * workload.users * workload.context_tokens + GENERATION_ODDS_BYTES
+        )
         if point == "prefill":
             ledger.add(point, CACHE, "device", serving.cache_bytes(0))
             ledger.add(point, "activations", "device", max(serving.prefill_bytes, scores))

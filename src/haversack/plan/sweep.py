@@ -106,5 +106,3 @@ def _doubling(what: str, max_positions: int | None) -> Iterator[int]:
         if value >= most:
             return
         value = min(most, value * 2)
-
-

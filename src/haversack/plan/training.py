@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from haversack.cost.parallel import RankCost, rank_cost
-from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES
+from haversack.cost.parallel import RankCost, rank_cost, sent_bytes
+from haversack.cost.roofline import Operator, communication_operator, training_operators, update_operator
+from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, STATES
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
+from haversack.engine.training_trace import GRADIENTS
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
 from haversack.plan.search import largest_that
@@ -122,6 +124,28 @@ def answer_training(question: TrainingQuestion) -> TrainingAnswer:
     peak = ledger.peak()[1]
     short = 0 if question.budget_bytes is None else max(0, peak - question.budget_bytes)
     return TrainingAnswer(question, rank, stage, ledger, short)
+
+
+def step_operators(question: TrainingQuestion, answer: TrainingAnswer) -> list[Operator]:
+    """One rank's step: passes, update and communication. Tensor-parallel ranks share products evenly; bubbles of a
+    pipeline are not counted."""
+    parallel, workload = question.parallel, question.workload
+    share = 1 / (parallel.tensor * parallel.pipeline * parallel.context)
+    passes = [
+        dataclasses.replace(
+            operator,
+            num_bytes=operator.num_bytes * share,
+            flops=operator.flops * share,
+            bytes_seconds=None if operator.bytes_seconds is None else operator.bytes_seconds * share,
+            flops_seconds=None if operator.flops_seconds is None else operator.flops_seconds * share,
+        )
+        for operator in training_operators(question.model, workload, question.machine)
+    ]
+    owners = answer.ledger.owners_at("update")
+    touched = 2 * sum(owners.get(name, 0) for name in (STATES, "master weights", "weights")) + owners.get(GRADIENTS, 0)
+    sent = sent_bytes(question.model, workload, parallel)
+    rows = [*passes, update_operator(question.machine, touched)]
+    return [*rows, communication_operator(question.machine, sent)] if sent else rows
 
 
 def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion]]:
