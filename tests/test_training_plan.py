@@ -86,7 +86,9 @@ def _question(budget_bytes: int | None, **fields: Any) -> TrainingQuestion:
 def test_refused_early_with_the_cheapest_change() -> None:
     peak = plan_training(_question(None)).ledger.peak()[1]
     answer = plan_training(_question(peak - 1000))
-    assert answer.shortfall_bytes == 1000 and "recompute=full" in (answer.cheapest_change or "")
+    assert answer.shortfall_bytes == 1000 and "loss=cut" in (answer.cheapest_change or "")
+    much = plan_training(_question(int(0.7 * peak)))
+    assert "loss=cut and recompute=full" in (much.cheapest_change or "")
     with pytest.raises(DoesNotFitError, match=r"short\.") as caught:
         answer.require_fit()
     assert sum(caught.value.owners.values()) == peak
@@ -111,7 +113,6 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
         ({"attention": "flash"}, "attention is 'flash'"),
         ({"method": "dora"}, "method is 'dora'"),
         ({"lora_rank": 0}, "lora_rank is 0"),
-        ({"method": "lora", "precision": "master"}, "only method 'full' has master weights"),
     ],
 )
 def test_bad_settings_are_refused_with_what_is_allowed(fields: dict[str, Any], complaint: str) -> None:

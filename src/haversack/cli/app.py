@@ -11,13 +11,13 @@ import typer
 
 from haversack._version import __version__
 from haversack.cli import console
-from haversack.cli.eval import app as eval_app
 from haversack.cli.machine import machine
 from haversack.cli.methods import methods
 from haversack.cli.pack import pack
 from haversack.cli.plan import plan
 from haversack.cli.report import report
 from haversack.cli.run import run as run_verb
+from haversack.cli.tune import train, tune
 from haversack.cli.verify import verify
 from haversack.errors import HaversackError
 
@@ -35,8 +35,9 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(pack)
 app.command(name="run")(run_verb)
+app.command()(tune)
+app.command()(train)
 app.command()(verify)
-app.add_typer(eval_app, name="eval")
 app.command()(report)
 app.command()(machine)
 app.command()(methods)
@@ -61,7 +62,7 @@ def run(argv: list[str] | None = None) -> int:
     Whatever goes wrong prints as one sentence, never as a traceback.
     """
     if sys.stdout is None:  # closed by the caller (`>&-`)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         code = app(args=argv, standalone_mode=False) or 0
         sys.stdout.flush()  # a closed pipe shows here at the latest

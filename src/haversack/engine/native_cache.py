@@ -20,6 +20,7 @@ from haversack.describe.skeleton import build_skeleton
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import LiveBytes
+from haversack.engine.true_values import TrueValues
 from haversack.errors import UnsupportedModelError
 
 
@@ -86,12 +87,13 @@ def _trace(model: Model, batch_size: int, prompt_tokens: int) -> NativeServing:
             f"what {model.name} ({model.model_type}) keeps of a context is unknown: transformers' cache has "
             f"{len(cache.layers)} layers for its {model.num_layers}."
         )
-    stands_for = _speakers(model)
-    skip_layers_but(skeleton, model, set(stands_for.values()))
+    kinds = _kinds(model)
+    stands_for = {layer: same[-1] for layer, same in kinds.items()}
+    skip_layers_but(skeleton, model, {layer for same in kinds.values() for layer in same})
     argument = "cache_params" if "cache_params" in inspect.signature(skeleton.forward).parameters else "past_key_values"
     held: list[list[int]] = []
     rises: list[int] = []
-    with torch.no_grad(), _TrueValues() as live:
+    with torch.no_grad(), TrueValues(), LiveBytes() as live:
         for num_tokens in (prompt_tokens, 1):
             ids = torch.zeros(batch_size, num_tokens, dtype=torch.int64, device="meta")
             live.peak_bytes = live.live_bytes
@@ -118,11 +120,11 @@ def _limit(prompt_bytes: int, step_bytes: int, prompt_tokens: int, window: int |
     return prompt_bytes + max(0, window - 1 - prompt_tokens) * step_bytes
 
 
-def _speakers(model: Model) -> dict[int, int]:
-    """For each layer the one that is run for it; all run where layers read others' keys and values."""
+def _kinds(model: Model) -> dict[int, tuple[int, ...]]:
+    """For each layer those of its kind that run; all run where layers read others' keys and values."""
     if any(site.shares_with is not None for site in model.attention):
-        return {layer: layer for layer in range(model.num_layers)}
-    return {layer: same[-1] for layer, same in layer_kinds(model).items()}
+        return {layer: (layer,) for layer in range(model.num_layers)}
+    return layer_kinds(model)
 
 
 def _tensors(values: Mapping[Any, Any]) -> Iterator[torch.Tensor]:
@@ -134,12 +136,3 @@ def _tensors(values: Mapping[Any, Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
         elif isinstance(value, (list, tuple)):
             yield from _tensors(dict(enumerate(value)))
-
-
-class _TrueValues(LiveBytes):
-    """Live bytes, where each number that is read is true."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from haversack.parts.optimizer.composed import ComposedOptimizer
+from haversack.engine.composed_optimizer import ComposedOptimizer
 from haversack.recipes.base import optimizer_option
 
 NOT_INNER = ("embedding", "head", "position")

@@ -174,17 +174,35 @@ def skip_layers_but(skeleton: nn.Module, model: Model, kept: set[int]) -> None:
     for module in skeleton.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == model.num_layers:
+                outputs: list[int] = []
                 for layer in range(model.num_layers):
-                    if layer not in kept:
-                        child[layer] = _Skip()
+                    if layer in kept:
+                        child[layer].register_forward_hook(_note_outputs(outputs))
+                    else:
+                        child[layer] = _Skip(outputs)
                 return
 
 
-class _Skip(nn.Module):
-    """A layer left out of a trace: hidden states pass."""
+def _note_outputs(outputs: list[int]) -> Any:
+    """How many things a real layer returns in a tuple; 0 for a tensor alone."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs[:] = [len(output) if isinstance(output, tuple) else 0]
+
+    return hook
+
+
+class _Skip(nn.Module):
+    """A layer left out of a trace: hidden states pass, in a tuple where the layer before it (the first is never left out)
+    returned one."""
+
+    def __init__(self, outputs: list[int]):
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        num_outputs = self._outputs[0]
+        return (hidden_states, *(None,) * (num_outputs - 1)) if num_outputs else hidden_states
 
     def __getattr__(self, name: str) -> Any:  # models ask layers for facts such as `attention_type`
         try:

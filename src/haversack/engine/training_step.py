@@ -17,6 +17,7 @@ from torch import nn
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
+from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.recipes.base import optimizer_option
 
@@ -34,7 +35,7 @@ class TrainingStep:
         self.model = model
         self.workload = workload
         optimizer_option(workload.optimizer)  # a name that there is
-        dtype = DTYPES[workload.weights_dtype]
+        dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
         if isinstance(workload, TuneWorkload) and workload.method != "full":
             adapt(
                 model,
@@ -47,8 +48,11 @@ class TrainingStep:
         if workload.recompute == "full":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the newer name is not in every version that we run on
-                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+                model.gradient_checkpointing_enable(
+                    {"use_reentrant": False, "preserve_rng_state": _has_dropout(model.config)}
+                )
         model.train()
+        self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
 
     @property
@@ -61,20 +65,49 @@ class TrainingStep:
         self.optimizer = self._make_optimizer(described)
         return self
 
-    def micro_step(self, ids: torch.Tensor) -> torch.Tensor:
-        """Loss and gradients of one batch of token ids `(batch_size, seq_len)`; the loss, detached."""
-        loss = self.loss(ids)
+    def micro_step(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        share: float = 1.0,
+    ) -> torch.Tensor:
+        """Loss and gradients of one batch, as `loss` takes it, times `share`: the batch's part of the step's trained tokens. The
+        loss, detached."""
+        loss = self.loss(ids, labels, positions)
+        if share != 1.0:
+            loss = loss * share
         loss.backward()
         return loss.detach()
 
-    def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        """The mean negative log-likelihood of the next token, in nats, without padding."""
+    def loss(
+        self, ids: torch.Tensor, labels: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean negative log-likelihood of the next token, in nats, of token ids `(batch_size, seq_len)` without padding.
+
+        `labels` have -100 where a token is not counted (all are if left out); `positions` begin at 0 with each sample of a row, and
+        samples do not see one another.
+        """
+        labels = ids if labels is None else labels
         with self._autocast(ids.device.type):
-            mask = torch.ones_like(ids)
+            mask = {"attention_mask": torch.ones_like(ids)} if positions is None else {"position_ids": positions}
+            if self.cut is not None:
+                return self.cut(self.model, labels, input_ids=ids, **mask)
             if self.workload.loss == "fp32":
-                return self.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                return self.model(input_ids=ids, **mask, labels=labels, use_cache=False).loss
+            logits = self.model(input_ids=ids, **mask, use_cache=False).logits
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def clip(self, max_norm: float) -> float:
+        """Scale all gradients so that their norm together is at most `max_norm` (0: as they are); the norm before. Sums are in 32
+        bits. Pascanu et al. 2012, arXiv 1211.5063, algorithm 1."""
+        grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+        norm = float(torch.linalg.vector_norm(norms))
+        if max_norm and norm > max_norm:
+            for grad in grads:
+                grad.mul_(max_norm / norm)
+        return norm
 
     def update(self) -> None:
         """One step of the optimizer; gradients are dropped."""
@@ -115,7 +148,7 @@ class TrainingStep:
     def optimizer_over(self, trained: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
         """The workload's optimizer over some weights, of which `matrices` are those inside the layers."""
         name = self.workload.optimizer
-        if self.workload.precision != "master":
+        if not self.workload.has_master_weights:
             return make_optimizer(name, trained, matrices)
         taken = {id(parameter) for parameter in matrices}
 
@@ -124,6 +157,15 @@ class TrainingStep:
             return make_optimizer(name, masters, inner)
 
         return MasterWeights(trained, make)
+
+
+def _has_dropout(config: Any) -> bool:
+    """Whether a model drops activations at random: recomputing a layer must then draw the same again."""
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in config.to_dict().items()
+        if "dropout" in name or name.endswith("_pdrop")
+    )
 
 
 def inner_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:

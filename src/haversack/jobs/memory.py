@@ -63,6 +63,16 @@ def set_cap(cap_bytes: int, *, needed_bytes: int = 0) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (cap_bytes, cap_bytes))
 
 
+_SIGNS_OF_EXHAUSTION = ("alloc", "memory", "failed to map", "start new thread")
+"""Words of torch's allocator, the dynamic loader and Python's threads when a limit is hit."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in message for words in _SIGNS_OF_EXHAUSTION)
+
+
 class PeakSampler:
     """The most private bytes seen, sampled every 2 ms by a thread of its own while the block runs."""
 

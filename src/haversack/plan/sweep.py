@@ -12,7 +12,7 @@ from haversack.errors import UsageError
 from haversack.plan.make import make_plan
 from haversack.plan.question import Question
 from haversack.plan.search import largest_that
-from haversack.plan.training import TrainingQuestion, answer_training
+from haversack.plan.training import TrainingQuestion, predict_training
 
 SERVED = ("context", "users")
 TRAINED = ("context", "batch")
@@ -89,7 +89,7 @@ def sweep_training(question: TrainingQuestion, what: str) -> Iterator[SweepPoint
     field = "batch_size" if what == "batch" else "seq_len"
     for value in _doubling(what, question.model.max_positions):
         workload = dataclasses.replace(question.workload, **{field: value})  # type: ignore[arg-type]
-        answer = answer_training(dataclasses.replace(question, workload=workload))
+        answer = predict_training(dataclasses.replace(question, workload=workload))
         point, _ = answer.ledger.peak()
         seconds = total_seconds(training_operators(question.model, workload, question.machine))
         speed = workload.step_tokens / seconds if seconds else None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from haversack.cost.parallel import RankCost, rank_cost, sent_bytes
 from haversack.cost.roofline import Operator, communication_operator, training_operators, update_operator
-from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, STATES
+from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, STATES, TrainingCost
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
+from haversack.engine.cut_loss import cuts
 from haversack.engine.training_trace import GRADIENTS
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
@@ -53,6 +54,11 @@ class TrainingAnswer:
     cheapest_change: str | None = None
 
     @property
+    def cost(self) -> TrainingCost:
+        """What the step takes, before it is spread over ranks."""
+        return self.rank.cost
+
+    @property
     def fits(self) -> bool:
         return not self.shortfall_bytes
 
@@ -79,16 +85,21 @@ class TrainingAnswer:
         )
 
 
-def plan_training(question: TrainingQuestion) -> TrainingAnswer:
-    """Answer. Raises UsageError for an unknown optimizer, sequences beyond the model's positions and degrees that don't
-    divide."""
+def predict_training(question: TrainingQuestion) -> TrainingAnswer:
+    """Whether exactly this fits. Raises UsageError for an unknown optimizer, sequences beyond the
+    model's positions and degrees that don't divide."""
     optimizer_option(question.workload.optimizer)
     check_positions(question.workload, question.model.max_positions, question.model.name)
-    answer = answer_training(question)
+    return _answer(question)
+
+
+def plan_training(question: TrainingQuestion) -> TrainingAnswer:
+    """Whether it fits and, if not, the cheapest change that would make it. Raises as `predict_training` does."""
+    answer = predict_training(question)
     if answer.fits:
         return answer
     for change, other in _changes(question):
-        if answer_training(other).fits:
+        if _answer(other).fits:
             return dataclasses.replace(answer, cheapest_change=f"It would fit with {change}.")
     needed = format_bytes(answer.ledger.peak()[1])
     return dataclasses.replace(
@@ -112,13 +123,12 @@ def largest(question: TrainingQuestion, what: str) -> int | None:
 
     def fits(value: int) -> bool:
         workload = dataclasses.replace(question.workload, **{field: value})  # type: ignore[arg-type]
-        return answer_training(dataclasses.replace(question, workload=workload)).fits
+        return _answer(dataclasses.replace(question, workload=workload)).fits
 
     return largest_that(fits, least, most, step)
 
 
-def answer_training(question: TrainingQuestion) -> TrainingAnswer:
-    """Whether exactly this fits, without a look for changes."""
+def _answer(question: TrainingQuestion) -> TrainingAnswer:
     rank = rank_cost(question.model, question.workload, question.parallel, runtime_bytes=question.runtime_bytes)
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]
@@ -156,15 +166,24 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         return dataclasses.replace(question, workload=dataclasses.replace(workload, **fields))  # type: ignore[arg-type]
 
     sparing: dict[str, object] = {}
+    if workload.loss != "cut" and cuts(question.model):
+        sparing["loss"] = "cut"
+        yield "loss=cut (the same result in about the same time)", changed(**sparing)
     if workload.recompute == "none":
         sparing["recompute"] = "full"
-        yield "recompute=full (the same result, about a third more time)", changed(**sparing)
+        yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
     if workload.batch_size > 1:
         sparing |= {"batch_size": 1, "accumulation_steps": workload.accumulation_steps * workload.batch_size}
-        yield f"batch 1, accumulated {sparing['accumulation_steps']} times, and recompute=full", changed(**sparing)
+        times = f"batch 1, accumulated {sparing['accumulation_steps']} times"
+        yield f"{times}, and {_words(sparing) or 'the rest as it is'}", changed(**sparing)
     if workload.optimizer in ("adamw", "muon"):
         yield "optimizer=adamw8bit besides", changed(**sparing, optimizer="adamw8bit")
     if isinstance(workload, TuneWorkload) and workload.method != "qlora" and workload.precision != "master":
         if workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")
+
+
+def _words(sparing: Mapping[str, object]) -> str:
+    """Settings that change no result, as they are written."""
+    return " and ".join(f"{name}={value}" for name, value in sparing.items() if name in ("loss", "recompute"))
