@@ -134,9 +134,11 @@ def plan(
         write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
     with console.reader_may_leave():
         rows = serving_rows(described, answer, asked.machine) if operators or json else []
-        money = price_line(asked.machine or "this machine", prices, _seconds_per_generated(answer))
+        money = None
+        if asked.machine is not None or prices is not None:
+            money = price_line(asked.machine or "this machine", prices, _seconds_per_generated(answer))
         if json:
-            console.print_json({**plan_json(answer), "operators": operators_json(rows), "dollars_per_million": money})
+            console.print_json({**plan_json(answer), "operators": operators_json(rows), "per_million_tokens": money})
         else:
             print_answer(answer, described.num_active_parameters, money)
             if operators:
