@@ -19,6 +19,7 @@ from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
+from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.recipes.base import optimizer_option
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -52,6 +53,7 @@ class TrainingStep:
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
+        self.in_backward: UpdateInBackward | None = None
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -61,6 +63,8 @@ class TrainingStep:
     def begin(self, described: Model) -> TrainingStep:
         """This, with an optimizer made anew over the weights that the model has now."""
         self.optimizer = self._make_optimizer(described)
+        if self.workload.update == "backward":
+            self.in_backward = UpdateInBackward(self.trained, self.optimizer)
         return self
 
     def micro_step(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,7 +87,7 @@ class TrainingStep:
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
     def update(self) -> None:
-        """One step of the optimizer; gradients are dropped."""
+        """One step of the optimizer; gradients are dropped (there are none if weights were updated during the backward pass)."""
         self.optimizer.step()
 
     def run(self, batches: list[torch.Tensor]) -> float:

@@ -168,11 +168,11 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
         live.owner = "weights"
         step.model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
         step.model.tie_weights()
+        for parameter in step.trained:  # before the optimizer's own hooks, which may drop the gradient
+            parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
         step.begin(model)
         ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
         layers = _layers(step.model, model)
-        for parameter in step.trained:
-            parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
         _make_gradients(step, live)
         _update(step, live)
         if workload.accumulation_steps > 1:
