@@ -83,29 +83,49 @@ class Source:
 
 SOURCES = (
     Source(
-        "postgresql-docs", "prose", "PostgreSQL", "*.html",
-        documents="postgresql-doc-15/html", debian="postgresql-doc-15", foreign=True,
+        "postgresql-docs",
+        "prose",
+        "PostgreSQL",
+        "*.html",
+        documents="postgresql-doc-15/html",
+        debian="postgresql-doc-15",
+        foreign=True,
     ),
     Source("networkx", "code", "BSD-3-Clause", "**/*.py", package="networkx", foreign=True),
     Source("cpython-docs", "prose", "PSF-2.0", "**/*.rst.txt", documents="python3.11/html/_sources"),
     Source("sqlite-docs", "prose", "public domain", "*.html", documents="sqlite3", debian="sqlite3-doc"),
     Source("httpd-docs", "prose", "Apache-2.0", "**/*.html", documents="apache2-doc/manual/en", debian="apache2-doc"),
     Source(
-        "django-docs", "prose", "BSD-3-Clause", "**/*.html",
-        documents="python-django-doc/html", debian="python-django-doc",
+        "django-docs",
+        "prose",
+        "BSD-3-Clause",
+        "**/*.html",
+        documents="python-django-doc/html",
+        debian="python-django-doc",
     ),
     Source(
-        "sqlalchemy-docs", "prose", "MIT", "**/*.rst",
-        documents="python-sqlalchemy-doc/rst", debian="python-sqlalchemy-doc",
+        "sqlalchemy-docs",
+        "prose",
+        "MIT",
+        "**/*.rst",
+        documents="python-sqlalchemy-doc/rst",
+        debian="python-sqlalchemy-doc",
     ),
     Source(
-        "llvm-docs", "prose", "Apache-2.0 WITH LLVM-exception", "**/*.rst.txt",
-        documents="llvm-14-doc/html/_sources", debian="llvm-14-doc",
+        "llvm-docs",
+        "prose",
+        "Apache-2.0 WITH LLVM-exception",
+        "**/*.rst.txt",
+        documents="llvm-14-doc/html/_sources",
+        debian="llvm-14-doc",
     ),
     Source(
-        "rust-docs", "prose", "MIT OR Apache-2.0",
+        "rust-docs",
+        "prose",
+        "MIT OR Apache-2.0",
         "book/**/*.html nomicon/**/*.html reference/**/*.html embedded-book/**/*.html edition-guide/**/*.html rustc/**/*.html",
-        documents="rust-doc/html", debian="rust-doc",
+        documents="rust-doc/html",
+        debian="rust-doc",
     ),
     Source("cpython-stdlib", "code", "PSF-2.0", "**/*.py"),
     Source("numpy", "code", "BSD-3-Clause", "**/*.py", package="numpy"),
@@ -123,8 +143,7 @@ class _Prose(HTMLParser):
 
     SKIPPED = frozenset({"script", "style", "head", "table", "nav", "footer", "form", "button", "svg"})
     NAVIGATION = frozenset(
-        "navheader navfooter toc related sphinxsidebar headerlink nosearch sidebar menu-bar hidden menu toplang bottomlang quickview "
-        "page-header up top".split()
+        ["navheader", "navfooter", "toc", "related", "sphinxsidebar", "headerlink", "nosearch", "sidebar", "menu-bar", "hidden", "menu", "toplang", "bottomlang", "quickview", "page-header", "up", "top"]
     )
     BREAKS = frozenset({"p", "div", "h1", "h2", "h3", "h4", "li", "dt", "pre", "br"})
     VOID = frozenset({"br", "hr", "img", "link", "meta", "input", "col"})

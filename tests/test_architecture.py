@@ -20,7 +20,7 @@ ORDER = (
     ("parts",),
     ("recipes",),
     ("formats",),
-    ("data", "probes"),
+    ("data", "probes", "samples"),
     ("engine",),
     ("cost",),
     ("solve",),

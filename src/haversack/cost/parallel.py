@@ -26,9 +26,10 @@ COMMUNICATION = "communication buffers"
 
 @dataclass(frozen=True)
 class RankCost:
-    """One rank of each pipeline stage: its ledger, and the layers it holds."""
+    """One rank of each pipeline stage: its ledger, and the layers it holds; `cost` is of the whole model on a rank's shapes."""
 
     parallel: Parallelism
+    cost: TrainingCost = field(repr=False)
     stages: tuple[Ledger, ...] = field(repr=False)
     layers: tuple[int, ...]
 
@@ -62,7 +63,7 @@ def rank_cost(model: Model, workload: TrainingWorkload, parallel: Parallelism, *
     cost = training_cost(part, own)
     stages = stage_layers(model.num_layers, parallel.pipeline)
     ledgers = tuple(_stage_ledger(cost, part, parallel, stage, stages, runtime_bytes) for stage in range(len(stages)))
-    return RankCost(parallel, ledgers, tuple(len(stage) for stage in stages))
+    return RankCost(parallel, cost, ledgers, tuple(len(stage) for stage in stages))
 
 
 def _stage_ledger(

@@ -91,7 +91,7 @@ def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
     """Trace a workload and declare what stays. About half a second of CPU time for layers of any width."""
     trace = trace_training(model, workload)
     staying = dict(trace.resident_bytes)
-    widened = workload.precision == "master"
+    widened = workload.has_master_weights
     option = optimizer_option(workload.optimizer)
     staying[STATES] = option.shared_bytes + sum(
         option.stored_bytes(tensor.shape, "F32" if widened else tensor.dtype, inner=tensor.is_matrix)

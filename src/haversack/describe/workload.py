@@ -96,7 +96,9 @@ class TrainingWorkload:
 
     `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
-    backward pass; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`), `update` when weights are updated (`UPDATES`). Raises UsageError naming the field, its
+    backward pass; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
+    `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
+    updated (`UPDATES`). Raises UsageError naming the field, its
     value and what is allowed.
     """
 
@@ -110,6 +112,7 @@ class TrainingWorkload:
     recompute: str = "none"
     attention: str = "sdpa"
     loss: str = "fp32"
+    samples_apart: bool = False
     update: str = "step"
 
     def __post_init__(self) -> None:
@@ -147,6 +150,11 @@ class TrainingWorkload:
         return "F32" if self.precision in ("fp32", "autocast") else "BF16"
 
     @property
+    def has_master_weights(self) -> bool:
+        """Whether the optimizer updates 32-bit copies of 16-bit weights."""
+        return self.precision == "master"
+
+    @property
     def state_dtype(self) -> str:
         """The dtype of optimizer states that are kept as floats."""
         return "BF16" if self.precision == "bf16" else "F32"
@@ -169,7 +177,7 @@ class TuneWorkload(TrainingWorkload):
     """Tune a checkpoint: all of it (`full`), or low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`).
 
     `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
-    alone. Under `master` precision there are no adapters: their states are small in any precision.
+    alone. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
     """
 
     task: ClassVar[str] = "tune"
@@ -183,11 +191,11 @@ class TuneWorkload(TrainingWorkload):
         _check_choice("method", self.method, METHODS)
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
-        if self.method != "full" and self.precision == "master":
-            raise UsageError(
-                f"precision is 'master' with method {self.method!r}, but only method 'full' has master weights; "
-                "choose bf16, autocast or fp32."
-            )
+
+    @property
+    def has_master_weights(self) -> bool:
+        """Whether the optimizer updates 32-bit copies of 16-bit weights."""
+        return super().has_master_weights and self.method == "full"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TuneWorkload:

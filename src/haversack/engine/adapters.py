@@ -34,7 +34,8 @@ were counted on matrices of 0.07 to 2.4 million elements."""
 class LowRankAdapter(nn.Module):
     """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen.
 
-    Adds `rank * (in + out)` trained weights. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
+    Adds `rank * (in + out)` trained weights, which may be kept in more bits than activations have: they are rounded where they meet
+    them. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
 
     def __init__(self, base: nn.Module, out_features: int, in_features: int, rank: int, dtype: torch.dtype):
@@ -47,7 +48,9 @@ class LowRankAdapter(nn.Module):
             self.down.normal_(std=in_features**-0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.down), self.up) * self.scale
+        y = self.base(x)
+        z = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return y + (z if self.scale == 1.0 else z * self.scale)
 
 
 class PackedLinear(nn.Module):

@@ -20,6 +20,7 @@ from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.engine.update_in_backward import UpdateInBackward
+from haversack.errors import UsageError
 from haversack.recipes.base import optimizer_option
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -36,7 +37,7 @@ class TrainingStep:
         self.model = model
         self.workload = workload
         optimizer_option(workload.optimizer)  # a name that there is
-        dtype = DTYPES[workload.weights_dtype]
+        dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
         if isinstance(workload, TuneWorkload) and workload.method != "full":
             adapt(
                 model,
@@ -49,7 +50,9 @@ class TrainingStep:
         if workload.recompute == "full":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the newer name is not in every version that we run on
-                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+                model.gradient_checkpointing_enable(
+                    {"use_reentrant": False, "preserve_rng_state": _has_dropout(model.config)}
+                )
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
@@ -67,24 +70,56 @@ class TrainingStep:
             self.in_backward = UpdateInBackward(self.trained, self.optimizer)
         return self
 
-    def micro_step(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Loss and gradients of one batch, as `loss` takes it; the loss, detached."""
-        loss = self.loss(ids, labels)
+    def micro_step(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        share: float = 1.0,
+    ) -> torch.Tensor:
+        """Loss and gradients of one batch, as `loss` takes it, times `share`: the batch's part of the step's trained tokens. The
+        loss, detached."""
+        loss = self.loss(ids, labels, positions)
+        if share != 1.0:
+            loss = loss * share
         loss.backward()
         return loss.detach()
 
-    def loss(self, ids: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def loss(
+        self, ids: torch.Tensor, labels: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The mean negative log-likelihood of the next token, in nats, of token ids `(batch_size, seq_len)` without padding.
-        `labels` have -100 where a token is not counted (all are if left out)."""
+
+        `labels` have -100 where a token is not counted (all are if left out); `positions` begin at 0 with each sample of a row, and
+        samples do not see one another.
+        """
         labels = ids if labels is None else labels
         with self._autocast(ids.device.type):
-            mask = torch.ones_like(ids)
+            mask = {"attention_mask": torch.ones_like(ids)} if positions is None else {"position_ids": positions}
             if self.cut is not None:
-                return self.cut(self.model, labels, input_ids=ids, attention_mask=mask)
+                return self.cut(self.model, labels, input_ids=ids, **mask)
             if self.workload.loss == "fp32":
-                return self.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                return self.model(input_ids=ids, **mask, labels=labels, use_cache=False).loss
+            logits = self.model(input_ids=ids, **mask, use_cache=False).logits
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def clip(self, max_norm: float) -> float:
+        """Scale all gradients so that their norm together is at most `max_norm` (0: as they are); the norm before. Sums are in 32
+        bits. Pascanu et al. 2012, arXiv 1211.5063, algorithm 1. Raises UsageError where gradients are never there together."""
+        if self.workload.update == "backward":
+            if max_norm:
+                raise UsageError(
+                    f"gradients can't be clipped to a norm of {max_norm} together with update backward, which drops each as it comes; "
+                    "choose update step, or leave gradients as they are (0)."
+                )
+            return 0.0
+        grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+        norm = float(torch.linalg.vector_norm(norms))
+        if max_norm and norm > max_norm:
+            for grad in grads:
+                grad.mul_(max_norm / norm)
+        return norm
 
     def update(self) -> None:
         """One step of the optimizer; gradients are dropped (there are none if weights were updated during the backward pass)."""
@@ -120,17 +155,29 @@ class TrainingStep:
         return torch.autocast(device, dtype=torch.bfloat16)
 
     def _make_optimizer(self, described: Model) -> Stepper:
-        matrices = inner_matrices(self.model, described)
-        taken = {id(parameter) for parameter in matrices}
-        name, trained = self.workload.optimizer, self.trained
-        if self.workload.precision != "master":
+        return self.optimizer_over(self.trained, inner_matrices(self.model, described))
+
+    def optimizer_over(self, trained: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
+        """The workload's optimizer over some weights, of which `matrices` are those inside the layers."""
+        name = self.workload.optimizer
+        if not self.workload.has_master_weights:
             return make_optimizer(name, trained, matrices)
+        taken = {id(parameter) for parameter in matrices}
 
         def make(masters: Sequence[nn.Parameter]) -> Stepper:
             inner = [master for master, own in zip(masters, trained, strict=True) if id(own) in taken]
             return make_optimizer(name, masters, inner)
 
         return MasterWeights(trained, make)
+
+
+def _has_dropout(config: Any) -> bool:
+    """Whether a model drops activations at random: recomputing a layer must then draw the same again."""
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in config.to_dict().items()
+        if "dropout" in name or name.endswith("_pdrop")
+    )
 
 
 def inner_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:

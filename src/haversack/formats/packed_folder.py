@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from haversack.describe.checkpoint import Checkpoint, CheckpointTensor
 from haversack.errors import CheckpointError, OutputError, PlanError
+from haversack.formats.output import sync_folder, write_synced
 from haversack.formats.safetensors_file import (
     SafetensorsWriter,
     explained,
@@ -307,9 +308,9 @@ class PackedFolderWriter:
             file.unlink()
         PackedFolder.open(self.partial)
         with explained(self.path, 0):
-            _sync_folder(self.partial)
+            sync_folder(self.partial)
             self.partial.rename(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         self.close()
         return PackedFolder.open(self.path)
 
@@ -423,9 +424,9 @@ class PackedFolderWriter:
                         target = self.partial / file.relative_to(self.source)
                         target.parent.mkdir(exist_ok=True)
                         shutil.copyfile(file, target)
-            _write_synced(self.partial / MANIFEST_NAME, text)
+            write_synced(self.partial / MANIFEST_NAME, text)
             # Last, because a folder whose config agrees with its manifest counts as whole.
-            _write_synced(self.partial / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+            write_synced(self.partial / "config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 def packed_files(
@@ -520,18 +521,3 @@ def _header_sha256(file: Path) -> str:
         prefix = stream.read(8)
         # A length that lies is cut at the file's end by `read`; the hash differs all the same.
         return _sha256(prefix + stream.read(min(int.from_bytes(prefix, "little"), file.stat().st_size)))
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -115,7 +115,7 @@ def within(folder: str | Path, cap_bytes: int | None) -> Iterator[memory.PeakSam
         except DoesNotFitError:
             raise
         except (MemoryError, RuntimeError, OSError, ImportError) as error:
-            if not _is_out_of_memory(error):
+            if not memory.is_out_of_memory(error):
                 raise
             limit = "this machine's memory" if cap_bytes is None else f"its cap of {format_bytes(cap_bytes)}"
             raise DoesNotFitError(
@@ -227,12 +227,3 @@ def check_prompt(ids: Sequence[int], model: Any, folder: str | Path) -> None:
             f"the tokenizer in {folder} gives token {highest}, but the model has {model.haversack.described.vocab_size}; "
             "copy the model's own tokenizer there."
         )
-
-
-_SIGNS_OF_EXHAUSTION = ("alloc", "memory", "failed to map", "start new thread")
-"""Words of torch's allocator, the dynamic loader and Python's threads when a limit is hit."""
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    message = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in message for words in _SIGNS_OF_EXHAUSTION)

@@ -101,13 +101,13 @@ def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[
     return TrainingStep(model, described, workload).begin(described), batches
 
 
-def open_model(described: Any, dtype: torch.dtype, attention: str) -> Any:
-    """The model with its folder's weights, or with random ones where there is a config alone."""
+def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int = 0) -> Any:
+    """The model with its folder's weights, or with random ones by `seed` where there is a config alone."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if described.folder is not None and any(described.folder.glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(described.folder, dtype=dtype, attn_implementation=attention)
     config = CONFIG_MAPPING[described.model_type].from_dict(dict(described.config))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from haversack.cost.parallel import RankCost, rank_cost
-from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES
+from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, TrainingCost
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
@@ -51,6 +51,11 @@ class TrainingAnswer:
     cheapest_change: str | None = None
 
     @property
+    def cost(self) -> TrainingCost:
+        """What the step takes, before it is spread over ranks."""
+        return self.rank.cost
+
+    @property
     def fits(self) -> bool:
         return not self.shortfall_bytes
 
@@ -77,12 +82,17 @@ class TrainingAnswer:
         )
 
 
-def plan_training(question: TrainingQuestion) -> TrainingAnswer:
-    """Answer. Raises UsageError for an unknown optimizer, sequences beyond the model's positions and degrees that don't
-    divide."""
+def predict_training(question: TrainingQuestion) -> TrainingAnswer:
+    """Whether exactly this fits. Raises UsageError for an unknown optimizer, sequences beyond the
+    model's positions and degrees that don't divide."""
     optimizer_option(question.workload.optimizer)
     check_positions(question.workload, question.model.max_positions, question.model.name)
-    answer = _answer(question)
+    return _answer(question)
+
+
+def plan_training(question: TrainingQuestion) -> TrainingAnswer:
+    """Whether it fits and, if not, the cheapest change that would make it. Raises as `predict_training` does."""
+    answer = predict_training(question)
     if answer.fits:
         return answer
     for change, other in _changes(question):

@@ -1,0 +1,54 @@
+"""Seconds of a training step from a roofline: products at the machine's rate, weights and states at its bandwidth.
+
+Every micro-batch reads the weights anew; recomputing layers is a forward pass more. What lies between products is left out, so that
+the figure is a bound from below, good for comparing choices.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from haversack.cost.training import TrainingCost
+from haversack.describe.machine import Machine
+from haversack.describe.model import Model
+from haversack.describe.workload import TuneWorkload
+
+ASSUMED_FLOPS_PER_SECOND, ASSUMED_BYTES_PER_SECOND = 2e11, 2e10
+"""Of a machine whose rates nobody measured: their ratio decides comparisons alone."""
+
+UNPACK_BYTES_PER_WEIGHT = 12
+"""What unpacking one weight of a packed base reads and writes, for each product: codes, 32-bit values, the matrix."""
+
+
+def training_seconds(model: Model, cost: TrainingCost, machine: Machine) -> float:
+    """Seconds of one step of the optimizer, accumulation included."""
+    workload = cost.workload
+    rate = machine.matmul_rate("fp32" if workload.precision == "fp32" else "bf16") or ASSUMED_FLOPS_PER_SECOND
+    bandwidth = machine.read_rate() or ASSUMED_BYTES_PER_SECOND
+    inside, outside = _product_weights(model)
+    frozen = isinstance(workload, TuneWorkload) and workload.method != "full"
+    passes = 2.0 if frozen else 3.0  # forward, gradients of inputs, gradients of weights
+    again = 1.0 if workload.recompute == "full" else 0.0
+    flops = 2 * workload.step_tokens * (passes * (inside + outside) + again * inside)
+    weight_bytes = sum(cost.staying.get(owner, 0) for owner in ("weights", "packed weights", "adapters"))
+    reads = workload.accumulation_steps * (passes + again) * weight_bytes
+    if cost.staying.get("packed weights"):
+        reads += workload.accumulation_steps * (2 + again) * UNPACK_BYTES_PER_WEIGHT * inside
+    trained = cost.trace.gradient_bytes
+    update = 3 * trained + 2 * (cost.state_bytes + cost.staying.get("master weights", 0))
+    return flops / rate + (reads + update) / bandwidth
+
+
+def _product_weights(model: Model) -> tuple[float, float]:
+    """Weights that each token is multiplied with: inside the layers, and in the head. Of stacked experts, those that a token
+    is sent to."""
+    chosen = model.config.get("num_experts_per_tok")
+    experts = {site.expert for site in model.weights if site.expert is not None}
+    share = float(chosen) / len(experts) if chosen and experts else 1.0
+    inside = outside = 0.0
+    for site in model.weights:
+        if site.layer is not None:
+            inside += site.num_parameters * (share if site.expert is not None else 1.0)
+        elif site.role == "head" or site.tied_modules:
+            outside += prod((site.out_features, site.in_features))
+    return inside, outside

@@ -1,0 +1,124 @@
+"""Everything a training step carries from one step to the next, as named tensors and plain values: what a checkpoint holds.
+
+Names: `model.NAME` of a trained parameter, `master.NAME` of its 32-bit copy, `optimizer.NAME.KEY` of its optimizer states (keys of
+nested states joined by dots), `random.cpu` the state of torch's generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from haversack.engine.optimizers import MasterWeights
+from haversack.engine.training_step import TrainingStep
+from haversack.errors import CheckpointError
+
+MODEL, MASTER, OPTIMIZER, RANDOM = "model", "master", "optimizer", "random.cpu"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """`tensors` are the live ones, not copies: they may not change until they are written."""
+
+    tensors: Mapping[str, torch.Tensor]
+    values: Mapping[str, int | float | bool | str | None] = field(default_factory=dict)
+
+
+def state_of(step: TrainingStep) -> TrainingState:
+    """The state between two steps. Costs no memory but the generator's few bytes."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for name, parameter in _trained(step).items():
+        tensors[f"{MODEL}.{name}"] = parameter.detach()
+    for name, (parameter, is_master) in _optimized(step).items():
+        if is_master:
+            tensors[f"{MASTER}.{name}"] = parameter.detach()
+        for key, value in _flat(_states(step, parameter), f"{OPTIMIZER}.{name}"):
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value
+            else:
+                values[key] = value
+    tensors[RANDOM] = torch.get_rng_state()
+    return TrainingState(tensors, values)
+
+
+def restore(step: TrainingStep, names: Mapping[str, tuple[int, ...]], values: Mapping[str, Any],
+            read: Callable[[str], torch.Tensor]) -> None:  # fmt: skip
+    """Put a saved state back. `names` are the saved tensors with their shapes; `read` gives one, which is then kept. One
+    tensor is held twice at a time. Raises CheckpointError where the state is of other parameters."""
+    trained, optimized = _trained(step), _optimized(step)
+    wanted = {f"{MODEL}.{name}": tuple(p.shape) for name, p in trained.items()}
+    wanted |= {f"{MASTER}.{name}": tuple(p.shape) for name, (p, is_master) in optimized.items() if is_master}
+    found = {name: shape for name, shape in names.items() if name.startswith((f"{MODEL}.", f"{MASTER}."))}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise CheckpointError(
+            f"the checkpoint holds other trained weights than this run: {len(odd)} differ, first {odd[0]!r}; the method, "
+            "the rank or the model was changed."
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(read(f"{MODEL}.{name}"))
+        for name, (parameter, is_master) in optimized.items():
+            if is_master:
+                parameter.copy_(read(f"{MASTER}.{name}"))
+    by_parameter: dict[str, dict[str, Any]] = {}
+    for key in [*names, *values]:
+        if key.startswith(f"{OPTIMIZER}."):
+            name = _owner(key[len(OPTIMIZER) + 1 :], optimized)
+            value = read(key) if key in names else values[key]
+            _put(by_parameter.setdefault(name, {}), key[len(OPTIMIZER) + len(name) + 2 :].split("."), value)
+    for name, (parameter, _) in optimized.items():
+        if name in by_parameter:
+            _states(step, parameter).update(by_parameter[name])
+    torch.set_rng_state(read(RANDOM))
+
+
+def _trained(step: TrainingStep) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in step.model.named_parameters() if p.requires_grad}
+
+
+def _optimized(step: TrainingStep) -> dict[str, tuple[nn.Parameter, bool]]:
+    """Name -> the tensor that the optimizer updates, and whether it is a 32-bit copy."""
+    copies = {}
+    if isinstance(step.optimizer, MasterWeights):
+        copies = {id(parameter): master for parameter, master in step.optimizer.pairs}
+    return {name: (copies.get(id(p), p), id(p) in copies) for name, p in _trained(step).items()}
+
+
+def _states(step: TrainingStep, parameter: nn.Parameter) -> Any:
+    """The optimizer's own mapping of one parameter's states."""
+    for optimizer in step.optimizer.optimizers:
+        if optimizer.holds(parameter):
+            return optimizer.state[parameter]
+    raise AssertionError("every trained parameter has an optimizer")
+
+
+def _flat(state: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        assert isinstance(key, str) and "." not in key, f"optimizer state {key!r} has no plain name"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}.{key}")
+        else:
+            plain = isinstance(value, torch.Tensor | int | float | bool | str | None)
+            assert plain, f"optimizer state {prefix}.{key} is a {type(value).__name__}, which a checkpoint can't hold"
+            yield f"{prefix}.{key}", value
+
+
+def _owner(key: str, optimized: Mapping[str, Any]) -> str:
+    """The parameter whose name begins `NAME.KEY`: parameters' names hold dots, so the longest that is one."""
+    pieces = key.split(".")
+    for count in range(len(pieces) - 1, 0, -1):
+        if (name := ".".join(pieces[:count])) in optimized:
+            return name
+    raise CheckpointError(f"the checkpoint holds optimizer states {key!r} of no trained parameter.")
+
+
+def _put(state: dict[str, Any], path: list[str], value: Any) -> None:
+    for piece in path[:-1]:
+        state = state.setdefault(piece, {})
+    state[path[-1]] = value

@@ -1,0 +1,185 @@
+"""The training loop: draw rows, add up gradients over micro-batches, clip, update, evaluate, save; until done or told to stop.
+
+Everything that decides bytes was decided before (`plan/fit_training.py`); everything that one step does is in
+`engine/training_step.py`. A run is a function of its plan, its data and its step, so that one which goes on from a checkpoint gives the bits of one
+that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from haversack.describe.training_settings import TrainingSettings
+from haversack.engine.schedules import learning_rate_factor
+from haversack.engine.training_state import state_of
+from haversack.engine.training_step import TrainingStep
+from haversack.errors import DoesNotFitError, HaversackError
+from haversack.jobs import memory
+from haversack.jobs.checkpoint_writer import CheckpointWriter
+from haversack.jobs.training_log import TrainingLog
+from haversack.samples.packing import PackedRows, RowArrays, rows_of_step
+
+LAST_SAVE_TRIES, LAST_SAVE_PAUSE_SECONDS = 5, 2.0
+
+
+class LossError(HaversackError, ArithmeticError):
+    """The loss or its gradients are not finite: training on would destroy the weights."""
+
+
+@dataclass
+class TrainingLoop:
+    """A run: a step made ready, rows to train on and rows held back, and where its checkpoints and figures go.
+
+    `progress` is told (steps done, steps in all, loss) after each step; `stopped` says whether to save and stop.
+    """
+
+    step: TrainingStep
+    rows: PackedRows
+    train_rows: Sequence[int]
+    held_rows: Sequence[int]
+    settings: TrainingSettings
+    writer: CheckpointWriter
+    log: TrainingLog
+    progress: Callable[[int, int, float], None] = lambda done, total, loss: None
+    stopped: Callable[[], bool] = lambda: False
+    micro_batch: int = 1
+    seconds_per_step: list[float] = field(default_factory=list)
+
+    def run(self, first_step: int) -> int:
+        """Train from `first_step` (the number of steps that are done) on; the number done in the end. Raises LossError."""
+        self.micro_batch = self.step.workload.batch_size
+        self._base_rates = [group["lr"] for group in self._groups()]
+        done, save_after = first_step, first_step + self.settings.save_every_steps
+        while done < self.settings.num_steps and not self.stopped():
+            started = time.perf_counter()
+            numbers = self._rows_of(done)
+            loss = self._gradients(done, numbers)
+            problem = self.writer.wait()  # the weights may not change while they are written
+            if problem is not None:
+                self.log.event(done, f"a checkpoint could not be written, training goes on: {problem}")
+                save_after = done + min(2**self.writer.failures, self.settings.save_every_steps)
+            norm = self._clip(done, numbers)
+            self._set_rates(done)
+            self.step.update()
+            done += 1
+            self.seconds_per_step.append(time.perf_counter() - started)
+            self.log.step(done, loss=loss, grad_norm=norm, learning_rate=self._groups()[0]["lr"],
+                          seconds=self.seconds_per_step[-1], private_bytes=memory.private_bytes())  # fmt: skip
+            if self.held_rows and done % self.settings.evaluate_every_steps == 0:
+                self.log.step(done, eval_loss=self.evaluate())
+            if done >= save_after and done < self.settings.num_steps:
+                self.writer.begin(done, state_of(self.step))
+                save_after = done + self.settings.save_every_steps
+            self.progress(done, self.settings.num_steps, loss)
+        self._save_last(done)
+        return done
+
+    def evaluate(self) -> float:
+        """Nats per trained token of the rows held back. In micro-batches as they are trained in, without what a backward pass
+        needs, so that its peak lies below a step's."""
+        self.step.model.eval()
+        nats, count = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(self.held_rows), self.micro_batch):
+                batch = self.rows.rows(self.held_rows[start : start + self.micro_batch])
+                nats += float(self.step.loss(*_tensors(batch))) * batch.num_trained
+                count += batch.num_trained
+        self.step.model.train()
+        return nats / max(1, count)
+
+    def _rows_of(self, done: int) -> list[int]:
+        chosen = rows_of_step(done, self.settings.rows_per_step, len(self.train_rows), self.settings.seed)
+        return [self.train_rows[index] for index in chosen]
+
+    def _gradients(self, done: int, numbers: Sequence[int]) -> float:
+        """Gradients of a step's rows, and their loss: the mean over all trained tokens of the step, however it is cut."""
+        while True:
+            try:
+                return self._accumulate(done, numbers)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                self._degrade(done)
+
+    def _accumulate(self, done: int, numbers: Sequence[int]) -> float:
+        batches = [numbers[start : start + self.micro_batch] for start in range(0, len(numbers), self.micro_batch)]
+        counts = [self.rows.rows(batch).num_trained for batch in batches]
+        total = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            if count == 0:
+                continue
+            loss = float(self.step.micro_step(*_tensors(self.rows.rows(batch)), share=count / sum(counts)))
+            if not math.isfinite(loss):
+                self._refuse("loss", loss, done, batch)
+            total += loss
+        return total
+
+    def _degrade(self, done: int) -> None:
+        """Memory ran out under a cap: smaller micro-batches from here on. Raises DoesNotFitError at a single row."""
+        self.step.optimizer.zero_grad()
+        if self.micro_batch == 1:
+            self.writer.wait()
+            raise DoesNotFitError(
+                f"memory ran out at step {done + 1} with micro-batches of one row; allow more, or make rows shorter with --seq-len."
+            )
+        before, self.micro_batch = self.micro_batch, max(1, self.micro_batch // 2)
+        self.log.event(
+            done,
+            f"memory ran out: micro-batches of {self.micro_batch} rows instead of {before} from step {done + 1} on",
+        )
+
+    def _clip(self, done: int, numbers: Sequence[int]) -> float:
+        norm = self.step.clip(self.settings.clip_norm)
+        if not math.isfinite(norm):
+            self._refuse("gradient norm", norm, done, numbers)
+        return norm
+
+    def _refuse(self, what: str, value: float, done: int, numbers: Sequence[int]) -> None:
+        """Stop with the step, the rows, and the last checkpoint whose weights are finite."""
+        self.writer.wait()
+        origins = [name for number in numbers for name in self.rows.origins(number)]
+        shown = ", ".join(origins[:4]) + (f" and {len(origins) - 4} more" if len(origins) > 4 else "")
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.step.trained)
+        last = self.writer.last_saved
+        if last is None:
+            good = "no checkpoint was written before"
+        else:
+            good = f"the last good checkpoint is of step {last}" if finite or last < done else (
+                f"the weights were broken before step {done}, so the checkpoint of step {last} is suspect")  # fmt: skip
+        self.log.event(done, f"the {what} was {value} at step {done + 1}, rows {shown}")
+        raise LossError(
+            f"the {what} is {value} at step {done + 1} of {self.settings.num_steps}, in a batch of {shown}; {good}. Lower --lr, or look at "
+            "these rows."
+        )
+
+    def _set_rates(self, done: int) -> None:
+        """Each group's own rate times the schedule's factor."""
+        factor = learning_rate_factor(self.settings.schedule, done, self.settings.num_steps, self.settings.warmup_steps)
+        for group, base in zip(self._groups(), self._base_rates, strict=True):
+            group["lr"] = base * factor
+
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self.step.optimizer.optimizers for group in optimizer.param_groups]
+
+    def _save_last(self, done: int) -> None:
+        """The state where a run ends or is told to stop; a full disk is given some seconds. Raises OutputError."""
+        problem = self.writer.wait()
+        for _ in range(LAST_SAVE_TRIES):
+            if self.writer.last_saved == done:
+                return
+            if problem is not None:
+                time.sleep(LAST_SAVE_PAUSE_SECONDS)
+            self.writer.begin(done, state_of(self.step))
+            problem = self.writer.wait()
+        if problem is not None:
+            self.log.event(done, f"the last checkpoint could not be written: {problem}")
+
+
+def _tensors(batch: RowArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    positions = None if batch.positions is None else torch.from_numpy(batch.positions)
+    return torch.from_numpy(batch.ids), torch.from_numpy(batch.labels), positions

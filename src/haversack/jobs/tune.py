@@ -1,0 +1,466 @@
+"""Tuning and training inside a budget: read the data, choose how it fits, train, export; stop at any time, run again to go on.
+
+A run lives in one folder: `plan.json`, `data/` (tokens), `checkpoints/`, `metrics.jsonl`, `bad-rows.jsonl`, and in the end `model/` or
+`adapter/` and `result.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.machine import Machine
+from haversack.describe.model import Model
+from haversack.describe.parallel import Parallelism
+from haversack.describe.training_settings import DEFAULT_LEARNING_RATES, TrainingSettings
+from haversack.describe.workload import TrainWorkload, TuneWorkload
+from haversack.errors import CheckpointError, InterruptedJobError, OutputError, UsageError
+from haversack.formats.checkpoints import newest_intact, remove_unfinished
+from haversack.formats.output import write_whole
+from haversack.jobs import memory
+from haversack.jobs.interrupt import stoppable
+from haversack.jobs.training_log import TrainingLog
+from haversack.parts.optimizer.adamw import AdamW
+from haversack.plan.fit_training import fit_training
+from haversack.plan.training import TrainingQuestion
+from haversack.plan.training_file import TrainingPlan
+from haversack.recipes.base import optimizer_option
+from haversack.samples.packing import PackedRows
+from haversack.samples.read import check_file
+from haversack.samples.store import TokenStore, hash_files, make_store, open_store
+from haversack.samples.tokens import Tokenizing
+from haversack.units import format_bytes
+
+if TYPE_CHECKING:
+    from haversack.engine.training_step import TrainingStep
+    from haversack.jobs.checkpoint_writer import CheckpointWriter
+
+DEFAULT_SEQ_LEN = 1024
+SEQ_LEN_MULTIPLE = 64
+MIN_SEQ_LEN = 8
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what."""
+
+    path: Path
+
+    plan = property(lambda self: self.path / "plan.json")
+    data = property(lambda self: self.path / "data")
+    bad_rows = property(lambda self: self.path / "bad-rows.jsonl")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    result = property(lambda self: self.path / "result.json")
+    curves = property(lambda self: self.path / "curves.html")
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What is asked. `workload.batch_size` and `seq_len` are placeholders until the data is known; `pinned` are the fields of the workload
+    that the user chose. `resume_anyway` goes on though the model, the data or what was asked has changed."""
+
+    model: Model
+    tokenizer_source: Path
+    files: tuple[Path, ...]
+    output: Path
+    machine: Machine
+    workload: TuneWorkload | TrainWorkload
+    pinned: frozenset[str]
+    settings: TrainingSettings
+    budget_bytes: int | None
+    budget_kind: Any = "process"
+    seq_len: int | None = None
+    adapter: Path | None = None
+    cap_bytes: int | None = None
+    resume_anyway: bool = False
+
+    @property
+    def task(self) -> str:
+        return self.workload.task
+
+    def asked(self) -> dict[str, Any]:
+        """What makes two requests the same, but for the budget (a plan that still fits may go on) and the paths."""
+        pinned = {name: getattr(self.workload, name) for name in sorted(self.pinned)}
+        return {"task": self.task, "seq_len": self.seq_len, "pinned": pinned, "settings": self.settings.to_dict()}
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the model (with its weights), the data, and what was asked."""
+        model = hashlib.sha256(self.model.fingerprint.encode())
+        for folder in (self.model.folder, self.adapter):
+            if folder is not None and any(folder.glob("*.safetensors")):
+                model.update(Checkpoint.open(folder).fingerprint().encode())
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (file := self.tokenizer_source / name).is_file():
+                model.update(file.read_bytes())
+        return {
+            "model": model.hexdigest(),
+            "data": hash_files(self.files),
+            "plan": hashlib.sha256(json.dumps(self.asked(), sort_keys=True).encode()).hexdigest(),
+        }
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Who is told what: `stage` what is being done, `progress` counts (what, done, total), `planned` the plan before training, `rows` the log after each
+    line, `stepped` (done, total, loss) after each step."""
+
+    stage: Callable[[str], None] = lambda what: None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    planned: Callable[[TrainingPlan], None] = lambda plan: None
+    rows: Callable[[TrainingPlan, list[dict[str, Any]]], None] = lambda plan, rows: None
+    stepped: Callable[[int, int, float], None] = lambda done, total, loss: None
+
+
+@dataclass
+class TrainingResult:
+    """What a run came to."""
+
+    folder: Path
+    exported: Path
+    plan: TrainingPlan
+    steps: int
+    resumed_from: int | None
+    num_samples: int
+    num_bad_rows: int
+    final: Mapping[str, float]
+    peak_bytes: int
+    seconds_per_step: float | None
+    residents: Mapping[str, int]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: predicted beside measured."""
+        plan = self.plan
+        return {
+            "folder": str(self.folder),
+            "exported": str(self.exported),
+            "steps": self.steps,
+            "resumed_from": self.resumed_from,
+            "num_samples": self.num_samples,
+            "num_bad_rows": self.num_bad_rows,
+            "given_up": list(plan.given_up),
+            "workload": plan.workload,
+            "settings": plan.settings,
+            "budget_bytes": plan.budget_bytes,
+            "peak_bytes": {"predicted": plan.peak_bytes, "measured": self.peak_bytes},
+            "seconds_per_step": {"predicted": plan.seconds_per_step, "measured": self.seconds_per_step},
+            "resident_bytes": {
+                owner: {"predicted": plan.resident_bytes.get(owner, 0), "measured": num_bytes}
+                for owner, num_bytes in self.residents.items()
+            },
+            "final": dict(self.final),
+            "notes": self.notes,
+        }
+
+
+def run_training(request: TrainingRequest, watch: Watchers | None = None) -> TrainingResult:
+    """Do it. Raises DataError, DoesNotFitError, UsageError before anything is trained; LossError where the loss breaks;
+    InterruptedJobError (exit code 130) where the user stops, with everything saved."""
+    watch = watch or Watchers()
+    memory.return_freed_memory()
+    folder = RunFolder(request.output)
+    with memory.PeakSampler() as sampler:
+        known = _earlier_plan(request, folder)
+        watch.stage("reading the data")
+        store = _tokens(request, folder, watch)
+        watch.stage("choosing how it fits")
+        plan = known or _plan(request, folder, store)
+        watch.stage("")
+        watch.planned(plan)
+        return _train(request, folder, store, plan, watch, sampler)
+
+
+def _earlier_plan(request: TrainingRequest, folder: RunFolder) -> TrainingPlan | None:
+    """The plan of a run that was begun in this folder, if it is this one. Raises OutputError where the folder holds something else, or
+    the run is finished; UsageError where the model, the data or what was asked has changed."""
+    if not folder.path.exists():
+        return None
+    if not folder.plan.is_file():
+        if folder.path.is_dir() and {p.name for p in folder.path.iterdir()} <= {
+            "data",
+            folder.bad_rows.name,
+            folder.bad_rows.name + ".partial",
+        }:
+            return None  # stopped before anything was planned
+        raise OutputError(
+            f"{folder.path} exists already and is no run of ours; choose another output or remove it first."
+        )
+    plan = TrainingPlan.read(folder.plan)
+    if folder.result.is_file():
+        raise OutputError(f"{folder.path} holds a finished run; choose another output, or remove it first.")
+    changed = [name for name, value in request.fingerprints.items() if plan.fingerprints.get(name) != value]
+    if changed and not request.resume_anyway:
+        what = " and ".join(
+            {"model": "the model", "data": "the data", "plan": "what was asked"}[name] for name in changed
+        )
+        detail = f" ({_difference(plan.asked, request.asked())})" if "plan" in changed else ""
+        raise UsageError(
+            f"{folder.path} holds a run that was begun with something else: {what} changed{detail}. Repeat the command that began it, choose "
+            "another output, or say --resume-anyway."
+        )
+    if request.budget_bytes is not None and plan.peak_bytes > request.budget_bytes:
+        raise UsageError(
+            f"the run in {folder.path} was planned to peak at {format_bytes(plan.peak_bytes)}, but the budget is now "
+            f"{format_bytes(request.budget_bytes)}; allow that much, or choose another output."
+        )
+    return plan
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    rows = []
+    for name in before.keys() | now.keys():
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            rows += [
+                f"{k} {one.get(k)!r} became {other.get(k)!r}"
+                for k in sorted({**one, **other})
+                if one.get(k) != other.get(k)
+            ]
+        elif one != other:
+            rows.append(f"{name} {one!r} became {other!r}")
+    return ", ".join(sorted(rows))
+
+
+def _tokens(request: TrainingRequest, folder: RunFolder, watch: Watchers) -> TokenStore:
+    """The data as tokens: those of the earlier try if the data are the same, else made now."""
+    from haversack.jobs.run import open_tokenizer
+
+    for file in request.files:
+        check_file(file)
+    store = open_store(folder.data)
+    if store is not None and store.source_sha256 == request.fingerprints["data"]:
+        return store
+    tokenizer: Any = open_tokenizer(request.tokenizer_source)
+    if len(tokenizer) > request.model.vocab_size:
+        raise UsageError(
+            f"the tokenizer in {request.tokenizer_source} has {len(tokenizer)} tokens, but {request.model.name} has "
+            f"{request.model.vocab_size}; give the model's own with --tokenizer."
+        )
+    tokenizer.model_max_length = int(1e30)  # its warning about long texts is ours to give
+    return make_store(
+        folder.data,
+        request.files,
+        Tokenizing(tokenizer, str(request.tokenizer_source)),
+        max_tokens=request.seq_len or request.model.max_positions,
+        bad_rows_file=folder.bad_rows,
+        progress=watch.progress,
+    )
+
+
+def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> TrainingPlan:
+    """Choose how it fits, write it down, before anything loads."""
+    seq_len = request.seq_len or _seq_len(store, request.model)
+    rows = PackedRows(store, seq_len, 0)
+    workload: Any = type(request.workload)(
+        **{
+            **{k: v for k, v in request.workload.to_dict().items() if k != "task"},
+            "seq_len": seq_len,
+            "samples_apart": rows.apart,
+        }
+    )
+    fit = fit_training(
+        TrainingQuestion(
+            request.model, workload, request.machine, Parallelism(), request.budget_bytes, request.budget_kind
+        ),
+        request.pinned,
+    )
+    num_train = len(rows) - _num_held(len(rows), request.settings)
+    settings = request.settings.resolved(num_train, _default_rate(fit.workload))
+    plan = TrainingPlan.of(fit, settings, fingerprints=request.fingerprints, asked=request.asked())
+    write_whole(folder.plan, plan.to_json())
+    return plan
+
+
+def _default_rate(workload: TuneWorkload | TrainWorkload) -> float:
+    """The method's under AdamW's rule, in whatever form its states are kept; the rule's own elsewhere."""
+    rule = optimizer_option(workload.optimizer).rule
+    if isinstance(rule, AdamW):
+        return DEFAULT_LEARNING_RATES[workload.method if isinstance(workload, TuneWorkload) else "train"]
+    return rule.lr
+
+
+def _seq_len(store: TokenStore, model: Model) -> int:
+    """Tokens of a row: the longest sample's, or for text `DEFAULT_SEQ_LEN`, in whole multiples of 64, within the model's positions."""
+    wanted = min(DEFAULT_SEQ_LEN, store.num_tokens) if store.is_stream else store.longest_tokens
+    rounded = -(-wanted // SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE
+    return max(MIN_SEQ_LEN, min(rounded, model.max_positions or rounded))
+
+
+def _num_held(num_rows: int, settings: TrainingSettings) -> int:
+    return min(num_rows - 1, max(1, round(settings.holdout * num_rows))) if settings.holdout and num_rows > 1 else 0
+
+
+def _train(
+    request: TrainingRequest,
+    folder: RunFolder,
+    store: TokenStore,
+    plan: TrainingPlan,
+    watch: Watchers,
+    sampler: memory.PeakSampler,
+) -> TrainingResult:
+    from haversack.engine.quiet import quiet_transformers
+    from haversack.jobs.checkpoint_writer import CheckpointWriter
+    from haversack.jobs.train_loop import TrainingLoop
+
+    settings, workload = plan.training_settings, plan.training_workload
+    log = TrainingLog(folder.metrics, lambda rows: watch.rows(plan, rows))
+    watch.stage("loading the model")
+    if request.cap_bytes is not None:
+        memory.set_cap(request.cap_bytes)
+    with quiet_transformers():
+        step = _step(request, workload, settings)
+        writer = CheckpointWriter(folder.checkpoints, plan.fingerprints)
+        first, notes = _resume(request, folder, step, writer, log)
+        rows = PackedRows(store, workload.seq_len, _padding(step.model))
+        held = _num_held(len(rows), settings)
+        loop = TrainingLoop(
+            step,
+            rows,
+            train_rows=range(held, len(rows)),
+            held_rows=range(held),
+            settings=settings,
+            writer=writer,
+            log=log,
+            progress=watch.stepped,
+        )
+        watch.stage("")
+        with stoppable() as stopped:
+            loop.stopped = stopped
+            try:
+                done = loop.run(first)
+            finally:
+                writer.wait()
+        if done < settings.num_steps:
+            raise InterruptedJobError(
+                f"stopped after step {done} of {settings.num_steps}, which is saved in {folder.checkpoints}; run the same command again to go on."
+            )
+        residents = _resident_bytes(step)
+        peak = sampler.finish()
+        exported = _export(request, step, folder)
+    notes += log.events
+    result = TrainingResult(
+        folder.path,
+        exported,
+        plan,
+        done,
+        first or None,
+        store.num_samples,
+        store.num_bad_rows,
+        _last_figures(log),
+        peak,
+        _median(loop.seconds_per_step),
+        residents,
+        notes,
+    )
+    write_whole(folder.result, json.dumps(result.to_dict(), indent=1))
+    return result
+
+
+def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -> TrainingStep:
+    """The model loaded, made ready, and with an optimizer at the asked rate."""
+    import torch
+
+    from haversack.engine.peft_format import load_adapter
+    from haversack.engine.training_step import DTYPES, TrainingStep
+    from haversack.jobs.training_run import open_model
+
+    torch.manual_seed(settings.seed)
+    model = open_model(request.model, DTYPES[workload.weights_dtype], workload.attention, seed=settings.seed)
+    step = TrainingStep(model, request.model, workload)
+    if request.adapter is not None:
+        load_adapter(model, request.adapter)
+    step.begin(request.model)
+    groups = [group for optimizer in step.optimizer.optimizers for group in optimizer.param_groups]
+    assert settings.learning_rate is not None, "settings are resolved before a run"
+    for group in groups[1:]:
+        group["lr"] = settings.learning_rate * group["lr"] / groups[0]["lr"]
+    groups[0]["lr"] = settings.learning_rate
+    return step
+
+
+def _resume(
+    request: TrainingRequest, folder: RunFolder, step: TrainingStep, writer: CheckpointWriter, log: TrainingLog
+) -> tuple[int, list[str]]:
+    """Put the newest intact checkpoint back; the steps that are done, and notes. Raises UsageError for a checkpoint of another run."""
+    from haversack.engine.training_state import restore
+
+    remove_unfinished(folder.checkpoints)
+    saved, damaged = newest_intact(folder.checkpoints)
+    notes = [f"{sentence.rstrip('.')}; the one before it was used" for sentence in damaged]
+    if saved is None:
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {folder.checkpoints} is intact ({damaged[0].rstrip('.')}); remove the folder to begin again."
+            )
+        log.go_back_to(0)
+        return 0, notes
+    changed = [name for name, value in request.fingerprints.items() if saved.fingerprints.get(name) != value]
+    if changed and not request.resume_anyway:
+        raise UsageError(
+            f"{saved.path} is of another run: its {', '.join(changed)} differ; say --resume-anyway to use it."
+        )
+    tensors = Checkpoint.open(saved.path)
+    shapes = {name: tensor.shape for name, tensor in saved.tensors.items()}
+    restore(step, shapes, saved.values, tensors.read)
+    writer.last_saved = saved.step
+    log.go_back_to(saved.step)
+    for note in notes:
+        log.event(saved.step, note)
+    return saved.step, []
+
+
+def _padding(model: Any) -> int:
+    """Any token that exists: padding is never seen by a sample nor counted."""
+    return next((i for i in (model.config.pad_token_id, model.config.eos_token_id) if isinstance(i, int)), 0)
+
+
+def _resident_bytes(step: TrainingStep) -> dict[str, int]:
+    return {
+        owner: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        for owner, tensors in step.residents().items()
+    }
+
+
+def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> Path:
+    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, else `model/`. Optimizer states are dropped first, so
+    that writing can't be the peak."""
+    from haversack.engine.optimizers import Stepper
+    from haversack.engine.peft_format import adapters_of, save_adapter
+
+    step.optimizer = Stepper([])
+    is_adapter = bool(adapters_of(step.model))
+    final = folder.path / ("adapter" if is_adapter else "model")
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if is_adapter:
+        save_adapter(step.model, partial, str(request.model.folder or request.model.name))
+    else:
+        step.model.save_pretrained(partial)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
+                 "merges.txt", "tokenizer.model"):  # fmt: skip
+        if (file := request.tokenizer_source / name).is_file():
+            shutil.copy(file, partial / name)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
+
+
+def _last_figures(log: TrainingLog) -> dict[str, float]:
+    """The last loss, and the last evaluation where there was one."""
+    found: dict[str, float] = {}
+    for row in log.rows:
+        found |= {name: row[name] for name in ("loss", "eval_loss") if name in row}
+    return found
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
