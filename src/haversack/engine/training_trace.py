@@ -191,8 +191,12 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
         step.model.tie_weights()
         ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
         layers = _layers(step.model, model)
-        for parameter in step.trained:
+        for parameter in step.trained:  # before an optimizer's own hooks, which may drop the gradient
             parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
+        if workload.update == "backward":  # its states are there from the second step on
+            step.begin(model)
+            _make_gradients(step, live)
+            step.update()
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)
         live.cut("before")
