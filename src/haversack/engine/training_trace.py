@@ -36,6 +36,10 @@ FORWARD, BACKWARD = "forward", "backward"
 EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD, UPDATE = "embed", "loss", "loss backward", "embed backward", "update"
 
 
+class AttentionError(UsageError):
+    """The family has no such attention function."""
+
+
 @dataclass(frozen=True)
 class TrainedTensor:
     """One trained tensor: its shape, its dtype by safetensors' name, and whether it is a matrix inside the layers."""
@@ -154,7 +158,7 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
         skeleton.set_attn_implementation(workload.attention)
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(
+        raise AttentionError(
             f"{model.name} can't run with attention {workload.attention!r} ({reason}); choose another."
         ) from None
 
