@@ -37,6 +37,7 @@ from haversack.describe.model import Model, describe_model
 from haversack.engine.attention_statistics import AttentionStatistics
 from haversack.engine.measure import DamageMeter
 from haversack.engine.probe_meter import ProbeMeter, Score, mean_kl
+from haversack.engine.quiet import quiet_transformers
 from haversack.errors import DoesNotFitError
 from haversack.parts.kv.base import KVOption
 from haversack.probes.suite import Task, make_suite
@@ -92,12 +93,13 @@ class Bench:
         self.folder, self.rows = folder, rows
         self.context_tokens = context_tokens
         self.model: Model = describe_model(folder)
-        tasks = make_suite(
-            open_tokenizer(self.model),
-            data.text("foreign-prose"),
-            context_tokens=context_tokens,
-            num_per_kind=num_per_kind,
-        )
+        with quiet_transformers():
+            tasks = make_suite(
+                open_tokenizer(self.model),
+                data.text("foreign-prose"),
+                context_tokens=context_tokens,
+                num_per_kind=num_per_kind,
+            )
         loaded = DamageMeter(self.model, torch.zeros(1, 1, dtype=torch.int64))
         self.module = loaded.model
         self.meter = ProbeMeter(self.module, self.model.attention, self.model.dtype, tasks)

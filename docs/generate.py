@@ -42,6 +42,8 @@ COMMANDS = {
     "run-long": f'haversack run {PACKED} --prompt "$(cat LICENSE)"',
     "run-cap": f"haversack run {PACKED} --prompt 'The function' --max-new-tokens 8 --cap 200MiB",
     "verify": f"haversack verify {PACKED}",
+    "eval-kv": f"haversack eval kv {MODEL} --kv h2o --kv gear --kv duoattention --bytes 25% --context 512 --probes 2",
+    "bad-cache": f"haversack eval kv {MODEL} --kv h2o --bytes 1% --context 512 --probes 1",
     "report": f"haversack report {PACKED} -o out/report.html",
     "methods": "haversack methods",
     "machine": "haversack machine raspberry-pi-5-8gb",

@@ -86,7 +86,9 @@ def _question(budget_bytes: int | None, **fields: Any) -> TrainingQuestion:
 def test_refused_early_with_the_cheapest_change() -> None:
     peak = plan_training(_question(None)).ledger.peak()[1]
     answer = plan_training(_question(peak - 1000))
-    assert answer.shortfall_bytes == 1000 and "recompute=full" in (answer.cheapest_change or "")
+    assert answer.shortfall_bytes == 1000 and "loss=cut" in (answer.cheapest_change or "")
+    much = plan_training(_question(int(0.7 * peak)))
+    assert "loss=cut and recompute=full" in (much.cheapest_change or "")
     with pytest.raises(DoesNotFitError, match=r"short\.") as caught:
         answer.require_fit()
     assert sum(caught.value.owners.values()) == peak

@@ -94,6 +94,14 @@ def source(_saved_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bf16_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same family in bfloat16, not to be damaged."""
+    folder = save_tiny("llama", tmp_path_factory.mktemp("saved") / "tiny-llama-bf16", "bfloat16")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def _packed_once(_saved_model: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from haversack.cli.app import run
 

@@ -96,6 +96,21 @@ def test_a_plan_fetches_the_config_alone(cli: Callable[..., Ran], hub: Hub) -> N
     assert hub.asked == ["config.json"]
 
 
+def test_why_the_hub_gives_nothing(cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Said in words, without a class name, and without advice on a variable that nobody set."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cli("plan", HUB_ID, "--budget", "8GiB").refuses("no folder", "HF_HUB_OFFLINE forbids", "unset HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    unreachable = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", unreachable)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    ran = cli("plan", HUB_ID, "--budget", "8GiB")
+    assert ran.code == 2 and "can't be reached; go online" in ran.err and "Error" not in ran.err, ran.err
+
+
 def test_pack_fetches_the_weights_once_and_packs_them(
     cli: Callable[..., Ran], hub: Hub, calibration_text: Path, tmp_path: Path
 ) -> None:

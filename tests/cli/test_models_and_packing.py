@@ -78,6 +78,14 @@ def test_models_that_cannot_be_packed(cli, model, tmp_path, calibration_text, da
     assert not list(tmp_path.glob("out*"))
 
 
+def test_code_of_the_model_itself_that_is_missing_or_fails(cli, model, tmp_path, calibration_text):
+    edit_config(model, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    command = pack_command(model, tmp_path / "out", calibration_text, "--trust-remote-code")
+    cli(*command).refuses("code of its own", "own.py", code=1)
+    (model / "own.py").write_text("raise RuntimeError('not on Tuesdays')\n")
+    cli(*command).refuses("code of its own", "not on Tuesdays", code=1)
+
+
 @pytest.mark.parametrize(
     "name", ["model.norm.weight", "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"]
 )

@@ -79,7 +79,9 @@ def test_prompts_and_counts_beyond_reason(cli, packed):
     cli("run", packed, "--prompt", " \n").refuses("prompt is empty")
     cli("run", packed, "--prompt", "a", "--max-new-tokens", "0").refuses("--max-new-tokens is 0")
     cli("run", packed, "--prompt", "a", "--cap", "8 potatoes").refuses("8 potatoes")
-    cli("run", packed, "--prompt", "a", "--cap", "1KiB").refuses("1.00 KiB", "allow more")
+    cli("run", packed, "--prompt", "a", "--cap", "1KiB").refuses("1.00 KiB", "allow")
+    cli("run", packed, "--prompt", "a", "--cap", "0%").refuses("0%", "at most at 100")
+    cli("run", packed, "--prompt", "a", "--cap", "0.0001%").refuses("a cap of", "allow")
     ran = cli("run", packed, "--prompt", "a" * 90)
     ran.refuses("90 tokens", f"holds {CONTEXT_TOKENS - 1}", "--context", code=1)
 

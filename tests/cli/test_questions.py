@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from tests.cli.conftest import WORKLOAD
+
+from haversack.cli import console
 
 B = ("--tensor-budget", "260KiB")
 PLAN_KEYS = {
@@ -129,8 +135,44 @@ def test_output_fits_80_columns(cli, source, monkeypatch):
 def test_an_unwritable_plan_is_told_before_work(cli, source, tmp_path):
     (tmp_path / "file").write_text("")
     cli("plan", source, *B, "-o", tmp_path / "file" / "plan.json").refuses("is a file", "another output", code=1)
-    ran = cli("plan", source, *B, *WORKLOAD, "-o", tmp_path)
-    assert ran.code == 1 and "is a folder" in ran.err and [p.name for p in tmp_path.iterdir()] == ["file"]
+    cli("plan", "no-such-model", *B, "-o", tmp_path).refuses("is a folder", "name a file", code=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_older_plan_and_promises_no_resuming(cli, source, tmp_path, monkeypatch):
+    plan = tmp_path / "plan.json"
+    plan.write_text("older")
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    ran = cli("plan", source, *B, *WORKLOAD, "-o", plan)
+    ran.refuses("needs", "free some space or choose another output.", code=1)
+    assert plan.read_text() == "older" and list(tmp_path.iterdir()) == [plan]
+
+
+def test_a_narrow_window_is_kept_to(cli, source, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    for verb in (
+        ("plan", source, *B, *WORKLOAD),
+        ("plan", source, "--tensor-budget", "10KiB", *WORKLOAD),
+        ("methods",),
+    ):
+        out = cli(*verb).out
+        assert max(map(len, out.splitlines())) <= 40, out
+
+
+def test_bold_is_left_out_where_nobody_wants_it(cli, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "_is_terminal", lambda: True)
+    monkeypatch.setattr(console.typer, "echo", print)  # which keeps the codes that a terminal gets
+    assert "\x1b[1mid" in cli("methods").out
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert "\x1b" not in cli("methods").out
 
 
 def test_methods_and_plain_calls(cli):
@@ -148,6 +190,15 @@ def test_a_closed_pipe_is_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "[", "")
 
 
+@pytest.mark.parametrize("shell", ["{} | head -c 1", "{} --json | head -c 1", "{} >&-"])
+def test_an_answer_keeps_its_exit_code_when_nobody_reads_it(source, shell):
+    verb = f"{sys.executable} -m haversack plan {source} --tensor-budget 10KiB --context 24"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", shell.format(verb)], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 1 and done.stderr == ""
+
+
 def test_a_defect_is_one_line_too(cli, source, monkeypatch):
     monkeypatch.delenv("HAVERSACK_TRACEBACK")
     monkeypatch.setattr("haversack.plan.make.make_plan", lambda *a: {}["gone"])
@@ -160,3 +211,37 @@ def test_a_defect_is_one_line_too(cli, source, monkeypatch):
 
 def test_json_is_strict(cli, source):
     json.loads(cli("plan", source, *B, *WORKLOAD, "--json").out, parse_constant=pytest.fail)
+
+
+def test_what_fits_without_loss_loses_nothing(cli, bf16_source, calibration_text, tmp_path):
+    """Between the size of its codes and its own, a bfloat16 model is coded, not rounded; nobody calibrates."""
+    whole = cli("plan", bf16_source, "--tensor-budget", "1GiB", *WORKLOAD, "--json").json
+    weights = sum(row["stored_bytes"] for row in whole["sites"] if "role" in row)
+    budget = str(whole["peak_bytes"] - weights // 5)
+    out = tmp_path / "coded"
+    ran = cli(
+        "pack",
+        bf16_source,
+        "-o",
+        out,
+        "--tensor-budget",
+        budget,
+        *WORKLOAD,
+        "--calibration",
+        calibration_text,
+        "--json",
+    )
+    assert ran.code == 0, ran.err
+    assert ran.json["damage"]["nats"] == 0 and ran.json["peak_bytes"] <= int(budget)
+    parts = {row["option"]["code"]["part"] for row in ran.json["sites"] if "role" in row and row["option"]}
+    assert parts == {"entropy-coded"}
+    from transformers import AutoModelForCausalLM
+
+    from haversack.engine import attention
+
+    attention.register()
+    ids = torch.arange(1, 21)[None]
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(bf16_source, dtype="auto", attn_implementation=attention.NAME)(ids)
+        ours = AutoModelForCausalLM.from_pretrained(out, dtype="auto")(ids)
+    assert ours.logits.dtype == torch.bfloat16 and torch.equal(ours.logits, own.logits)

@@ -47,6 +47,8 @@ def predicted_peaks(config: dict[str, Any], workload: TrainingWorkload, state_by
         ("llama", TrainWorkload(2, 48, precision="master", optimizer="muon", accumulation_steps=2)),
         ("gemma2", TrainWorkload(2, 48, precision="fp32", attention="eager", optimizer="adafactor")),
         ("qwen3_moe", TrainWorkload(2, 48, optimizer="adamw8bit")),
+        ("llama", TrainWorkload(2, 48, optimizer="galore", loss="cut")),
+        ("gemma2", TrainWorkload(2, 48, precision="autocast", optimizer="apollo", loss="cut", attention="eager")),
         ("gpt2", TuneWorkload(2, 48, method="lora", lora_rank=4, precision="autocast")),
         ("qwen3", TuneWorkload(2, 48, method="qlora", lora_rank=4, recompute="full", optimizer="sgdm")),
     ],

@@ -14,9 +14,13 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from haversack.ledger import total_bytes
 from haversack.parts.base import all_parts, part_from_dict
-from haversack.parts.kv.base import KVOption, KVPart, by_head
+from haversack.parts.kv.base import KVOption, KVPart, Selection, by_head
+from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.low_precision import LowPrecision
+from haversack.parts.kv.merging import Merge
+from haversack.parts.kv.normalized_attention import NormalizedAttention
+from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
@@ -117,13 +121,19 @@ OPTIONS = [
     by_head([KVOption(), KVOption(SinksAndWindow(4, 30))]),
     by_head([KVOption(HeavyHitters(4, 20, 8, 16)), KVOption(None, QuantizedKV(4, 4, 32, 8))]),
     KVOption(VotingHeads(4, 20, 8, 16, voters=(1, 2))),
+    KVOption(HeavyHitters(4, 20, 8, 16), demote=Merge(0.1)),
+    KVOption(HeavyHitters(4, 20, 8, 32), PerTokenKV(8), LowPrecision(2)),
+    KVOption(NormalizedAttention(4, 20, 8, 16), PerTokenKV(4)),
+    KVOption(None, CorrectedKV(2, 2, 32, 8, 2, 8)),
 ]
 
 
-@pytest.mark.parametrize("selection", [HeavyHitters(4, 20, 8, 16), Persistence(0, 40, 0, 8)], ids=lambda s: s.id)
-def test_heads_choose_the_same_tokens_in_any_chunks(selection):
+@pytest.mark.parametrize(
+    "option", [option for option in OPTIONS if isinstance(option.score, Selection)], ids=lambda o: o.label
+)
+def test_heads_choose_the_same_tokens_in_any_chunks(option):
     """Blocks are cut by a sequence's own positions, so that prefill's chunks decide nothing."""
-    length, option = 150, KVOption(selection)
+    length = 150
     query, keys, values = tokens(2, length)
     runs = []
     for steps in ([length], [7] * 21 + [3], [1] * length):
@@ -168,6 +178,34 @@ def test_demoted_tokens_are_still_attended_to():
     assert (without.double() - expected).abs().max() > 0.1
 
 
+def test_merging_from_above_one_is_dropping_to_the_bit():
+    length, score = 200, HeavyHitters(4, 20, 8, 32)
+    query, keys, values = tokens(2, length)
+    outputs = {}
+    for demote in (None, Merge(2.0), Merge(0.0)):
+        layer = KVOption(score, demote=demote).build(site(), batch_size=2, capacity_tokens=length, dtype="F32")
+        outputs[demote], _ = run(layer, query, keys, values, [100, 99, 1])
+    assert torch.equal(outputs[None], outputs[Merge(2.0)])
+    assert not torch.equal(outputs[None], outputs[Merge(0.0)])
+
+
+def test_a_freed_token_lives_on_in_the_one_most_like_it():
+    """One kept token has the freed one's key, but little of its value: half of that comes over, weighted alike."""
+    kept_keys, kept_values = torch.eye(3, DIM)[None, None], torch.zeros(1, 1, 3, DIM)
+    freed_keys, freed_values = torch.eye(3, DIM)[None, None, 1:2] * 5, torch.ones(1, 1, 1, DIM)
+    open_to = torch.tensor([[[False, True, True]]])
+    keys, values = Merge(0.5).merge((kept_keys, kept_values), (freed_keys, freed_values), open_to)
+    torch.testing.assert_close(values[0, 0, 1], torch.full((DIM,), 0.5))
+    torch.testing.assert_close(keys[0, 0, 1], kept_keys[0, 0, 1] * 3)
+    assert torch.equal(values[0, 0, [0, 2]], kept_values[0, 0, [0, 2]])
+    assert torch.equal(keys[0, 0, [0, 2]], kept_keys[0, 0, [0, 2]])
+
+
+def test_merging_into_packed_tokens_is_refused():
+    with pytest.raises(UsageError, match=r"kv\.merge changes kept tokens"):
+        KVOption(HeavyHitters(4, 20, 8, 32), PerTokenKV(4), Merge())
+
+
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda o: "+".join(p.id for p in o.parts))
 def test_padded_rows_are_as_alone(option):
     """Left padding of different lengths: the same tokens, the same codes, the same output to rounding."""
@@ -197,7 +235,7 @@ def test_padded_rows_are_as_alone(option):
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
-            isinstance(part, QuantizedKV) for part in option.parts
+            isinstance(part, (QuantizedKV, CorrectedKV)) for part in option.parts
         ):  # packed tokens depend on what was plain when a query came, so on the chunks
             torch.testing.assert_close(together[row, :, part], output[0], atol=1e-5, rtol=0)
 
@@ -209,6 +247,23 @@ def test_declared_tensors_are_the_ones_made(option):
         layer = option.build(site(), batch_size=3, capacity_tokens=300, dtype=dtype)
         assert {t.name: t.shape for t in declared} == {k: tuple(t.shape) for k, t in layer.tensors.items()}
         assert total_bytes(declared) == layer.num_bytes() == layer.max_bytes()
+
+
+def test_correcting_takes_off_most_of_what_two_bits_lose():
+    """Keys with two channels that are large in every token, and values of which few are far out, as in the source."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 128, DIM, generator=generator)
+    keys[..., 3] *= 8
+    values[torch.rand(values.shape, generator=generator) < 0.005] *= 12
+    errors = []
+    for represent in (QuantizedKV(2, 2, 32, 0), CorrectedKV(2, 2, 32, 0, 2, 0), CorrectedKV(2, 2, 32, 0, 4, 16)):
+        layer = KVOption(None, represent).build(site(), batch_size=1, capacity_tokens=128, dtype="F32")
+        layer.append(keys, values)
+        found = layer.packed.read(0, 4)
+        errors.append([float((a - b).norm()) for a, b in zip(found, (keys, values))])
+    for plain, ranked, both in zip(*errors):
+        assert both < ranked < plain
+        assert both < 0.75 * plain
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -267,7 +322,7 @@ def test_state_goes_on_in_another_layer(option):
     rest = tuple(x[:, :, 75:] for x in (query, keys, values))
     for a, b in zip(run(layer, *rest, [4, 1]), run(other, *rest, [4, 1])):
         assert torch.equal(a, b)
-    with pytest.raises(UsageError, match=r"saved cache's keys is .* needs"):
+    with pytest.raises(UsageError, match=r"saved cache's \S+ is .* needs"):
         option.build(site(), batch_size=1, capacity_tokens=90, dtype="F32").load_state(layer.state())
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from haversack.codecs.moment_codes import make_moment_code, moment_values
 from haversack.describe.checkpoint import dtype_name
+from haversack.engine.composed_optimizer import ComposedOptimizer
 from haversack.errors import PlanError, UsageError
 from haversack.ledger import StoredTensor
 from haversack.parts.base import all_parts
@@ -24,7 +25,6 @@ from haversack.parts.optimizer.adafactor import Adafactor
 from haversack.parts.optimizer.adamw import AdamW
 from haversack.parts.optimizer.base import PIECE_ELEMENTS, OptimizerOption, OptimizerPart
 from haversack.parts.optimizer.block_state import BlockState
-from haversack.parts.optimizer.composed import ComposedOptimizer
 from haversack.parts.optimizer.float_state import FloatState
 from haversack.parts.optimizer.growth_limit import limit_growth
 from haversack.parts.optimizer.muon import Muon

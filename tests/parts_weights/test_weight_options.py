@@ -255,7 +255,7 @@ def test_registered_weight_parts_are_complete():
     parts = {k: cls for k, cls in all_parts().items() if cls.resident == "weights"}
     assert {"integer", "codebook", "nearest", "hessian-feedback"} <= set(parts)
     for name, cls in parts.items():
-        assert issubclass(cls, (Grid, Rounding)) or cls.stage in ("transform", "correct"), name
+        assert issubclass(cls, (Grid, Rounding)) or cls.stage in ("transform", "correct", "code"), name
         part = cls()
         assert cls(**{k: v for k, v in part.to_dict().items() if k != "part"}) == part
         assert cls.title and cls.__doc__

@@ -179,3 +179,9 @@ def test_kinds_of_sites_sum_to_the_plan(plan: Plan) -> None:
     assert rows[-1][0] == KV_ROLE and rows[-1][3] == "0-2"
     labels = [row[0] for row in rows]
     assert labels == sorted(labels, key=labels.index)  # rows of one kind stand together
+
+
+def test_notes_are_escaped_and_their_code_is_marked(plan: Plan) -> None:
+    noted = plan.model_copy(update={"notes": ("seconds are <assumed>; run `haversack machine --measure`.",)})
+    page = render(noted, None, "plan.json")
+    assert "seconds are &lt;assumed&gt;; run <code>haversack machine --measure</code>." in page

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import typer
 
 from haversack._version import __version__
 from haversack.cli import console
-from haversack.cli.eval import app as eval_app
 from haversack.cli.machine import machine
 from haversack.cli.methods import methods
 from haversack.cli.pack import pack
@@ -40,7 +38,6 @@ app.command(name="run")(run_verb)
 app.command()(tune)
 app.command()(train)
 app.command()(verify)
-app.add_typer(eval_app, name="eval")
 app.command()(report)
 app.command()(machine)
 app.command()(methods)
@@ -64,13 +61,15 @@ def run(argv: list[str] | None = None) -> int:
 
     Whatever goes wrong prints as one sentence, never as a traceback.
     """
+    if sys.stdout is None:  # closed by the caller (`>&-`)
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         code = app(args=argv, standalone_mode=False) or 0
         sys.stdout.flush()  # a closed pipe shows here at the latest
     except KeyboardInterrupt:
         code = 130
     except (BrokenPipeError, SystemExit):  # typer turns the first into the second
-        _leave_closed_pipe()
+        console.leave_closed_pipe()
         return 0
     except Exception as error:
         return _explain(error)
@@ -123,9 +122,3 @@ def _unforeseen(error: Exception) -> int:
         f"{last.lineno}); please report it with what {TRACEBACK_VARIABLE}=1 shows."
     )
     return 1
-
-
-def _leave_closed_pipe() -> None:
-    """Whoever read our output has left. Python flushes once more on exit, which must then go nowhere."""
-    with suppress(OSError, ValueError):  # there may be no file behind standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,16 +1,19 @@
-"""What verbs print: tables that fit 80 columns, progress with time left, errors on one line. Rich is imported where used."""
+"""What verbs print: tables in the width there is, progress with time left, errors on one line."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
+
+from haversack.cli.tables import table_lines
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called by jobs as they go; `total` 0 means unknown."""
@@ -23,14 +26,31 @@ def error(message: str, details: str | None = None) -> None:
     typer.echo(f"haversack: {message}" + (f" {details}" if details else ""), err=True)
 
 
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Within, a reader that closes the pipe (`| head`) ends the printing and not the verb, whose exit code is an answer."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_closed_pipe()
+
+
+def leave_closed_pipe() -> None:
+    """Whoever read our output has left. Python flushes once more on exit, which must then go nowhere."""
+    with suppress(OSError, ValueError):  # there may be no file behind standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_json(data: Any) -> None:
     """JSON on standard output, for machines. Only finite numbers are JSON; others would be a defect."""
     typer.echo(json.dumps(data, indent=1, default=str, allow_nan=False))
 
 
 def width() -> int:
-    """Columns to write in: the terminal's, or 80 where there is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED_COLUMNS
+    """Columns to write in: the terminal's (or what COLUMNS says), and at most 80 where there is none."""
+    columns = shutil.get_terminal_size().columns
+    return columns if _is_terminal() else min(columns, PIPED_COLUMNS)
 
 
 def paragraph(text: str, *, indent: str = "", err: bool = False) -> None:
@@ -45,18 +65,22 @@ def notes(sentences: Sequence[str], *, err: bool = False) -> None:
         paragraph(f"note: {sentence.rstrip('.')}.", indent="  ", err=err)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Sequence[int] = ()) -> None:
-    """A table; numbers in the columns `right` are right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, right: Collection[int] = ()) -> None:
+    """A table; cells of the columns `right` are numbers, aligned right. The heading is bold where that can be seen."""
+    heading, lines = table_lines(columns, [[str(cell) for cell in row] for row in rows], width(), right)
+    for line in heading:
+        typer.echo(typer.style(line, bold=True) if _has_styles() else line)
+    for line in lines:
+        typer.echo(line)
 
-    view = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        view.add_column(column, justify="right" if i in right else "left", overflow="fold")
-    for row in rows:
-        view.add_row(*(str(cell) for cell in row))
-    console = Console(width=width(), highlight=False, soft_wrap=False)
-    console.print(view)
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def _has_styles() -> bool:
+    """Whether standard output shows bold text: a terminal that nobody asked to go without (https://no-color.org)."""
+    return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def passing_line(what: str) -> None:

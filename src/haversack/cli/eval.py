@@ -83,5 +83,5 @@ def _show(row: dict[str, Any]) -> None:
             cells += ["-" if figures is None else f"{figures['kl']:.4g}", exact]
         rows.append(cells)
     columns = ("probe", "KL after", "exact", "KL before", "exact")
-    console.table("", columns, rows, right=(1, 2, 3, 4))
+    console.table(columns, rows, right=(1, 2, 3, 4))
     typer.echo("")

@@ -45,7 +45,7 @@ def machine(
     if rates.runtime_private_bytes is not None:
         rows.append(("runtime after imports", format_bytes(rates.runtime_private_bytes)))
     if rows:
-        console.table("", ("rate", "measured"), rows)
+        console.table(("rate", "measured"), rows)
     elif not found.devices:
         typer.echo("Nobody measured its rates yet; `haversack machine --measure` does, in about a minute.")
     for note in (*found.notes, *rates.notes):

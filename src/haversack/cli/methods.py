@@ -16,7 +16,6 @@ def methods(json: bool = typer.Option(False, "--json", help="Print JSON.")) -> N
         console.print_json(rows)
         return
     console.table(
-        "",
         ("id", "kind", "resident", "what it does", "source"),
         [
             (

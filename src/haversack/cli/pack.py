@@ -74,7 +74,8 @@ def pack(
         else:
             answer, found = weighed_answer(asked, described, calibrating, progress)
             if json and not answer.fits:
-                console.print_json(plan_json(answer))
+                with console.reader_may_leave():
+                    console.print_json(plan_json(answer))
         statistics = None if found is None else found.statistics
         folder, notes = pack_job(described, answer.require_fit(), output, statistics=statistics, progress=progress)
     notes = (*(() if found is None else found.notes), *notes)
@@ -96,7 +97,8 @@ def _refuse_hopeless(asked: Asked, described: Model, json: bool) -> None:
     answer = hopeless(asked.question(described, None))
     if answer is not None:
         if json:
-            console.print_json(plan_json(answer))
+            with console.reader_may_leave():
+                console.print_json(plan_json(answer))
         answer.require_fit()
 
 

@@ -67,13 +67,13 @@ def plan(
         raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
     asked.check()
     from haversack.describe.model import describe_model
-    from haversack.formats.output import check_output
+    from haversack.formats.output import check_output_file
     from haversack.plan.make import make_plan
 
     if calibrating.calibration is not None:
         calibrating.text()
     if output is not None:
-        check_output(output)
+        check_output_file(output)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     with console.progress_bar(quiet=json) as progress:
         if calibrate or calibrating.calibration is not None:
@@ -82,10 +82,8 @@ def plan(
             answer = make_plan(asked.question(described, None), progress)
     if output is not None and answer.fits:
         write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
-    if json:
-        console.print_json(plan_json(answer))
-    else:
-        print_answer(answer)
+    with console.reader_may_leave():
+        console.print_json(plan_json(answer)) if json else print_answer(answer)
     if output is not None and not answer.fits:
         write_plan(answer, output)
     return 0 if answer.fits else 1
@@ -142,9 +140,9 @@ def print_answer(answer: Answer) -> None:
         console.paragraph(f"{answer.problem} {answer.cheapest_change or ''}".rstrip())
     typer.echo("")
     _print_timeline(answer)
-    console.table("", ("what", "predicted"), _figures(answer))
+    console.table(("what", "predicted"), _figures(answer))
     typer.echo("")
-    console.table("", ("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
+    console.table(("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
     console.notes(plan.notes)
 
 
@@ -160,7 +158,7 @@ def _print_timeline(answer: Answer) -> None:
             name = owner if tier == "device" else f"{owner} [{tier}]"
             rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
     rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
-    console.table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
+    console.table(("bytes", *points), rows, right=range(1, len(points) + 1))
     typer.echo("")
 
 

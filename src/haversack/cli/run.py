@@ -35,24 +35,32 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the draws, to have them again.")] = None,
     cap: Annotated[
         str | None,
-        typer.Option("--cap", help="A hard limit on this process's private memory (RLIMIT_DATA), e.g. 2GiB."),
+        typer.Option(
+            "--cap",
+            help="A hard limit on this process's private memory (RLIMIT_DATA), 2GiB, or 60% of available memory.",
+        ),
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON when done (with --chat: a line per turn) instead of streaming.")
     ] = False,
 ) -> int:
     """Continue a prompt, or chat, streaming tokens as they come."""
-    from haversack.units import parse_bytes
-
     if chat and prompt is not None:
         raise UsageError("--chat reads messages from the terminal or from standard input; leave --prompt out.")
     if system is not None and not chat:
         raise UsageError("--system was given without --chat; a plain prompt is continued as it is, so put it there.")
-    cap_bytes = None if cap is None else parse_bytes(cap)
+    cap_bytes = None if cap is None else _cap_bytes(cap)
     choice = Choice(temperature, top_p, top_k, seed)
     if chat:
         return converse(folder, system, max_new_tokens, choice, cap_bytes, json=json)
     return _complete(folder, _text(prompt), max_new_tokens, choice, cap_bytes, json=json)
+
+
+def _cap_bytes(text: str) -> int:
+    from haversack.describe import machine
+    from haversack.units import parse_budget
+
+    return parse_budget(text, machine.detect().available_bytes)
 
 
 def _text(prompt: str | None) -> str:

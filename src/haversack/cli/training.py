@@ -72,18 +72,17 @@ def plan_training_verb(
     )
     if largest_of is not None:
         found = largest(question, largest_of)
-        if json:
-            console.print_json({"largest": largest_of, "value": found})
-        else:
-            console.paragraph(
-                f"{model.name}: largest {largest_of} that fits: {found if found is not None else 'none'}."
-            )
+        with console.reader_may_leave():
+            if json:
+                console.print_json({"largest": largest_of, "value": found})
+            else:
+                console.paragraph(
+                    f"{model.name}: largest {largest_of} that fits: {found if found is not None else 'none'}."
+                )
         return 0 if found is not None else 1
     answer = plan_training(question)
-    if json:
-        console.print_json(training_json(answer))
-    else:
-        _print(answer)
+    with console.reader_may_leave():
+        console.print_json(training_json(answer)) if json else _print(answer)
     return 0 if answer.fits else 1
 
 
@@ -136,7 +135,7 @@ def _print(answer: TrainingAnswer) -> None:
             label = owner if tier == "device" else f"{owner} [{tier}]"
             rows.append([label, *(format_bytes(n) if n else "-" for n in cells)])
     rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
-    console.table("", ("bytes", *points), rows, right=range(1, len(points) + 1))
+    console.table(("bytes", *points), rows, right=range(1, len(points) + 1))
 
 
 def _value(key: str, text: str, default: Any) -> Any:

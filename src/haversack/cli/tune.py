@@ -380,7 +380,7 @@ def _print_result(result: TrainingResult) -> None:
         pair = facts["seconds_per_step"]
         rows.append(["seconds per step", format_seconds(pair["predicted"]), format_seconds(pair["measured"])])
     typer.echo("")
-    console.table("", ("what", "predicted", "measured"), rows, right=(1, 2))
+    console.table(("what", "predicted", "measured"), rows, right=(1, 2))
     figures = ", ".join(f"{'held-back loss' if k == 'eval_loss' else k} {v:.4f}" for k, v in result.final.items())
     console.paragraph(f"\n{result.steps} steps; {figures}.")
     if result.num_bad_rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,24 +23,25 @@ def verify(
 
     with console.progress_bar(quiet=json) as progress:
         report = verify_job(folder, quality=quality, progress=progress)
-    if json:
-        console.print_json(report)
-        return 0 if report["within_budget"] else 1
+    with console.reader_may_leave():
+        console.print_json(report) if json else _print(report)
+    return 0 if report["within_budget"] else 1
+
+
+def _print(report: dict[str, Any]) -> None:
     console.table(
-        "",
         ("bytes", "predicted", "measured", "difference"),
         [(row["what"], *_sizes(row)) for row in report["bytes"]],
         right=(1, 2, 3),
     )
     typer.echo("")
-    console.table("", ("figure", "predicted", "measured"), [tuple(row.values()) for row in report["figures"]])
+    console.table(("figure", "predicted", "measured"), [tuple(row.values()) for row in report["figures"]])
     console.notes(report["notes"])
     verdict = "kept" if report["within_budget"] else "BROKEN"
     typer.echo("")
     console.paragraph(
         f"The budget was {verdict}. Prediction {report['prediction_hash'][:16]}, made before anything was loaded."
     )
-    return 0 if report["within_budget"] else 1
 
 
 def _sizes(row: dict) -> tuple[str, str, str]:

@@ -132,10 +132,9 @@ def probe_tasks(model: Model, text: str, cache_tokens: int, seed: int, num_per_k
             f"probes take {LEAST_CONTEXT_TOKENS + TURNS_TOKENS} tokens, but the context has {cache_tokens}; plan a longer one, or without --probes."
         )
     try:
-        tokenizer = open_tokenizer(model)
-        return make_suite(
-            tokenizer, text[:PROBE_TEXT_CHARACTERS], context_tokens=context_tokens, num_per_kind=num_per_kind, seed=seed
-        )
+        tokenizer, text = open_tokenizer(model), text[:PROBE_TEXT_CHARACTERS]
+        with quiet_transformers():
+            return make_suite(tokenizer, text, context_tokens=context_tokens, num_per_kind=num_per_kind, seed=seed)
     except ValueError as error:
         raise UsageError(f"{model.folder} can't be probed: {error}; plan without --probes.") from None
 

@@ -119,7 +119,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _translated(error: Exception, hub_id: str, revision: str | None, what: str) -> Exception:
     """One sentence for whatever huggingface_hub or the network raised."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     at = f"{hub_id}@{revision}" if revision else hub_id
     if isinstance(error, errors.GatedRepoError):
@@ -132,7 +132,11 @@ def _translated(error: Exception, hub_id: str, revision: str | None, what: str) 
         return ModelNotFoundError(f"{hub_id!r} has no revision {revision!r} on the hub; name a branch, tag or commit.")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return ModelNotFoundError(f"{at!r} on the hub has no {what}, so it is no transformers model.")
+    if constants.HF_HUB_OFFLINE:
+        why, way = "HF_HUB_OFFLINE forbids asking the hub", "unset HF_HUB_OFFLINE"
+    else:
+        why, way = f"{constants.ENDPOINT} can't be reached", "go online"
     return ModelNotFoundError(
-        f"There is no folder {hub_id!r}, and {what} of hub id {at!r} is neither cached nor reachable "
-        f"({type(error).__name__}); go online, unset HF_HUB_OFFLINE, or name a local folder."
+        f"There is no folder {hub_id!r}, {what} of hub id {at!r} is not in the hub's cache, and {why}; "
+        f"{way}, or name a local folder."
     )

@@ -84,7 +84,13 @@ def _parse_config(
             )
         if folder is None:
             raise UnsupportedModelError(f"{name!r} needs its own code, so name its folder or hub id, not its config.")
-        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        except Exception as error:  # it is somebody's code: it may be missing, or raise anything
+            raise UnsupportedModelError(
+                f"{name!r} brings code of its own, which fails here ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200].rstrip('.')}); check the folder, or choose another model."
+            ) from None
     if not known:
         found = f"model_type {model_type!r}" if model_type is not None else "no model_type"
         raise UnsupportedModelError(

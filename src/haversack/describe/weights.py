@@ -149,7 +149,7 @@ def _cut(
             yield WeightSite(
                 id=f"{path}#{label}" if label else path,
                 role=part.role,
-                layer=_layer_of(path),
+                layer=layer_of(path),
                 out_features=rows.shape[0],
                 in_features=rows.shape[1],
                 dtype=dtype,
@@ -167,6 +167,6 @@ def _matrix(layout: Layout, transposed: bool) -> Layout:
     return layout.transpose(0, 1) if transposed else layout
 
 
-def _layer_of(path: str) -> int | None:
+def layer_of(path: str) -> int | None:
     """The first number in a module path: decoder layers are the outermost numbered list."""
     return next((int(word) for word in path.split(".") if word.isdigit()), None)

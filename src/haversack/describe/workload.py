@@ -78,7 +78,11 @@ PRECISIONS = {
 ATTENTIONS = ("sdpa", "eager")
 METHODS = ("full", "lora", "qlora")
 ADAPTED = ("query-value", "attention", "linear")
-LOSSES = {"fp32": "logits widened to 32 bits, as transformers does", "native": "logits in the dtype they come in"}
+LOSSES = {
+    "fp32": "logits widened to 32 bits, as transformers does",
+    "native": "logits in the dtype they come in",
+    "cut": "logits in blocks, never held together",
+}
 RECOMPUTATIONS = ("none", "full")
 
 

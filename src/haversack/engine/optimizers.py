@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from haversack.parts.optimizer.composed import ComposedOptimizer
+from haversack.engine.composed_optimizer import ComposedOptimizer
 from haversack.recipes.base import optimizer_option
 
 NOT_INNER = ("embedding", "head", "position")
@@ -29,6 +30,9 @@ def make_optimizer(
 
 class Stepper:
     """Optimizers that step together."""
+
+    drops_gradients: ClassVar[bool] = False
+    """Whether a step drops each gradient when it was used, and not all of them at its end."""
 
     def __init__(self, optimizers: Sequence[ComposedOptimizer]):
         self.optimizers = list(optimizers)
@@ -67,6 +71,8 @@ class MasterWeights(Stepper):
     widened, its copy updated and rounded back, so that wide gradients never exist together. Costs 4 bytes per weight. Source:
     Micikevicius et al. 2018, arXiv 1710.03740, section 3.1.
     """
+
+    drops_gradients = True
 
     def __init__(self, parameters: Sequence[nn.Parameter], make: Callable[[Sequence[nn.Parameter]], Stepper]):
         self.pairs = [(parameter, nn.Parameter(parameter.detach().float())) for parameter in parameters]

@@ -39,7 +39,7 @@ class PackedMatrix:
     def rows(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the matrix by index: `(...,)` -> `(..., in_features)`."""
         tensors = self.tensors()
-        if self.option.grid is None:
+        if self.option.is_neutral:
             return F.embedding(index, tensors["weight"]).to(dtype)
         flat = self.option.rows(index.reshape(-1), tensors, self.in_features)
         return flat.to(dtype).reshape(*index.shape, self.in_features)

@@ -7,6 +7,7 @@ note how many bytes live while they run, so that any option's workspace can be a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from haversack.describe.checkpoint import torch_dtype
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
 from haversack.describe.skeleton import build_skeleton
+from haversack.describe.weights import layer_of
 from haversack.engine.attach import PackedSite, attach, take_off
 from haversack.engine.packed_tensor import PackedMatrix
 from haversack.engine.trace import LiveBytes
@@ -144,13 +146,17 @@ def _register_probe_attention() -> None:
 
 
 def layer_kinds(model: Model) -> dict[int, tuple[int, ...]]:
-    """For each layer, the first two layers with the same sites and the same attention."""
+    """For each layer, the first two layers with the same sites, the same other tensors and the same attention."""
     facts: dict[int, list[Any]] = {layer: [] for layer in range(model.num_layers)}
+    for tensor in model.rest:
+        layer = layer_of(tensor.name)
+        if layer in facts:
+            facts[layer].append((tensor.name.replace(f".{layer}.", ".", 1), tensor.dtype, tensor.shape))
     for site in model.weights:
-        if site.layer is not None:
+        if site.layer in facts:
             facts[site.layer].append((site.role, site.out_features, site.in_features, site.expert))
     for attention in model.attention:
-        facts[attention.layer].append((attention.window_tokens, attention.num_heads, attention.num_kv_heads))
+        facts[attention.layer].append(dataclasses.replace(attention, id="", module="", layer=0))
     alike: dict[tuple, list[int]] = {}
     for layer, rows in facts.items():
         alike.setdefault(tuple(rows), []).append(layer)

@@ -17,6 +17,7 @@ from torch import nn
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
+from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.recipes.base import optimizer_option
 
@@ -51,6 +52,7 @@ class TrainingStep:
                     {"use_reentrant": False, "preserve_rng_state": _has_dropout(model.config)}
                 )
         model.train()
+        self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
 
     @property
@@ -89,6 +91,8 @@ class TrainingStep:
         labels = ids if labels is None else labels
         with self._autocast(ids.device.type):
             mask = {"attention_mask": torch.ones_like(ids)} if positions is None else {"position_ids": positions}
+            if self.cut is not None:
+                return self.cut(self.model, labels, input_ids=ids, **mask)
             if self.workload.loss == "fp32":
                 return self.model(input_ids=ids, **mask, labels=labels, use_cache=False).loss
             logits = self.model(input_ids=ids, **mask, use_cache=False).logits
@@ -139,11 +143,14 @@ class TrainingStep:
         return torch.autocast(device, dtype=torch.bfloat16)
 
     def _make_optimizer(self, described: Model) -> Stepper:
-        matrices = inner_matrices(self.model, described)
-        taken = {id(parameter) for parameter in matrices}
-        name, trained = self.workload.optimizer, self.trained
+        return self.optimizer_over(self.trained, inner_matrices(self.model, described))
+
+    def optimizer_over(self, trained: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
+        """The workload's optimizer over some weights, of which `matrices` are those inside the layers."""
+        name = self.workload.optimizer
         if not self.workload.has_master_weights:
             return make_optimizer(name, trained, matrices)
+        taken = {id(parameter) for parameter in matrices}
 
         def make(masters: Sequence[nn.Parameter]) -> Stepper:
             inner = [master for master, own in zip(masters, trained, strict=True) if id(own) in taken]

@@ -28,12 +28,14 @@ from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
 from haversack.engine.training_step import TrainingStep, inner_matrices
+from haversack.engine.update_trace import TrainedTensor, trace_updates
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES
+from haversack.recipes.base import optimizer_option
 
 ACTIVATIONS, GRADIENTS, LOGITS = "activations", "gradients", "logits and loss"
 FORWARD, BACKWARD = "forward", "backward"
-EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD, UPDATE = "embed", "loss", "loss backward", "embed backward", "update"
+EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD = "embed", "loss", "loss backward", "embed backward"
 
 
 class AttentionError(UsageError):
@@ -41,20 +43,11 @@ class AttentionError(UsageError):
 
 
 @dataclass(frozen=True)
-class TrainedTensor:
-    """One trained tensor: its shape, its dtype by safetensors' name, and whether it is a matrix inside the layers."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    is_matrix: bool
-
-
-@dataclass(frozen=True)
 class TrainingTrace:
-    """Segments of one micro-step and of the update, with what stays.
+    """Segments of one micro-step, what the update holds beside them, and what stays.
 
     `resident_bytes` by owner (weights, packed weights, adapters, master weights) and `trained` are of the whole model,
-    all layers; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
+    all layers; `update_bytes` are what the update holds for a moment beside weights, gradients and states; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
     `drops_like[layer]` the one whose bytes go like its own when the loss is there (the one before the last layer loses its
     output then).
     """
@@ -62,6 +55,7 @@ class TrainingTrace:
     num_layers: int
     resident_bytes: Mapping[str, int]
     trained: tuple[TrainedTensor, ...] = field(repr=False)
+    update_bytes: int
     packed: tuple[tuple[int, int], ...] = field(repr=False)
     stands_for: Mapping[int, int] = field(repr=False)
     drops_like: Mapping[int, int] = field(repr=False)
@@ -76,11 +70,6 @@ class TrainingTrace:
     def accumulates(self) -> bool:
         """Whether gradients of an earlier batch are there when the micro-step begins."""
         return self.segments[EMBED].start.get(GRADIENTS, 0) > 0
-
-    @property
-    def update_bytes(self) -> int:
-        """What the update holds for a moment beside weights, gradients and states."""
-        return self.segments[UPDATE].rise_bytes
 
 
 @dataclass(frozen=True)
@@ -132,25 +121,57 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
 
     Takes about a second for layers of any width; allocates nothing. Assumes sequences without padding.
     """
+    kinds = layer_kinds(model)
+    shown = set(range(model.num_layers)) if all_layers else {i for same in kinds.values() for i in same}
+    shown.add(model.num_layers - 1)
+    stands_for = {i: i if i in shown else kinds[i][-1] for i in range(model.num_layers)}
+    drops_like = {i: i if i in shown else kinds[i][0] for i in range(model.num_layers)}
     with quiet_transformers():
         skeleton: Any = build_skeleton(model.config, model.name)
         skeleton.to(torch_dtype(workload.weights_dtype))
         _set_attention(skeleton, model, workload)
+        skip_layers_but(skeleton, model, shown)
         step = TrainingStep(skeleton, model, workload)
-    resident = {owner: sum(t.nbytes for t in tensors) for owner, tensors in step.residents().items()}
+    every = _AllLayers(_layers(skeleton, model), stands_for)
+    resident = {owner: sum(t.nbytes for t in every.of(tensors)) for owner, tensors in step.residents().items()}
     if workload.has_master_weights:
-        resident["master weights"] = 4 * sum(p.numel() for p in step.trained)
+        resident["master weights"] = 4 * sum(p.numel() for p in every.of(step.trained))
     matrices = {id(p) for p in inner_matrices(skeleton, model)}
-    trained = tuple(TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in step.trained)
-    packed = tuple((len(m.codes), m.in_features) for m in skeleton.modules() if isinstance(m, PackedLinear))
-    kinds = layer_kinds(model)
-    shown = set(range(model.num_layers)) if all_layers else {i for same in kinds.values() for i in same}
-    shown.add(model.num_layers - 1)
-    skip_layers_but(skeleton, model, shown)
-    stands_for = {i: i if i in shown else kinds[i][-1] for i in range(model.num_layers)}
-    drops_like = {i: i if i in shown else kinds[i][0] for i in range(model.num_layers)}
+    trained = tuple(
+        TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in every.of(step.trained)
+    )
+    codes = every.of([m.codes for m in skeleton.modules() if isinstance(m, PackedLinear)])
+    columns = {id(m.codes): m.in_features for m in skeleton.modules() if isinstance(m, PackedLinear)}
+    packed = tuple((len(rows), columns[id(rows)]) for rows in codes)
+    update_bytes = trace_updates(step.optimizer_over, optimizer_option(workload.optimizer), trained)
     segments = _run(step, model, sorted(shown))
-    return TrainingTrace(model.num_layers, resident, trained, packed, stands_for, drops_like, segments)
+    return TrainingTrace(model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments)
+
+
+class _AllLayers:
+    """The tensors of all layers from those of the layers that were kept, each speaking for its like, in order."""
+
+    def __init__(self, layers: Mapping[int, nn.Module], stands_for: Mapping[int, int]):
+        self._stands_for = stands_for
+        self._layer: dict[int, int] = {}
+        for index in sorted(set(stands_for.values())):
+            for tensor in (*layers[index].parameters(), *layers[index].buffers()):
+                self._layer.setdefault(id(tensor), index)
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of the kept model in the order of the whole one: before the layers, layer by layer, after them."""
+        inside: dict[int, list[torch.Tensor]] = {}
+        before: list[torch.Tensor] = []
+        after: list[torch.Tensor] = []
+        for tensor in tensors:
+            layer = self._layer.get(id(tensor))
+            if layer is None:
+                (after if inside else before).append(tensor)
+            else:
+                inside.setdefault(layer, []).append(tensor)
+        for index in sorted(self._stands_for):
+            before += inside.get(self._stands_for[index], [])
+        return before + after
 
 
 def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> None:
@@ -164,27 +185,23 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
 
 
 def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Segment]:
-    """Segments of a step whose model, on meta, is filled with fakes; states and, while gradients accumulate, gradients
-    are there from its beginning."""
+    """Segments of a micro-step whose model, on meta, is filled with fakes; while gradients accumulate, they are there from
+    its beginning."""
     live = OwnedBytes()
     workload = step.workload
     with FakeTensorMode(), _plain_data(workload.samples_apart), live:
         live.owner = "weights"
         step.model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"))
         step.model.tie_weights()
-        step.begin(model)
         ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
         layers = _layers(step.model, model)
         for parameter in step.trained:
             parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
-        _make_gradients(step, live)
-        _update(step, live)
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)
         live.cut("before")
         live.segments.clear()
         _one_step(step, ids, live, layers, shown)
-        _update(step, live)
     return {segment.name: segment for segment in live.segments}
 
 
@@ -192,12 +209,6 @@ def _make_gradients(step: TrainingStep, live: OwnedBytes) -> None:
     live.owner = GRADIENTS
     for parameter in step.trained:
         parameter.grad = torch.empty_like(parameter)
-
-
-def _update(step: TrainingStep, live: OwnedBytes) -> None:
-    live.owner = "update"
-    step.update()
-    live.cut(UPDATE)
 
 
 def _one_step(

@@ -24,15 +24,21 @@ def check_output(path: str | Path) -> None:
         raise OutputError(f"{path} can't be written: {folder} is read-only for this user; choose another output.")
 
 
+def check_output_file(path: str | Path) -> None:
+    """Like `check_output`, for what must not be a folder."""
+    if Path(path).is_dir():
+        raise OutputError(f"{path} is a folder, but a file is to be written; name a file, say {Path(path) / 'NAME'}.")
+    check_output(path)
+
+
 def write_whole(path: str | Path, text: str) -> None:
     """Write a text file through a `.partial` beside it, making its folder; an older file stays until the new one is
     whole. Raises OutputError."""
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder, but a file is to be written; name the file.")
+    check_output_file(path)
     partial = path.with_name(path.name + ".partial")
     data = text.encode()
-    with explained(path, len(data)):
+    with explained(path, len(data), resumable=False):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(data)

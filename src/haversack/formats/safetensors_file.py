@@ -316,25 +316,27 @@ def _read_journal(path: Path) -> list[dict[str, str]]:
 
 
 @contextmanager
-def explained(path: Path, num_bytes: int) -> Iterator[None]:
-    """Turn the system's refusals to write `num_bytes` to `path` into one sentence (OutputError)."""
+def explained(path: Path, num_bytes: int, *, resumable: bool = True) -> Iterator[None]:
+    """Turn the system's refusals to write `num_bytes` to `path` into one sentence (OutputError); whether what was written
+    before is kept and gone on with."""
     try:
         yield
     except OutputError:
         raise
     except OSError as error:
-        raise _output_error(path, error, num_bytes) from None
+        raise _output_error(path, error, num_bytes, resumable) from None
 
 
-def _output_error(path: Path, error: OSError, num_bytes: int) -> OutputError:
+def _output_error(path: Path, error: OSError, num_bytes: int, resumable: bool) -> OutputError:
     """What to tell the user when `num_bytes` can't be written to `path`."""
     folder = path.parent
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         stats = os.statvfs(folder)
         free = format_bytes(stats.f_bavail * stats.f_frsize)
+        again = ", then run again to resume" if resumable else ""
         return OutputError(
             f"{path} needs {format_bytes(num_bytes)}, but {folder} has {free} free; "
-            "free some space or choose another output, then run again to resume."
+            f"free some space or choose another output{again}."
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return OutputError(f"{path} can't be written: {folder} is read-only for this user; choose another output.")

@@ -57,7 +57,8 @@ def set_cap(cap_bytes: int, *, needed_bytes: int = 0) -> None:
     if used + needed_bytes > cap_bytes:
         raise UsageError(
             f"a cap of {format_bytes(cap_bytes)} was asked, but this process holds {format_bytes(used)} before anything is "
-            f"loaded, and the model takes {format_bytes(needed_bytes)} more; allow more."
+            f"loaded, and the model takes {format_bytes(needed_bytes)} more; allow {format_bytes(used + needed_bytes)} and "
+            "what the prompt needs."
         )
     resource.setrlimit(resource.RLIMIT_DATA, (cap_bytes, cap_bytes))
 

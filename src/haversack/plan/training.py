@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
+from haversack.engine.cut_loss import cuts
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
 from haversack.recipes.base import optimizer_option
@@ -158,15 +159,24 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         return dataclasses.replace(question, workload=dataclasses.replace(workload, **fields))  # type: ignore[arg-type]
 
     sparing: dict[str, object] = {}
+    if workload.loss != "cut" and cuts(question.model):
+        sparing["loss"] = "cut"
+        yield "loss=cut (the same result in about the same time)", changed(**sparing)
     if workload.recompute == "none":
         sparing["recompute"] = "full"
-        yield "recompute=full (the same result, about a third more time)", changed(**sparing)
+        yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
     if workload.batch_size > 1:
         sparing |= {"batch_size": 1, "accumulation_steps": workload.accumulation_steps * workload.batch_size}
-        yield f"batch 1, accumulated {sparing['accumulation_steps']} times, and recompute=full", changed(**sparing)
+        times = f"batch 1, accumulated {sparing['accumulation_steps']} times"
+        yield f"{times}, and {_words(sparing) or 'the rest as it is'}", changed(**sparing)
     if workload.optimizer in ("adamw", "muon"):
         yield "optimizer=adamw8bit besides", changed(**sparing, optimizer="adamw8bit")
     if isinstance(workload, TuneWorkload) and workload.method != "qlora" and workload.precision != "master":
         if workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")
+
+
+def _words(sparing: Mapping[str, object]) -> str:
+    """Settings that change no result, as they are written."""
+    return " and ".join(f"{name}={value}" for name, value in sparing.items() if name in ("loss", "recompute"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError
@@ -16,7 +16,7 @@ from haversack.parts.kv.base import KVOption, Selection
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
-    from haversack.engine.attention_statistics import AttentionStatistics
+    import torch
 
 Options = tuple[KVOption, ...]
 """One per layer, in order."""
@@ -25,18 +25,37 @@ SINK_TOKENS = 4
 MAX_BLOCK_TOKENS = 64
 
 
+class HeadStatistics(Protocol):
+    """What recipes ask of a model's heads; `engine.attention_statistics` measures it, and says in which shapes."""
+
+    @property
+    def mass(self) -> torch.Tensor: ...
+
+    @property
+    def dispersion(self) -> list[float]: ...
+
+    @property
+    def shift(self) -> list[float]: ...
+
+    @property
+    def retrieval(self) -> list[list[float]]: ...
+
+    @property
+    def head_damage(self) -> list[list[float]]: ...
+
+
 @dataclass(frozen=True)
 class CacheBudget:
     """Layers whose caches together may take `num_bytes` for one sequence of `capacity_tokens`.
 
-    `statistics` are measured on the model for the recipes that ask for them (`AttentionStatistics`), else None.
+    `statistics` are measured on the model for the recipes that ask for them (`HeadStatistics`), else None.
     """
 
     sites: tuple[AttentionSite, ...]
     capacity_tokens: int
     dtype: str
     num_bytes: int
-    statistics: AttentionStatistics | None = None
+    statistics: HeadStatistics | None = None
 
     def bytes_of(self, options: Sequence[KVOption]) -> int:
         """Declared bytes of a whole cache."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shlex
 from importlib import resources
 from pathlib import Path
@@ -99,10 +101,15 @@ def render(plan: Plan, measured: dict[str, Any] | None, source: str, *, folder: 
         few_sites=len(plan.weights) + len(plan.kv) <= FEW_SITES,
         folder=folder,
         source=source,
-        notes=[note.rstrip(".") for note in plan.notes],
+        notes=[_with_code(note.rstrip(".")) for note in plan.notes],
         commands=_commands(plan, source, folder),
         plan_json=plan.to_json(),
     )
+
+
+def _with_code(sentence: str) -> str:
+    """A sentence as HTML; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(sentence))
 
 
 def _lead(plan: Plan) -> str:
@@ -139,6 +146,8 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         lost = "unknown" + (f"; at least {damage.low:.3g} nats per token from what was published" if damage.low else "")
     else:
         lost = f"{damage.nats:.4g} nats per token, {damage.label}" if damage.nats else "none: everything stays as it is"
+        if damage.low is not None and damage.high is not None and damage.low < damage.high:
+            lost += f", {damage.low:.3g} to {damage.high:.3g}"
     return [
         ("peak", f"{format_bytes(prediction.peak_bytes)} at {prediction.peak_time_point}"),
         ("weights", f"{format_bytes(stored)} of {format_bytes(neutral)} ({stored / max(1, neutral):.1%})"),

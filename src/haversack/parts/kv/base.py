@@ -162,27 +162,38 @@ class Represent(KVPart):
         """The tensors of `num_slots` slots that each hold one token of each KV head. Raises UsageError where tokens are stored in groups."""
         raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
 
-    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+    def slots(self, tensors: dict[str, torch.Tensor], site: AttentionSite) -> Slots:
         """Slots in tensors as `stored_slots` declares them."""
         raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
 
 
 class Demote(KVPart):
-    """What becomes of tokens that no head chooses; without such a part they are dropped."""
+    """What becomes of tokens that no head chooses; without such a part they are dropped.
+
+    They are held in a store of their own (`demoted_tokens`, `stored`, `store`), or leave something in the tokens that are kept (`merge`).
+    """
 
     stage: ClassVar[str] = "demote"
+    merges: ClassVar[bool] = False
+    """Whether freed tokens change the kept ones, which must then be in the model's dtype: packed ones would be packed again and again."""
 
-    @abstractmethod
     def demoted_tokens(self, regions: Regions, capacity_tokens: int) -> int:
         """How many freed tokens of a sequence of at most `capacity_tokens` are held."""
+        return 0
 
-    @abstractmethod
     def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int) -> tuple[StoredTensor, ...]:
         """The tensors that hold demoted tokens, whole blocks of them."""
+        return ()
 
-    @abstractmethod
-    def store(self, site: AttentionSite, regions: Regions, tensors: dict[str, torch.Tensor]) -> PackedGroups:
+    def store(self, site: AttentionSite, regions: Regions, tensors: dict[str, torch.Tensor]) -> PackedGroups | None:
         """The store in those tensors: groups of `regions.block_tokens` tokens, each head's own."""
+        return None
+
+    def merge(
+        self, kept: tuple[torch.Tensor, torch.Tensor], freed: tuple[torch.Tensor, torch.Tensor], open_to: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept keys and values `(rows, kv_heads, tokens, head_dim)` with what freed ones leave in those that are `open_to` it; float32."""
+        raise UsageError(f"{self.id} leaves kept tokens as they are.")
 
 
 class PackedGroups(ABC):
@@ -213,6 +224,14 @@ class Slots(ABC):
     @abstractmethod
     def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of slots `[first, last)` in float32."""
+
+    def as_stored(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New tokens as they will be read once they are stored: queries see no other form of them, so that chunks decide nothing."""
+        return keys, values
+
+    def replace(self, rows: slice, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store other keys and values in `slots` `(rows, kv_heads, n)`, where tokens are in the model's dtype."""
+        raise UsageError("packed slots are written once.")
 
     @abstractmethod
     def movable(self) -> tuple[torch.Tensor, ...]:
@@ -380,6 +399,8 @@ class KVOption:
     def __post_init__(self) -> None:
         if self.heads and (self.score or self.demote or any(option.heads for option in self.heads)):
             raise UsageError("an option by heads holds nothing but one plain option per KV head.")
+        if self.demote is not None and self.demote.merges and not self.represent.lossless:
+            raise UsageError(f"{self.demote.id} changes kept tokens, so they can't be stored by {self.represent.id}.")
 
     @property
     def parts(self) -> tuple[KVPart, ...]:
@@ -466,7 +487,8 @@ class KVOption:
         if regions.selected_tokens:
             from haversack.parts.kv.selective import selection_workspace_bytes
 
-            return selection_workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
+            packed, merges = not self.represent.lossless, self.demote is not None and self.demote.merges
+            return selection_workspace_bytes(site, regions, packed=packed, merges=merges, **sizes)  # type: ignore[arg-type]
         return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
@@ -508,14 +530,14 @@ class KVOption:
             site,
             regions,
             self.score,
-            self.represent.slots(tensors),
+            self.represent.slots(tensors, site),
             batch_size=batch_size,
             declared=declared,
             tensors=tensors,
             rebuild=lambda rows: self.build(
                 site, batch_size=rows, capacity_tokens=capacity_tokens, dtype=dtype, device=device
             ),
-            demoted=self.demote.store(site, regions, tensors) if self.demote else None,
+            demote=self.demote,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class PlainKV(Represent):
     ) -> tuple[StoredTensor, ...]:
         return plain_slabs(site, batch_size, num_slots, dtype)
 
-    def slots(self, tensors: dict[str, torch.Tensor]) -> Slots:
+    def slots(self, tensors: dict[str, torch.Tensor], site: AttentionSite) -> Slots:
         return PlainSlots(tensors)
 
     def workspace_bytes(
@@ -97,6 +97,10 @@ class PlainSlots(Slots):
 
     def read(self, rows: slice, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         return as_block(self.keys[rows, :, first:last]), as_block(self.values[rows, :, first:last])
+
+    def replace(self, rows: slice, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for slab, x in ((self.keys, keys), (self.values, values)):
+            slab[rows].scatter_(2, slots[..., None].expand_as(x), x.to(slab.dtype))
 
     def movable(self) -> tuple[torch.Tensor, ...]:
         return self.keys, self.values

@@ -11,6 +11,7 @@ from haversack.parts.base import Source, check_range
 from haversack.parts.kv.attention import attention_workspace_bytes, decode_form, decode_kernel_name, key_block_tokens
 from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Represent
 from haversack.parts.kv.layer import RingLayer
+from haversack.parts.kv.packing import channel_groups, num_channel_groups, pack, quantize, row_bytes, unpack
 from haversack.parts.kv.slabs import allocate, plain_slabs, torch_dtype
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 BITS = (8, 4, 2)
 GROUP_SIZES = (32, 64)
-SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero: a constant group has no range, and must not divide by it
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class QuantizedKV(Represent):
         leading = (batch_size, site.num_kv_heads)
         tokens = num_groups * self.group_size
         scales = (num_groups, site.key_head_dim)
-        value_scales = (tokens, _num_channel_groups(site.value_head_dim, self.group_size))
+        value_scales = (tokens, num_channel_groups(site.value_head_dim, self.group_size))
         return (
-            StoredTensor("key_codes", "U8", (*leading, tokens, _row_bytes(site.key_head_dim, self.key_bits))),
+            StoredTensor("key_codes", "U8", (*leading, tokens, row_bytes(site.key_head_dim, self.key_bits))),
             StoredTensor("key_scales", "F16", (*leading, *scales)),
             StoredTensor("key_zeros", "F16", (*leading, *scales)),
-            StoredTensor("value_codes", "U8", (*leading, tokens, _row_bytes(site.value_head_dim, self.value_bits))),
+            StoredTensor("value_codes", "U8", (*leading, tokens, row_bytes(site.value_head_dim, self.value_bits))),
             StoredTensor("value_scales", "F16", (*leading, *value_scales)),
             StoredTensor("value_zeros", "F16", (*leading, *value_scales)),
         )
@@ -97,12 +97,24 @@ class QuantizedKV(Represent):
     def workspace_bytes(
         self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
     ) -> int:
-        ring_tokens, num_groups = self.split(regions)
+        num_groups = self.split(regions)[1]
         form = self._decode_form(site, num_groups, dtype) if new_tokens == 1 else None
         if form is not None:
             return max(form.workspace_bytes(batch_size), self._pack_bytes(site, num_groups, batch_size))
+        return self.blockwise_bytes(site, regions, batch_size=batch_size, new_tokens=new_tokens, dtype=dtype)
+
+    def blocks(self, regions: Regions, new_tokens: int) -> tuple[int, int]:
+        """Tokens of the largest block that attention reads at once, and packed groups in it."""
+        ring_tokens, num_groups = self.split(regions)
         held = max(regions.sink_tokens + ring_tokens, num_groups * self.group_size, new_tokens)
         block_tokens = min(key_block_tokens(new_tokens), held)
+        return block_tokens, -(-block_tokens // self.group_size)
+
+    def blockwise_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
+    ) -> int:
+        """`workspace_bytes` where no compiled kernel attends."""
+        block_tokens, _ = self.blocks(regions, new_tokens)
         heads = batch_size * site.num_kv_heads
         f32 = DTYPE_BYTES["F32"]
         # keys, values, and while the later of them is made: its codes, a plane of them, and its scales in float32
@@ -113,7 +125,7 @@ class QuantizedKV(Represent):
             * (
                 (site.key_head_dim + site.value_head_dim) * f32
                 + 2 * widest
-                + 2 * f32 * _num_channel_groups(site.value_head_dim, self.group_size)
+                + 2 * f32 * num_channel_groups(site.value_head_dim, self.group_size)
             )
         )
         return attention_workspace_bytes(
@@ -187,85 +199,28 @@ class QuantizedGroups(PackedGroups):
         groups = slice(first_slot, first_slot + num_groups)
         tokens = slice(first_slot * size, (first_slot + num_groups) * size)
         x = keys.to(torch.float32).unflatten(2, (num_groups, size))
-        codes, scale, zero = _quantize(x, part.key_bits, dim=3)
-        self.tensors["key_codes"][rows, :, tokens] = _pack(codes.flatten(2, 3), part.key_bits)
+        codes, scale, zero = quantize(x, part.key_bits, dim=3)
+        self.tensors["key_codes"][rows, :, tokens] = pack(codes.flatten(2, 3), part.key_bits)
         self.tensors["key_scales"][rows, :, groups] = scale.squeeze(3)
         self.tensors["key_zeros"][rows, :, groups] = zero.squeeze(3)
         del x, codes
         x = values.to(torch.float32)
         codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        for g, channels in enumerate(_channel_groups(x.shape[-1], size)):
-            codes[..., channels], scale, zero = _quantize(x[..., channels], part.value_bits, dim=3)
+        for g, channels in enumerate(channel_groups(x.shape[-1], size)):
+            codes[..., channels], scale, zero = quantize(x[..., channels], part.value_bits, dim=3)
             self.tensors["value_scales"][rows, :, tokens, g : g + 1] = scale
             self.tensors["value_zeros"][rows, :, tokens, g : g + 1] = zero
-        self.tensors["value_codes"][rows, :, tokens] = _pack(codes, part.value_bits)
+        self.tensors["value_codes"][rows, :, tokens] = pack(codes, part.value_bits)
 
     def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         size, part = self.group_tokens, self.part
         groups, tokens = slice(first_slot, last_slot), slice(first_slot * size, last_slot * size)
-        keys = _unpack(self.tensors["key_codes"][:, :, tokens], part.key_bits, self.site.key_head_dim)
+        keys = unpack(self.tensors["key_codes"][:, :, tokens], part.key_bits, self.site.key_head_dim)
         grouped = keys.unflatten(2, (last_slot - first_slot, size))
         grouped.mul_(self.tensors["key_scales"][:, :, groups, None].float())
         grouped.add_(self.tensors["key_zeros"][:, :, groups, None].float())
-        values = _unpack(self.tensors["value_codes"][:, :, tokens], part.value_bits, self.site.value_head_dim)
-        for g, channels in enumerate(_channel_groups(values.shape[-1], size)):
+        values = unpack(self.tensors["value_codes"][:, :, tokens], part.value_bits, self.site.value_head_dim)
+        for g, channels in enumerate(channel_groups(values.shape[-1], size)):
             values[..., channels].mul_(self.tensors["value_scales"][:, :, tokens, g : g + 1].float())
             values[..., channels].add_(self.tensors["value_zeros"][:, :, tokens, g : g + 1].float())
         return keys, values
-
-
-def _num_channel_groups(num_channels: int, group_size: int) -> int:
-    return -(-num_channels // group_size)
-
-
-def _channel_groups(num_channels: int, group_size: int) -> list[slice]:
-    return [slice(c, min(c + group_size, num_channels)) for c in range(0, num_channels, group_size)]
-
-
-def _row_bytes(num_channels: int, bits: int) -> int:
-    return -(-num_channels * bits // 8)
-
-
-def _quantize(x: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (uint8, the shape of x), and scale and zero (float16, one along `dim`) with x near codes * scale + zero."""
-    import torch
-
-    largest = torch.finfo(torch.float16).max
-    low, high = torch.aminmax(x, dim=dim, keepdim=True)
-    levels = 2**bits - 1
-    zero = low.clamp(-largest, largest).to(torch.float16)
-    # the scale must reach from the rounded zero, not from the true minimum, to the maximum
-    scale = ((high - zero.float()) / levels).clamp(SMALLEST_SCALE, largest).to(torch.float16)
-    codes = ((x - zero.float()) / scale.float()).round_().clamp_(0, levels).to(torch.uint8)
-    return codes, scale, zero
-
-
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., channels)` codes to `(..., row_bytes)`, by planes."""
-    if bits == 8:
-        return codes
-    import torch
-
-    num_channels = codes.shape[-1]
-    row_bytes = _row_bytes(num_channels, bits)
-    packed = torch.zeros((*codes.shape[:-1], row_bytes), dtype=torch.uint8, device=codes.device)
-    for plane in range(8 // bits):
-        part = codes[..., plane * row_bytes : (plane + 1) * row_bytes]
-        packed[..., : part.shape[-1]] |= part << (plane * bits)
-    return packed
-
-
-def _unpack(packed: torch.Tensor, bits: int, num_channels: int) -> torch.Tensor:
-    """`(..., row_bytes)` to codes `(..., channels)` in float32."""
-    import torch
-
-    if bits == 8:
-        return packed.to(torch.float32)
-    row_bytes = packed.shape[-1]
-    codes = torch.empty((*packed.shape[:-1], num_channels), dtype=torch.float32, device=packed.device)
-    for plane in range(8 // bits):
-        channels = slice(plane * row_bytes, min((plane + 1) * row_bytes, num_channels))
-        width = channels.stop - channels.start
-        if width > 0:
-            codes[..., channels] = (packed[..., :width] >> (plane * bits)).bitwise_and_(2**bits - 1)
-    return codes

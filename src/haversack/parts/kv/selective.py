@@ -17,7 +17,7 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
 from haversack.parts.kv.attention import as_block, attend_blocks, attention_workspace_bytes, key_block_tokens
-from haversack.parts.kv.base import Attending, KVLayer, PackedGroups, Regions, Selection, Slots, check_room
+from haversack.parts.kv.base import Attending, Demote, KVLayer, PackedGroups, Regions, Selection, Slots, check_room
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class SelectiveLayer(KVLayer):
         declared: tuple[StoredTensor, ...],
         tensors: dict[str, torch.Tensor],
         rebuild: Callable[[int], KVLayer],
-        demoted: PackedGroups | None = None,
+        demote: Demote | None = None,
     ):
         self.site = site
         self.regions = regions
@@ -52,7 +52,8 @@ class SelectiveLayer(KVLayer):
         self.declared = declared
         self.tensors = tensors
         self.rebuild = rebuild
-        self.demoted = demoted
+        self.demote = demote
+        self.demoted: PackedGroups | None = demote.store(site, regions, tensors) if demote else None
         self.counts = [0] * batch_size  # real tokens seen, by row
         self.used = [0] * batch_size  # slots that hold one
         self.tensors["positions"].fill_(EMPTY)
@@ -149,6 +150,8 @@ class SelectiveLayer(KVLayer):
         *,
         learn: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if new_keys is not None and new_values is not None:
+            new_keys, new_values = self.slots.as_stored(new_keys, new_values)
         output, lse = attend_blocks(
             query,
             lambda start, stop: self._blocks(rows, new_keys, new_values, start, stop, query.shape[2]),
@@ -280,6 +283,8 @@ class SelectiveLayer(KVLayer):
         kept = torch.zeros_like(protected).scatter_(2, priority.topk(keep_tokens, dim=2, sorted=False).indices, True)
         if self.demoted is not None:
             self._demote(rows, ~kept)
+        if self.demote is not None and self.demote.merges:
+            self._merge(rows, kept, positions)
         # per head, as many kept ones lie behind the first slots as freed ones lie in them, so the two lists pair up
         to = (~kept[:, :, :keep_tokens]).nonzero()
         source = kept[:, :, keep_tokens:].nonzero()
@@ -297,11 +302,19 @@ class SelectiveLayer(KVLayer):
         """Pack the freed tokens, in the order of their slots, as one group of each head."""
         assert self.demoted is not None
         row_slice = slice(rows.start, rows.stop)
-        index = freed.nonzero()[:, 2].view(*freed.shape[:2], -1)  # (rows, kv_heads, block_tokens)
-        keys, values = self.slots.read(row_slice, 0, freed.shape[2])
+        held = self.slots.read(row_slice, 0, freed.shape[2])
         slot = (self.counts[rows.start] - self.used[rows.start]) // self.demoted.group_tokens
-        keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (keys, values))
-        self.demoted.write(row_slice, slot, keys, values)
+        self.demoted.write(row_slice, slot, *_taken(held, _places(freed)))
+
+    def _merge(self, rows: range, kept: torch.Tensor, positions: torch.Tensor) -> None:
+        """Fold the freed tokens into kept ones, sinks apart, before their slots are taken."""
+        assert self.demote is not None
+        row_slice = slice(rows.start, rows.stop)
+        held = self.slots.read(row_slice, 0, kept.shape[2])
+        places = _places(kept)
+        open_to = positions.gather(2, places) >= self.regions.sink_tokens
+        merged = self.demote.merge(_taken(held, places), _taken(held, _places(~kept)), open_to)
+        self.slots.replace(row_slice, places, *merged)
 
     # Batches
 
@@ -366,12 +379,30 @@ class SelectiveLayer(KVLayer):
         self.counts, self.used = (row.tolist() for row in state["rows"])
 
 
+def _places(chosen: torch.Tensor) -> torch.Tensor:
+    """Slots that are chosen, as many in each head: `(rows, kv_heads, slots)` bool to `(rows, kv_heads, n)`."""
+    return chosen.nonzero()[:, 2].view(*chosen.shape[:2], -1)
+
+
+def _taken(held: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (x.gather(2, places[..., None].expand(-1, -1, -1, x.shape[-1])) for x in held)
+    return keys, values
+
+
 def selection_workspace_bytes(
-    site: AttentionSite, regions: Regions, *, batch_size: int, new_tokens: int, dtype: str
+    site: AttentionSite,
+    regions: Regions,
+    *,
+    batch_size: int,
+    new_tokens: int,
+    dtype: str,
+    packed: bool = False,
+    merges: bool = False,
 ) -> int:
     """The most bytes one step of `new_tokens` allocates beyond its output.
 
-    Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take.
+    Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take. `packed` slots are
+    unpacked where they are read; with `merges` freed and kept tokens meet in float32.
     """
     f32, i64 = DTYPE_BYTES["F32"], 8
     queries = min(new_tokens, regions.block_tokens)
@@ -379,7 +410,7 @@ def selection_workspace_bytes(
     heads = batch_size * site.num_kv_heads
     block_bytes = heads * block_tokens * (site.key_head_dim + site.value_head_dim) * f32
     if (
-        regions.demoted_tokens
+        packed or regions.demoted_tokens
     ):  # codes, a plane of them, and scales in float32, while the later of keys and values is made
         block_bytes += heads * block_tokens * (2 * max(site.key_head_dim, site.value_head_dim) + 4 * f32)
     attending = attention_workspace_bytes(
@@ -401,7 +432,14 @@ def selection_workspace_bytes(
     freeing = slots * (2 * f32 + i64 + 4) + moved * (9 * i64 + max(head_dims * DTYPE_BYTES[dtype], 2 * f32))
     if regions.demoted_tokens:  # what is freed is read, gathered and packed in float32
         freeing += (slots + 2 * moved) * head_dims * f32
+    rounded = 0
+    if packed:  # a block is packed in float32 when it is stored, and seen so by its own queries
+        freeing += moved * head_dims * 4 * f32
+        rounded = heads * queries * head_dims * 3 * f32
+    if merges:  # all slots, the kept and the freed ones apart, likenesses, sums and what comes out
+        freeing += (5 * slots + 3 * moved) * head_dims * f32
+        freeing += moved * regions.total_tokens * (2 * f32 + 1) + slots * (3 * i64 + 2 * f32)
     rows = batch_size * site.num_heads
     piece = rows * queries * site.value_head_dim * f32  # a block's output, before it is put where it belongs
     causal = queries * queries + 2 * queries * i64
-    return rows * new_tokens * f32 + causal + max(attending + piece, learning + piece, freeing)
+    return rows * new_tokens * f32 + causal + max(attending + piece + rounded, learning + piece + rounded, freeing)

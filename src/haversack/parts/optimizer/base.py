@@ -4,7 +4,7 @@ An option is a composition, one part per stage: rule -> subspace -> state -> res
 momentum) turns a gradient and its moments into a direction. The *subspace* says which share of a matrix's gradient has
 moments at all (none: all of it), the *state* how moments are stored (none: in the weight's own dtype), the *residual* what
 becomes of the rest of the gradient (none: it is dropped). Every option builds one ordinary `torch.optim.Optimizer`
-(`parts/optimizer/composed.py`), whose state holds the declared tensors and nothing else.
+(`engine/composed_optimizer.py`), whose state holds the declared tensors and nothing else.
 
 A subspace is for matrices inside the layers. Embeddings, the head and vectors keep all of their moments, under AdamW where
 the rule is for matrices alone. Matrices are seen with their shorter side first: `(short, long)`.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.errors import UsageError
-from haversack.ledger import StoredTensor, total_bytes
+from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
 from haversack.parts.base import Part, part_from_dict
 
 if TYPE_CHECKING:
@@ -266,6 +266,10 @@ class Code(WeightPart):
         """The kernel that `matmul` runs through on this machine."""
 
     @abstractmethod
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The most bytes `rows` allocates for so many rows, its result included."""
+
+    @abstractmethod
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them."""
 
@@ -335,6 +339,10 @@ class WeightOption:
 
     def rows_workspace_bytes(self, num_rows: int, in_features: int, dtype: str) -> int:
         """The most bytes that a lookup of rows allocates beyond its result of `dtype`: they are made in float32."""
+        if self.code is not None:
+            made = self.code.rows_bytes(num_rows, in_features)
+            is_result = dtype == self.code.dtype
+            return made - num_rows * in_features * DTYPE_BYTES[dtype] if is_result else made
         if self.grid is None:
             return 0
         result_bytes = 4 * num_rows * in_features

@@ -169,7 +169,11 @@ class CodebookGrid(DecodedGrid):
             return super().rows_bytes(num_rows, in_features)
         from haversack.kernels.registry import rows_bytes
 
-        return rows_bytes(num_rows, in_features, scales=self.scales, **self._form)
+        made = rows_bytes(num_rows, in_features, scales=self._kernel_scales, **self._form)
+        if not self._has_superscales:
+            return made
+        taken = packed_row_bytes(self.padded_features(in_features), self.bits) + 2 * self.num_groups(in_features) + 16
+        return made + num_rows * taken  # their codes and scales, taken out first
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         if not self._has_kernels:

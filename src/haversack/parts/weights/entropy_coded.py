@@ -124,21 +124,21 @@ class EntropyCodedFloat(Code):
         return out
 
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
-        """The tile (a copy of it where the input isn't bfloat16), row numbers, the decoding table, a tile's product, and
-        what oneDNN takes."""
-        from haversack.kernels.compiled import ONEDNN_SCRATCH_BYTES, ONEDNN_SCRATCH_TOKEN_BYTES
+        """The tile (a copy of it where the input isn't bfloat16), row numbers, the decoding table, and a tile's product."""
         from haversack.ledger import DTYPE_BYTES
 
         rows = min(out_features, self._tile_rows(in_features))
         copy_bytes = 0 if dtype == self.dtype else DTYPE_BYTES[dtype] * rows * in_features
         product = num_tokens * rows * DTYPE_BYTES[dtype] if rows < out_features else 0
-        scratch = ONEDNN_SCRATCH_BYTES + ONEDNN_SCRATCH_TOKEN_BYTES * num_tokens
-        return rows * (2 * in_features + 8) + copy_bytes + product + scratch + _TABLE_BYTES
+        return rows * (2 * in_features + 8) + copy_bytes + product + _TABLE_BYTES
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         from haversack.kernels.bf16_decode import NAME
 
         return NAME
+
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        return num_rows * (2 * in_features + 8) + _TABLE_BYTES
 
     def decode_seconds(self, num_weights: int) -> float:
         from haversack.kernels.bf16_decode import SECONDS_PER_WEIGHT
