@@ -38,6 +38,10 @@ FORWARD, BACKWARD = "forward", "backward"
 EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD = "embed", "loss", "loss backward", "embed backward"
 
 
+class AttentionError(UsageError):
+    """The family has no such attention function."""
+
+
 @dataclass(frozen=True)
 class TrainingTrace:
     """Segments of one micro-step, what the update holds beside them, and what stays.
@@ -175,7 +179,7 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
         skeleton.set_attn_implementation(workload.attention)
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(
+        raise AttentionError(
             f"{model.name} can't run with attention {workload.attention!r} ({reason}); choose another."
         ) from None
 
