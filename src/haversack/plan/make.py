@@ -15,6 +15,7 @@ from haversack.cost.serving import ServingProblem, serving_problem
 from haversack.describe.workload import check_positions
 from haversack.engine.decoder.forecast import forecast_step
 from haversack.engine.profile import profile_forward
+from haversack.errors import UnsupportedModelError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
 from haversack.parts.placement.mapped import Mapped
@@ -49,9 +50,15 @@ def make_plan(
 ) -> Answer:
     """Answer a question; with `meter`, whole plans are measured and the search corrected.
 
-    Raises UsageError if the context is beyond the model's positions.
+    Raises UsageError if the context is beyond the model's positions, and UnsupportedModelError for a model whose cache no
+    option can hold.
     """
     check_positions(question.workload, question.model.max_positions, question.model.name)
+    if question.model.cache_problem:
+        raise UnsupportedModelError(
+            f"{question.model.name} ({question.model.model_type}) can't be served from a planned cache: "
+            f"{question.model.cache_problem}; leave it to transformers."
+        )
     tell = progress or (lambda what, done, total: None)
     chunks = _chunks(question)
     best: tuple[ServingProblem, Solution, int] | None = None
@@ -273,7 +280,7 @@ def _front(built: ServingProblem, solution: Solution, question: Question) -> tup
         return ()
     tier = "device"
     free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
-    neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
+    neutral = [next(i for i, c in enumerate(g.choices) if not any(as_tuple(c.damage))) for g in built.problem.groups]
     largest = free.evaluate(neutral).peak_bytes[tier]
     smallest = bound(free, "bytes").evaluation
     low = smallest.peak_bytes[tier] if smallest is not None else solution.evaluation.peak_bytes[tier]
