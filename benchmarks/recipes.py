@@ -4,7 +4,8 @@ Bytes are those really stored (codes, scales, tables, indices) over all matrices
 weight are eight times them over the number of weights. Loss is KL in nats per token on foreign prose and code, which
 neither training nor calibration saw. Each row is set against the best row of round-to-nearest and of gptq that stores
 no more than half a percent above its own bytes; the interval is a paired bootstrap over blocks of 64 tokens of this row
-less that one, so that below zero is better. Each matrix is packed on its own, with statistics of the unpacked model.
+less that one, so that below zero is better. Each matrix is packed on its own, with statistics of the unpacked model. Codes
+that lose nothing are left out.
 
 `python -m benchmarks.recipes [--model a] [--recipe ID ...] [--fresh]`: losses by token are kept in the cache folder, so that
 an interrupted run goes on; `--fresh` measures again.
@@ -142,7 +143,7 @@ def main() -> None:
         bench, rows = Bench(name, asked.fresh), []
         for recipe in all_recipes().values():
             if recipe.resident == "weights" and (not asked.recipe or recipe.id in (*YARDSTICKS, *asked.recipe)):
-                rows += [bench.row(recipe.id, option) for option in recipe.options()]
+                rows += [bench.row(recipe.id, option) for option in recipe.options() if not option.lossless]
         found += figures(name, rows)
         if not asked.recipe:
             print(write_results("recipes", found))
