@@ -101,19 +101,14 @@ class Bench:
         return option.encode(task)
 
 
-def against(row: Row, rows: list[Row], recipe: str) -> dict[str, Any] | None:
-    """The best row of a yardstick with no more bytes, and the interval of the difference."""
+def against(row: Row, rows: list[Row], recipe: str) -> dict[str, Any]:
+    """The best row of a yardstick with no more bytes, and the interval of the difference; nothing where none has."""
     fitting = [r for r in rows if r.recipe == recipe and r.num_bytes <= row.num_bytes * SAME_BYTES]
     if not fitting:
-        return None
+        return {}
     best = min(fitting, key=lambda r: float(r.kl.mean()))
     low, high = paired_bootstrap(row.kl, best.kl)
-    return {
-        "option": best.option.label,
-        "bits_per_weight": round(best.bits_per_weight, 4),
-        "kl": float(best.kl.mean()),
-        "difference_95": [low, high],
-    }
+    return {f"{recipe}_bits": round(best.bits_per_weight, 4), f"minus_{recipe}_95": f"{low:+.4f} to {high:+.4f}"}
 
 
 def figures(name: str, rows: list[Row]) -> list[dict[str, Any]]:
@@ -126,7 +121,7 @@ def figures(name: str, rows: list[Row]) -> list[dict[str, Any]]:
             "bytes": row.num_bytes,
             "bits_per_weight": round(row.bits_per_weight, 4),
             "kl": float(row.kl.mean()),
-            **{f"against_{recipe}": against(row, rows, recipe) for recipe in YARDSTICKS},
+            **{key: value for recipe in YARDSTICKS for key, value in against(row, rows, recipe).items()},
         }
         for row in sorted(rows, key=lambda r: r.num_bytes)
     ]
