@@ -53,7 +53,9 @@ def test_the_shown_diff_of_a_method_is_whole(generate: ModuleType, tmp_path: Pat
     """Without the shown files the package lists all other methods, and the generated pages lack the shown lines alone."""
     shown = generate.METHOD.search((ROOT / "docs" / "adding.md").read_text())
     assert shown is not None
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "__pycache__"))
+    shutil.copytree(
+        ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "__pycache__")
+    )
     for name in ("docs", "reference", "benchmarks", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     for path in shown["paths"].split():
