@@ -222,7 +222,6 @@ def print_answer(answer: Answer) -> None:
         f"{plan.model.name}: {format_count(plan.model.num_parameters)} parameters, {format_bytes(plan.model.num_bytes)} "
         f"as they are ({plan.model.dtype})."
     )
-    )
     console.paragraph(
         f"{workload['users']} x ({workload['prompt_tokens']} prompt + {workload['generate_tokens']} generated) tokens: "
         f"{verdict}{asked} ({of})."
