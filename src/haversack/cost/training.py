@@ -86,10 +86,11 @@ class TrainingCost:
             owners = {("other" if owner == EMBED else owner): n for owner, n in moment.owners.items()}
             rows.setdefault(_point_of(moment), {})[moment.name] = {**stays, **owners}
         gradients = {GRADIENTS: self.trace.gradient_bytes}
-        rows["update"] = {"update": {**stays, **gradients, "workspace": self.trace.update_bytes}}
+        if self.workload.update == "step":
+            rows["update"] = {"update": {**stays, **gradients, "workspace": self.trace.update_bytes}}
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
         rows["save"] = {"save": {**stays, "workspace": widest}}
-        return {point: rows[point] for point in POINTS}
+        return {point: rows[point] for point in POINTS if point in rows}
 
 
 def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:

@@ -38,6 +38,10 @@ FORWARD, BACKWARD = "forward", "backward"
 EMBED, LOSS, LOSS_BACKWARD, EMBED_BACKWARD = "embed", "loss", "loss backward", "embed backward"
 
 
+class AttentionError(UsageError):
+    """The family has no such attention function."""
+
+
 @dataclass(frozen=True)
 class TrainingTrace:
     """Segments of one micro-step, what the update holds beside them, and what stays.
@@ -175,7 +179,7 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
         skeleton.set_attn_implementation(workload.attention)
     except ValueError as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(
+        raise AttentionError(
             f"{model.name} can't run with attention {workload.attention!r} ({reason}); choose another."
         ) from None
 
@@ -191,8 +195,12 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
         step.model.tie_weights()
         ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
         layers = _layers(step.model, model)
-        for parameter in step.trained:
+        for parameter in step.trained:  # before an optimizer's own hooks, which may drop the gradient
             parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
+        if workload.update == "backward":  # its states are there from the second step on
+            step.begin(model)
+            _make_gradients(step, live)
+            step.update()
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)
         live.cut("before")

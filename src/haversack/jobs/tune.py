@@ -61,6 +61,12 @@ class RunFolder:
     result = property(lambda self: self.path / "result.json")
     curves = property(lambda self: self.path / "curves.html")
 
+    @property
+    def is_unplanned(self) -> bool:
+        """Whether it holds no more than what is there before a plan is: it was stopped while data were read."""
+        early = {self.data.name, self.bad_rows.name, f"{self.bad_rows.name}.partial", f"{self.plan.name}.partial"}
+        return self.path.is_dir() and {path.name for path in self.path.iterdir()} <= early
+
 
 @dataclass(frozen=True)
 class TrainingRequest:
@@ -185,12 +191,8 @@ def _earlier_plan(request: TrainingRequest, folder: RunFolder) -> TrainingPlan |
     if not folder.path.exists():
         return None
     if not folder.plan.is_file():
-        if folder.path.is_dir() and {p.name for p in folder.path.iterdir()} <= {
-            "data",
-            folder.bad_rows.name,
-            folder.bad_rows.name + ".partial",
-        }:
-            return None  # stopped before anything was planned
+        if folder.is_unplanned:
+            return None
         raise OutputError(
             f"{folder.path} exists already and is no run of ours; choose another output or remove it first."
         )

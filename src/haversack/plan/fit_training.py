@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from haversack.cost.training_seconds import training_seconds
-from haversack.describe.workload import RECOMPUTATIONS, TrainWorkload, TuneWorkload
+from haversack.describe.workload import ATTENTIONS, RECOMPUTATIONS, TrainWorkload, TuneWorkload
+from haversack.engine.training_trace import AttentionError
 from haversack.errors import DoesNotFitError
 from haversack.plan.training import TrainingAnswer, TrainingQuestion, predict_training
 from haversack.units import format_bytes
@@ -47,6 +48,7 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
     if "accumulation_steps" in pinned:
         micro_batches = [question.workload.batch_size]
     recomputations = (question.workload.recompute,) if "recompute" in pinned else RECOMPUTATIONS
+    question = _with_attention(question, pinned)
     weigh = _Weighing(question, rows)
     best_effort: TrainingAnswer | None = None
     for given_up, fields in _rungs(question.workload, pinned):
@@ -64,6 +66,21 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
         owners=best_effort.ledger.owners_at(best_effort.ledger.peak()[0]),
         cheapest_change=_cheapest_change(best_effort),
     )
+
+
+def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQuestion:
+    """The question with plain attention, where the family has no fused one and the user asked for none."""
+    smallest = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
+    if "attention" in pinned:
+        return question
+    for attention in dict.fromkeys((question.workload.attention, *ATTENTIONS)):
+        tried = dataclasses.replace(question, workload=dataclasses.replace(question.workload, attention=attention))
+        try:
+            predict_training(dataclasses.replace(tried, workload=dataclasses.replace(tried.workload, **smallest)))
+        except AttentionError:
+            continue
+        return tried
+    return question  # every try fails alike: let it be told
 
 
 def _rungs(

@@ -24,7 +24,7 @@ from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.question import Answer, Question
 from haversack.plan.write import write_answer
-from haversack.recipes.base import candidate_options
+from haversack.recipes.base import any_named, candidate_options
 from haversack.solve.bound import bound
 from haversack.solve.exact import NoSolutionError, Solution, Solver
 from haversack.solve.front import pareto_front, uniform_baselines
@@ -193,7 +193,9 @@ def _built(
     question: Question, serving: Serving, placements: Sequence[Placement], *, lossless: bool = False
 ) -> ServingProblem:
     model, lossless = question.model, lossless or question.lossless
-    damages = damage_table(model, () if lossless else _uncoded(question), question.weight_damages)
+    options = () if lossless else _uncoded(question)
+    asked_for = any_named("weights", question.recipes)
+    damages = damage_table(model, options, question.weight_damages, asked_for=asked_for)
     if lossless:
         damages = without_loss(damages)
     weights = [
@@ -278,7 +280,7 @@ def _front(built: ServingProblem, solution: Solution, question: Question) -> tup
         return ()
     tier = "device"
     free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
-    neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
+    neutral = [next(i for i, c in enumerate(g.choices) if not any(as_tuple(c.damage))) for g in built.problem.groups]
     largest = free.evaluate(neutral).peak_bytes[tier]
     smallest = bound(free, "bytes").evaluation
     low = smallest.peak_bytes[tier] if smallest is not None else solution.evaluation.peak_bytes[tier]

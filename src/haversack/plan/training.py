@@ -172,6 +172,12 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
     if workload.recompute == "none":
         sparing["recompute"] = "full"
         yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
+    if workload.update == "step" and workload.accumulation_steps == 1:
+        once = {**sparing, "update": "backward"}
+        yield (
+            f"{_words(once)} (the same result, but gradients can't be clipped by their norm together)",
+            changed(**once),
+        )
     if workload.batch_size > 1:
         sparing |= {"batch_size": 1, "accumulation_steps": workload.accumulation_steps * workload.batch_size}
         times = f"batch 1, accumulated {sparing['accumulation_steps']} times"
@@ -186,4 +192,4 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
 
 def _words(sparing: Mapping[str, object]) -> str:
     """Settings that change no result, as they are written."""
-    return " and ".join(f"{name}={value}" for name, value in sparing.items() if name in ("loss", "recompute"))
+    return " and ".join(f"{name}={value}" for name, value in sparing.items() if name in ("loss", "recompute", "update"))
