@@ -95,7 +95,7 @@ def test_the_verb_answers_what_people_ask(tmp_path: Path, capsys: pytest.Capture
     config, prices, picture = tmp_path / "config.json", tmp_path / "prices.toml", tmp_path / "sweep.svg"
     config.write_text(json.dumps(FAMILIES["llama"]))
     prices.write_text('["l4-24gb"]\ndollars_per_hour = 3.6\nsource = "me"\n')
-    base = ["plan", str(config), "--machine", "l4-24gb", "--tensor-budget", "600KiB"]
+    base = ["plan", str(config), "--machine", "l4-24gb", "--tensor-budget", "300KiB"]
     assert run([*base, "--sweep", "users", "-o", str(picture), "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert [p["users"] for p in points] == [2**i for i in range(len(points))]
