@@ -153,3 +153,15 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert run([*base, *wrong]) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_sharded_rank_peaks_where_it_holds_most() -> None:
+    """With gradients sharded, the last layer's backward pass is higher than its end, where all gradients would be."""
+    model, workload = describe_model({**CONFIG, "num_hidden_layers": 8}), TrainWorkload(4, 64)
+    rank = rank_cost(model, workload, Parallelism(data=64, zero=3)).stages[0]
+    backward, loss = rank.owners_at("backward"), rank.owners_at("loss")
+    assert backward[ACTIVATIONS] > 0.8 * loss[ACTIVATIONS]
+    assert "communication buffers" not in rank.owners_at("update")
+    tuned = TuneWorkload(4, 64, method="lora")
+    frozen = rank_cost(model, tuned, Parallelism(data=64, zero=3)).stages[0].owners_at("backward")
+    assert frozen["communication buffers"] < backward["communication buffers"]
