@@ -221,7 +221,9 @@ def _run(
     if task == "tune" and is_packed(source):
         described, base_bytes = _packed_base(Path(source), workload, pinned)
         home = Path(source)
-        workload, pinned = dataclasses.replace(workload, method="qlora"), pinned | {"method", "precision"}
+        precision = "fp32" if described.dtype == "F32" else "master"
+        workload = dataclasses.replace(workload, method="qlora", precision=precision)
+        pinned |= {"method", "precision"}
     else:
         described, home = _described(task, source, trust_remote_code)
     if seq_len is not None:
@@ -292,9 +294,9 @@ def _packed_base(folder: Path, workload: Any, pinned: frozenset[str]) -> tuple[M
             f"{folder} is packed, so its weights stay as they are, but method {workload.method} was asked; leave --method out, or "
             "name the unpacked model."
         )
-    if "precision" in pinned and workload.precision != "master":
+    if "precision" in pinned:
         raise UsageError(
-            f"beside a packed base adapters are kept in 32 bits (precision master), not {workload.precision}."
+            "beside a packed base adapters are kept in 32 bits and the base as it is; leave --with precision out."
         )
     return describe_packed_base(folder)
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.checkpoint import Checkpoint, torch_dtype
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
@@ -384,7 +384,10 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     from haversack.jobs.training_run import open_model
 
     torch.manual_seed(settings.seed)
-    model = open_model(request.model, DTYPES[workload.weights_dtype], workload.attention, seed=settings.seed)
+    dtype = DTYPES[workload.weights_dtype]
+    if request.base_bytes is not None:
+        dtype = torch_dtype(request.model.dtype)  # what was not packed stays as it is, too
+    model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
     if request.base_bytes is not None:
         freeze_packed(model, workload.attention)
     step = TrainingStep(model, request.model, workload)

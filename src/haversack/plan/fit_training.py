@@ -71,7 +71,7 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
 
 def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQuestion:
     """The question with plain attention, where the family has no fused one and the user asked for none."""
-    smallest = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
+    smallest: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
     if "attention" in pinned:
         return question
     for attention in dict.fromkeys((question.workload.attention, *ATTENTIONS)):
@@ -87,7 +87,7 @@ def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQue
 def _ways(question: TrainingQuestion, pinned: Set[str]) -> list[dict[str, str]]:
     """Recomputation and loss, from the fastest to the one that holds the least; all give the same result."""
     recomputations = (question.workload.recompute,) if "recompute" in pinned else RECOMPUTATIONS
-    losses = (question.workload.loss,)
+    losses: tuple[str, ...] = (question.workload.loss,)
     if "loss" not in pinned and question.workload.loss == "fp32" and cuts(question.model):
         losses = ("fp32", "cut")
     return [{"recompute": recompute, "loss": loss} for recompute in recomputations for loss in losses]
