@@ -5,7 +5,7 @@
 
 A block in README.md or docs/*.md between `<!-- output NAME -->` and `<!-- end -->` is replaced by the stored output NAME;
 `<!-- output NAME: weights | total -->` takes the command and the lines that begin so, and marks what it leaves out with an
-ellipsis; `<!-- file PATH -->` shows a file of the repository. The picture is drawn when `pack` is recorded, from the plan
+ellipsis; `<!-- method PATH... -->` shows what these files, which add one method, change in the repository. The picture is drawn when `pack` is recorded, from the plan
 that it made. `tests/test_docs.py` checks that every block is what this program would write.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import json
 import os
 import re
@@ -43,8 +44,10 @@ COMMANDS = {
     "run": f"haversack run {PACKED} --prompt 'The function returns a list of' --max-new-tokens 40",
     "run-long": f'haversack run {PACKED} --prompt "$(cat LICENSE)"',
     "run-cap": f"haversack run {PACKED} --prompt 'The function' --max-new-tokens 8 --cap 200MiB",
+    "chat": f"printf '%s\\n' 'The function returns a list of' 'The module defines' | haversack run {PACKED} --chat --max-new-tokens 24",
+    "chat-full": f"tr -s ' \\n' ' ' < LICENSE | fold -w 700 | head -4 | haversack run {PACKED} --chat --max-new-tokens 16",
     "verify": f"haversack verify {PACKED}",
-    "eval-kv": f"haversack eval kv {MODEL} --kv h2o --kv gear --kv duoattention --bytes 25% --context 512 --probes 2",
+    "eval-kv": f"haversack eval kv {MODEL} --kv h2o --kv gear --kv duoattention --bytes 25% --context 512 --probes 1",
     "bad-cache": f"haversack eval kv {MODEL} --kv h2o --bytes 1% --context 512 --probes 1",
     "tune": f"haversack tune {MODEL} --data {TEXT} --budget 700MiB --method lora --seq-len 128 --batch 2 --steps 6 -o {TUNED}",
     "tune-small": f"haversack tune {MODEL} --data {TEXT} --budget 430MiB --seq-len 128 --batch 2 -o out/none",
@@ -59,7 +62,7 @@ COMMANDS = {
 """Name -> command, run in the repository's root, in this order: some use the folder that an earlier one packed."""
 
 BLOCK = re.compile(r"<!-- output (?P<name>[\w-]+)(?::(?P<starts>[^\n]*))? -->\n.*?<!-- end -->", re.DOTALL)
-FILE = re.compile(r"<!-- file (?P<path>[^\s]+) -->\n.*?<!-- end -->", re.DOTALL)
+METHOD = re.compile(r"<!-- method (?P<paths>[^\n]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def record(names: Sequence[str]) -> None:
@@ -108,11 +111,30 @@ def fill(page: str) -> str:
             mark += ":" + match["starts"]
         return "\n".join([f"<!-- output {mark} -->", "```text", *lines, "```", "<!-- end -->"])
 
-    def source(match: re.Match[str]) -> str:
-        text = (ROOT / match["path"]).read_text().rstrip("\n")
-        return f"<!-- file {match['path']} -->\n```python\n{text}\n```\n<!-- end -->"
+    def method(match: re.Match[str]) -> str:
+        return f"<!-- method {match['paths']} -->\n```diff\n{method_diff(match['paths'].split())}\n```\n<!-- end -->"
 
-    return FILE.sub(source, BLOCK.sub(block, page))
+    return METHOD.sub(method, BLOCK.sub(block, page))
+
+
+def method_diff(paths: Sequence[str]) -> str:
+    """The difference between a repository without these files and this one: the files, and what the generated pages say of them.
+
+    That nothing else would have to change is what `tests/test_docs.py` shows by leaving the files out.
+    """
+    texts = {path: (ROOT / path).read_text() for path in paths}
+    package = "src/haversack/"
+    names = [path.removeprefix(package) for path in paths]
+    for text in texts.values():
+        names += re.findall(r"^ +id(?:: ClassVar\[str\] =|=) ?\"([^\"]+)\"", text, re.MULTILINE)
+    out: list[str] = []
+    for path, text in texts.items():
+        out += difflib.unified_diff([], text.splitlines(), "/dev/null", path, lineterm="")
+    for page, text in (("docs/methods.md", methods_page()), ("docs/files.md", files_page())):
+        lines = text.splitlines()
+        before = [line for line in lines if not any(f"`{name}`" in line for name in names)]
+        out += difflib.unified_diff(before, lines, page, page, n=0, lineterm="")
+    return "\n".join(line.rstrip() for line in out)
 
 
 def _abridged(lines: Sequence[str], starts: Sequence[str]) -> list[str]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +47,34 @@ def test_every_method_is_named(generate: ModuleType) -> None:
     page = (ROOT / "docs" / "methods.md").read_text()
     assert list_methods()
     assert not [row["id"] for row in list_methods() if f"| `{row['id']}` |" not in page]
+
+
+def test_the_shown_diff_of_a_method_is_whole(generate: ModuleType, tmp_path: Path) -> None:
+    """Without the shown files the package lists all other methods, and the generated pages lack the shown lines alone."""
+    shown = generate.METHOD.search((ROOT / "docs" / "adding.md").read_text())
+    assert shown is not None
+    shutil.copytree(
+        ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "__pycache__")
+    )
+    for name in ("docs", "reference", "benchmarks", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for path in shown["paths"].split():
+        (tmp_path / path).unlink()
+    code = (
+        "import runpy, sys, json, pathlib; g = runpy.run_path(sys.argv[1]); root = pathlib.Path.cwd();"
+        "g['files_page'].__globals__['ROOT'] = root; print(json.dumps([g['methods_page'](), g['files_page']()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "docs" / "generate.py")],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "src")}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    added = [line[1:] for line in shown[0].splitlines() if line.startswith("+")]
+    for without, page in zip(json.loads(done.stdout), ("methods.md", "files.md"), strict=True):
+        now = (ROOT / "docs" / page).read_text().splitlines()
+        assert len(now) > len(without.splitlines())
+        assert [line for line in now if line not in added] == [
+            line for line in without.splitlines() if line not in added
+        ]
 
 
 def test_readme_is_short_and_shows_the_picture() -> None:

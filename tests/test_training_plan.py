@@ -113,6 +113,8 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
         ({"attention": "flash"}, "attention is 'flash'"),
         ({"method": "dora"}, "method is 'dora'"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"update": "later"}, "update is 'later'"),
+        ({"update": "backward", "accumulation_steps": 2}, "gradients that are dropped as they come can't be summed"),
     ],
 )
 def test_bad_settings_are_refused_with_what_is_allowed(fields: dict[str, Any], complaint: str) -> None:

@@ -117,6 +117,15 @@ def test_a_recipe_restricts_what_is_offered(cli, source, calibration_text):
     assert ran.json["plan"]["recipes"] == ["k-quants"]
 
 
+def test_a_recipe_without_published_figures_is_planned_with_unknown_damage(cli, source):
+    ran = cli("plan", source, "--tensor-budget", "260KiB", *WORKLOAD, "--recipe", "nf4", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["damage"]["label"] == "unknown" and ran.json["damage"]["nats"] is None
+    assert {row["option"]["grid"]["values"] for row in ran.json["sites"] if "role" in row and row["option"]} == {"nf4"}
+    note = cli("plan", source, "--tensor-budget", "260KiB", *WORKLOAD, "--recipe", "dfloat11")
+    assert note.code == 1 and "only the weights themselves say" in " ".join(note.out.split())
+
+
 def test_the_same_question_has_the_same_answer(cli, source):
     first, second = (cli("plan", source, *B, *WORKLOAD, "--json").json for _ in range(2))
     for answer in (first, second):

@@ -30,7 +30,8 @@ from haversack.engine.kv_cache import HaversackCache, KVPlan
 from haversack.engine.reach import check_reach, neutral_plan, observe_sites, small_copy
 from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
 from haversack.ledger import total_bytes
-from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
 
@@ -157,7 +158,8 @@ def test_left_padded_rows_generate_as_alone(model):
     tokens = torch.cat([long, torch.cat([torch.zeros(1, 11, dtype=torch.long), short], 1)])
     mask = torch.ones_like(tokens)
     mask[1, :11] = 0
-    for option in (KVOption(), KVOption(SinksAndWindow(2, 12))):
+    window, chosen = KVOption(SinksAndWindow(2, 12)), KVOption(HeavyHitters(2, 6, 8, 4))
+    for option in (KVOption(), window, chosen, by_head([chosen, window])):
         install_kv_plan(model, plan_for(model, option, batch_size=2, capacity_tokens=38, chunk=9))
         settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
         together = model.generate(tokens, attention_mask=mask, **settings)
@@ -172,10 +174,12 @@ def test_beams_and_samples_reorder_the_cache(model):
     expected_beams = model.generate(tokens, **beams)
     torch.manual_seed(0)
     expected_samples = model.generate(tokens, **samples)
-    install_kv_plan(model, plan_for(model, KVOption(), batch_size=6, capacity_tokens=28, chunk=8))
-    assert torch.equal(model.generate(tokens, **beams), expected_beams)
-    torch.manual_seed(0)
-    assert torch.equal(model.generate(tokens, **samples), expected_samples)
+    all_that_comes = KVOption(SinksAndWindow(2, 25))  # 27 tokens are stored; in a layer of its own
+    for option in (KVOption(), by_head([all_that_comes, KVOption()])):
+        install_kv_plan(model, plan_for(model, option, batch_size=6, capacity_tokens=28, chunk=8))
+        assert torch.equal(model.generate(tokens, **beams), expected_beams)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(tokens, **samples), expected_samples)
 
 
 def test_conversations_go_on_in_one_cache(model):
@@ -228,7 +232,8 @@ def test_what_needs_more_bytes_than_planned_is_refused_first(llama):
 
 
 def test_dropping_and_packing_plans_hold_their_bytes_while_generating(llama):
-    for option in (KVOption(SinksAndWindow(4, 20)), KVOption(None, QuantizedKV(2, 2, 32, 8))):
+    window, packed = KVOption(SinksAndWindow(4, 20)), KVOption(None, QuantizedKV(2, 2, 32, 8))
+    for option in (window, packed, by_head([window, packed])):
         plan = plan_for(llama, option, capacity_tokens=150, chunk=16)
         install_kv_plan(llama, plan)
         result = llama.generate(prompt(1, 120), max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
@@ -275,7 +280,8 @@ def test_half_precision_stays_near_transformers(llama):
 def test_saved_caches_go_on_only_with_their_plan_and_model(llama, tmp_path):
     tokens = prompt(1, 40)
     llama.set_attn_implementation(NAME)
-    plan = plan_for(llama, KVOption(SinksAndWindow(2, 33), QuantizedKV(4, 4, 32, 0)))
+    packed, chosen = KVOption(SinksAndWindow(2, 33), QuantizedKV(4, 4, 32, 0)), KVOption(HeavyHitters(2, 6, 8, 4))
+    plan = plan_for(llama, by_head([packed, chosen]))
     cache = HaversackCache(plan)
     logits_in_chunks(llama, tokens[:, :36], cache, (36,))
     cache.save(tmp_path / "cache.safetensors", model_fingerprint="abc")
@@ -302,10 +308,11 @@ def test_caches_copy_and_outlive_inference_mode(llama):
     cache = HaversackCache(plan_for(llama, KVOption(SinksAndWindow(2, 35), QuantizedKV(8, 8, 32, 0))))
     with torch.inference_mode():
         llama(tokens, past_key_values=cache, use_cache=True)
-    other = copy.deepcopy(cache)
+    others = copy.deepcopy(cache), cache.copy()
     expected = logits_in_chunks(llama, tokens[:, :8], cache, (4, 4))
-    assert torch.equal(logits_in_chunks(llama, tokens[:, :8], other, (4, 4)), expected)
-    assert cache.num_bytes() == other.num_bytes()
+    for other in others:
+        assert torch.equal(logits_in_chunks(llama, tokens[:, :8], other, (4, 4)), expected)
+        assert cache.num_bytes() == other.num_bytes()
     llama(tokens[:, :1], past_key_values=cache, use_cache=True).logits.sum().backward()
     assert not any(tensor.requires_grad for layer in cache.planned for tensor in layer.store.tensors.values())
 

@@ -16,17 +16,27 @@ from haversack.codecs.trellis import WINDOW_BITS, trellis_table
 from haversack.errors import CheckpointError, PlanError, UsageError
 from haversack.ledger import StoredTensor
 from haversack.parts.base import all_parts
+from haversack.parts.weights.activation_scale import ActivationScale
 from haversack.parts.weights.base import Grid, Rounding, WeightOption, WeightTask
 from haversack.parts.weights.beam import BeamFeedback
 from haversack.parts.weights.codebook import CodebookGrid
 from haversack.parts.weights.hadamard import HadamardRotation
 from haversack.parts.weights.hessian_feedback import HessianFeedback
 from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.low_rank import LowRankCorrection
 from haversack.parts.weights.nearest import NearestRounding
+from haversack.parts.weights.outliers import SparseOutliers
 from haversack.parts.weights.trellis import TrellisGrid
 from haversack.recipes.base import all_recipes
 
-DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+}
 GRIDS = [
     IntegerGrid(bits, group_size, symmetric, search=search)
     for bits, group_size, symmetric, search in itertools.product((2, 3, 4, 8), (64, 128), (True, False), (True, False))
@@ -59,6 +69,14 @@ OPTIONS += [
     WeightOption(IntegerGrid(3, 64, False), BeamFeedback(4)),
     WeightOption(CodebookGrid("nf4", 64), BeamFeedback(2)),
 ]
+CORRECTED = [
+    WeightOption(IntegerGrid(2, 64), NearestRounding(), (ActivationScale(5),)),
+    WeightOption(IntegerGrid(2, 64), HessianFeedback(), (), (LowRankCorrection(2),)),
+    WeightOption(CodebookGrid("max2", 16, "u4"), HessianFeedback(), (), (LowRankCorrection(4, 3),)),
+    WeightOption(CodebookGrid("max2", 16, "u4"), HessianFeedback(), (), (SparseOutliers(0.02),)),
+    WeightOption(IntegerGrid(4, 64), NearestRounding(), ROTATION, (SparseOutliers(0.05), LowRankCorrection(1))),
+]
+OPTIONS += CORRECTED
 SHAPES = [(5, 128), (3, 200), (64, 64), (1, 1), (7, 130)]
 
 
@@ -223,7 +241,8 @@ BAD = [
     (HessianFeedback, "static_groups", False), (CodebookGrid, "values", "nf5"), (CodebookGrid, "group_size", 48),
     (TrellisGrid, "bits", 8), (TrellisGrid, "group_size", 8), (TrellisGrid, "scales", "u4"),
     (BeamFeedback, "beams", 0), (BeamFeedback, "delay", 31), (BeamFeedback, "damping", 2.0),
-    (HadamardRotation, "seed", -1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
+    (HadamardRotation, "seed", -1), (LowRankCorrection, "rank", 0), (LowRankCorrection, "rounds", 17),
+    (SparseOutliers, "share", 0.2), (ActivationScale, "num_powers", 1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
 ]  # fmt: skip
 
 
@@ -268,14 +287,17 @@ RECIPE_OPTIONS = list(dict.fromkeys(o for r in all_recipes().values() if r.resid
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "option", [o for o in RECIPE_OPTIONS if o.rounding == NearestRounding() or o.transforms], ids=str
+    "option", [o for o in RECIPE_OPTIONS if o.rounding == NearestRounding() or o.transforms or o.corrections], ids=str
 )
 def test_products_stay_within_the_declared_workspace(option, dtype):
     """A matrix of several tiles; the peak as torch's profiler reports it."""
     shape, num_tokens = (3000, 512), 3
-    tensors = dataclasses.replace(option, rounding=NearestRounding()).encode(task_of((2, shape[1])))
-    declared_tensors = option.stored(*shape, "BF16")
-    tensors = {t.name: repeated(tensors[t.name], t.shape) for t in declared_tensors}
+    plain = dataclasses.replace(option, rounding=NearestRounding())
+    if option.corrections:  # whose tensors don't all follow the rows
+        tensors = plain.encode(task_of(shape))
+    else:
+        tensors = plain.encode(task_of((2, shape[1])))
+        tensors = {t.name: repeated(tensors[t.name], t.shape) for t in option.stored(*shape, "BF16")}
     x = torch.randn(num_tokens, shape[1]).to(dtype)
     option.linear(x, tensors, shape[0])
     peak = peak_bytes(lambda: option.linear(x, tensors, shape[0])) - num_tokens * shape[0] * dtype.itemsize
@@ -467,7 +489,7 @@ def test_feedback_needs_statistics():
 # Rotation, trellises and the beam
 
 
-@pytest.mark.parametrize("option", OPTIONS[-11:], ids=str)
+@pytest.mark.parametrize("option", OPTIONS[-16:], ids=str)
 @pytest.mark.parametrize("shape", [(5, 128), (3, 200)])
 def test_products_and_rows_agree_under_transforms_and_memory(option, shape):
     tensors = option.encode(task_of(shape))
@@ -487,7 +509,7 @@ def test_rotation_is_exact_and_undone(out_features, in_features, seed):
     task = task_of((out_features, in_features))
     weight, hessian = task.weight, task.hessian
     rotation = HadamardRotation(seed)
-    stored = rotation.apply(task)
+    stored = rotation.apply(task, IntegerGrid())
     x = torch.randn(4, in_features)
     assert torch.allclose(rotation.transform_input(x, stored) @ task.weight.T, x @ weight.T, atol=1e-4)
     assert torch.allclose(rotation.restore_rows(task.weight, stored), weight, atol=1e-6)
@@ -499,7 +521,7 @@ def test_rotation_is_exact_and_undone(out_features, in_features, seed):
 def test_rotation_spreads_an_outlier():
     task = task_of((4, 256))
     task.weight[0, 7] = 5.0
-    HadamardRotation().apply(task)
+    HadamardRotation().apply(task, IntegerGrid())
     assert task.weight[0].abs().max() < 1.0  # 5 / sqrt(256), and what the rest adds
 
 
@@ -567,3 +589,72 @@ def test_beams_are_damped_and_said_and_need_statistics():
     task.hessian[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         BeamFeedback().round(task, TrellisGrid(2))
+
+
+# Scales, outliers and low rank
+
+
+def loss_of(option: WeightOption, task: WeightTask) -> float:
+    weight, hessian = task.weight, task.hessian
+    tensors = option.encode(WeightTask(weight.clone(), hessian.clone()))
+    return damage(option.dense(tensors, *weight.shape) - weight, hessian)
+
+
+def test_activation_scales_leave_the_product_and_never_lose():
+    task = task_of((24, 200), seed=2)
+    weight, hessian = task.weight, task.hessian
+    scale = ActivationScale()
+    stored = scale.apply(task, IntegerGrid(2, 64))
+    x = torch.randn(4, 200)
+    assert torch.allclose(scale.transform_input(x, stored) @ task.weight.T, x @ weight.T, atol=1e-4)
+    assert damage(task.weight, task.hessian) == pytest.approx(damage(weight, hessian), rel=1e-3)
+    for grid in (IntegerGrid(2, 64), CodebookGrid("max3", 32, "u4")):
+        with_scale, without = (WeightOption(grid, NearestRounding(), t) for t in ((scale,), ()))
+        assert loss_of(with_scale, WeightTask(weight, hessian)) <= 1.001 * loss_of(without, WeightTask(weight, hessian))
+
+
+def test_activation_scales_protect_columns_with_large_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 128, generator=generator)
+    x[:, ::16] *= 30
+    task = WeightTask(torch.randn(32, 128, generator=generator), x.T @ x / 500)
+    options = [WeightOption(IntegerGrid(3, 128), NearestRounding(), t) for t in ((ActivationScale(),), ())]
+    assert loss_of(options[0], task) < 0.5 * loss_of(options[1], task)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+def test_low_rank_correction_is_the_best_of_its_rank(rank):
+    """Against the singular values left over, in the norm of the statistics; at full rank nothing is."""
+    task = task_of((64, 96), seed=6)
+    grid = IntegerGrid(2, 64)
+    codes, scales = NearestRounding().round(task, grid)
+    error = task.weight - grid.dequantize(codes, scales)
+    option = WeightOption(grid, NearestRounding(), (), (LowRankCorrection(rank),))
+    lower = torch.linalg.cholesky(task.hessian.double() + 0.01 * task.hessian.diagonal().mean() * torch.eye(96))
+    sizes = torch.linalg.svdvals(error.double() @ lower)
+    best = float(sizes[rank:].square().sum())
+    added = 0.01 * task.hessian.diagonal().mean().item()
+    tensors = option.encode(WeightTask(task.weight.clone(), task.hessian.clone()))
+    change = option.dense(tensors, 64, 96) - task.weight
+    found = damage(change, task.hessian) + added * change.square().sum().item()
+    assert found <= best * 1.01 + 1e-4 * float(sizes.square().sum())
+
+
+def test_turns_of_rounding_and_low_rank_lose_less():
+    task = task_of((64, 128), seed=8)
+    losses = [
+        loss_of(WeightOption(CodebookGrid("max2", 32, "u4"), NearestRounding(), (), corrections), task)
+        for corrections in ((), (LowRankCorrection(8),), (LowRankCorrection(8, 6),))
+    ]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_outliers_are_kept_and_the_rest_gains():
+    task = task_of((32, 256), seed=3)
+    places = torch.randperm(32 * 256, generator=torch.Generator().manual_seed(0))[:80]
+    task.weight.view(-1)[places] = 1.0
+    kept = WeightOption(IntegerGrid(3, 64), HessianFeedback(), (), (SparseOutliers(0.01),))
+    tensors = kept.encode(WeightTask(task.weight.clone(), task.hessian.clone()))
+    assert (tensors["correct0.values"] == 1).sum() >= 78  # an outlier on a code's own value costs nothing to leave
+    plain = dataclasses.replace(kept, corrections=())
+    assert loss_of(kept, task) < 0.3 * loss_of(plain, task)

@@ -134,10 +134,6 @@ def _print_turn(result: dict[str, Any], talks: bool, json: bool) -> None:
         typer.echo(json_text.dumps(result, allow_nan=False))
         return
     typer.echo("")
-    if result["forgotten_turns"]:
-        typer.echo(
-            f"note: the context was full; the oldest {result['forgotten_turns']} turns were forgotten.", err=True
-        )
     if result["finish"] == "context":
         console.notes(["the context is full, so the answer was cut; pack with a longer --context"], err=True)
     if not talks:

@@ -9,11 +9,14 @@ import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from haversack.cli.tables import table_lines
+
+if TYPE_CHECKING:
+    from haversack.ledger import Ledger
 
 Progress = Callable[[str, int, int], None]
 """`progress(what, done, total)`: called by jobs as they go; `total` 0 means unknown."""
@@ -81,6 +84,22 @@ def _is_terminal() -> bool:
 def _has_styles() -> bool:
     """Whether standard output shows bold text: a terminal that nobody asked to go without (https://no-color.org)."""
     return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def ledger_table(ledger: Ledger) -> None:
+    """Bytes by owner and time point; tiers other than the device's are named."""
+    from haversack.units import format_bytes
+
+    points = list(ledger.timeline)
+    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
+    rows = []
+    for owner in owners:
+        for tier in sorted({tier for point in points for tier in ledger.timeline[point].get(owner, {})}):
+            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
+            name = owner if tier == "device" else f"{owner} [{tier}]"
+            rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
+    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
+    table(("bytes", *points), rows, right=range(1, len(points) + 1))
 
 
 def passing_line(what: str) -> None:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haversack.cli import console
+from haversack.cli.money import operators_json, price_line, print_operators
 from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
-from haversack.errors import UsageError
+from haversack.cli.sweep import check_picture, print_largest, print_sweep
+from haversack.errors import UnsupportedModelError, UsageError
 from haversack.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from haversack.cost.roofline import Operator
+    from haversack.describe.model import Model
     from haversack.plan.question import Answer
     from haversack.plan.schema import DamageRecord
 
@@ -35,16 +39,40 @@ def plan(
         typer.Option("--with", metavar="KEY=VALUE", help="How to tune or train: optimizer=adamw8bit, zero=3."),
     ] = None,
     largest: Annotated[
-        str | None, typer.Option("--largest", help="To tune or train: the largest batch or context that fits.")
+        str | None, typer.Option("--largest", help="The largest context, number of users or batch that fits.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", help="Vary context, users or batch; --output draws it (SVG).")
+    ] = None,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="Show each kind of operator's bytes, flops and bottleneck.")
+    ] = False,
+    prices: Annotated[
+        Path | None, typer.Option("--prices", help="What machines cost (TOML); the package's own list if left out.")
+    ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option("--mix", metavar="RATE:PROMPT:ANSWER", help="Requests a second: the cheapest machines for them."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan, or the picture, here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
     if task not in TASKS:
         raise UsageError(f"--task {task!r} is not one of {', '.join(TASKS)}.")
+    if largest is not None and sweep is not None:
+        raise UsageError("--largest and --sweep were both given; ask one after the other.")
+    if sweep is not None:
+        check_picture(output)
+    if mix:
+        if task != "serve" or sweep or largest or output or asked.says_anything:
+            raise UsageError("--mix goes with --prices and --json alone: machines are what is asked for.")
+        from haversack.cli.money import fleet_verb
+        from haversack.describe.model import describe_model
+
+        return fleet_verb(describe_model(model, trust_remote_code=trust_remote_code), mix, prices, json=json)
     if task != "serve":
-        if output is not None:
+        if output is not None and sweep is None:
             raise UsageError("--output writes plans that serve; --task tune and train are printed, or given by --json.")
         if asked.recipe:
             raise UsageError("--recipe restricts plans that serve; leave it out with --task tune and train.")
@@ -61,10 +89,14 @@ def plan(
             seq_len=asked.context,
             pairs=settings or [],
             largest_of=largest,
+            sweep_of=sweep,
+            picture=output,
+            with_operators=operators,
+            prices=prices,
             json=json,
         )
-    if settings or largest:
-        raise UsageError("--with and --largest are for --task tune and train; serving has options of its own.")
+    if settings:
+        raise UsageError("--with is for --task tune and train; serving has options of its own.")
     asked.check()
     from haversack.describe.model import describe_model
     from haversack.formats.output import check_output_file
@@ -74,16 +106,44 @@ def plan(
         calibrating.text()
     if output is not None:
         check_output_file(output)
+    if (sweep is not None or largest is not None) and (calibrate or calibrating.calibration is not None):
+        raise UsageError("--sweep and --largest cite damages; leave --calibrate and --calibration out.")
     described = describe_model(model, trust_remote_code=trust_remote_code)
-    with console.progress_bar(quiet=json) as progress:
-        if calibrate or calibrating.calibration is not None:
-            answer, _ = weighed_answer(asked, described, calibrating, progress)
-        else:
-            answer = make_plan(asked.question(described, None), progress)
+    if sweep is not None or largest is not None:
+        from haversack.plan.sweep import largest_served, sweep_serving
+
+        question = asked.question(described, None)
+        if sweep is not None:
+            points = sweep_serving(question, sweep)
+            return print_sweep(points, sweep, budget_bytes=question.budget_bytes, output=output, json=json)
+        assert largest is not None
+        return print_largest(described.name, largest, largest_served(question, largest), json=json)
+    try:
+        with console.progress_bar(quiet=json) as progress:
+            if calibrate or calibrating.calibration is not None:
+                answer, _ = weighed_answer(asked, described, calibrating, progress)
+            else:
+                answer = make_plan(asked.question(described, None), progress)
+    except UnsupportedModelError as problem:
+        if output is not None or calibrate:
+            raise
+        from haversack.cli.native import print_native
+
+        return print_native(asked.question(described, None), str(problem), json=json)
     if output is not None and answer.fits:
         write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
     with console.reader_may_leave():
-        console.print_json(plan_json(answer)) if json else print_answer(answer)
+        rows = serving_rows(described, answer, asked.machine) if operators or json else []
+        money = None
+        if asked.machine is not None or prices is not None:
+            money = price_line(asked.machine or "this machine", prices, _seconds_per_generated(answer))
+        if json:
+            console.print_json({**plan_json(answer), "operators": operators_json(rows), "per_million_tokens": money})
+        else:
+            print_answer(answer, described.num_active_parameters, money)
+            if operators:
+                typer.echo("")
+                print_operators(rows)
     if output is not None and not answer.fits:
         write_plan(answer, output)
     return 0 if answer.fits else 1
@@ -120,7 +180,32 @@ def plan_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def print_answer(answer: Answer) -> None:
+def serving_rows(model: Model, answer: Answer, machine: str | None) -> list[Operator]:
+    """The plan's operators, prefill and the last step."""
+    from haversack.cost.roofline import serving_operators
+    from haversack.describe.workload import ServeWorkload
+
+    plan = answer.plan
+    return serving_operators(
+        model,
+        ServeWorkload.from_dict(plan.workload),
+        machine_named(machine),
+        stored_bytes={row.site: row.stored_bytes for row in plan.weights},
+        kv_bytes=sum(row.stored_bytes for row in plan.kv),
+        chunk_tokens=plan.prefill_chunk_tokens,
+    )
+
+
+def _seconds_per_generated(answer: Answer) -> float | None:
+    """Seconds of the machine per generated token, the prompts' share included; None where nothing is generated."""
+    prediction, workload = answer.plan.prediction, answer.plan.workload
+    generated = workload["users"] * workload["generate_tokens"]
+    if not generated:
+        return None
+    return (prediction.prefill_seconds + workload["generate_tokens"] * prediction.seconds_per_token) / generated
+
+
+def print_answer(answer: Answer, num_active: int | None = None, money: str | None = None) -> None:
     """The answer as tables of at most 80 columns."""
     plan = answer.plan
     budget = plan.budget.num_bytes
@@ -130,7 +215,12 @@ def print_answer(answer: Answer) -> None:
     asked = f" in {format_bytes(budget)}" if budget else ""
     console.paragraph(
         f"{plan.model.name}: {format_count(plan.model.num_parameters)} parameters, {format_bytes(plan.model.num_bytes)} "
-        f"as they are ({plan.model.dtype})."
+        f"as they are ({plan.model.dtype})"
+        + (
+            f", {format_count(num_active)} of them active for a token."
+            if num_active not in (None, plan.model.num_parameters)
+            else "."
+        )
     )
     console.paragraph(
         f"{workload['users']} x ({workload['prompt_tokens']} prompt + {workload['generate_tokens']} generated) tokens: "
@@ -139,27 +229,12 @@ def print_answer(answer: Answer) -> None:
     if not answer.fits:
         console.paragraph(f"{answer.problem} {answer.cheapest_change or ''}".rstrip())
     typer.echo("")
-    _print_timeline(answer)
-    console.table(("what", "predicted"), _figures(answer))
+    console.ledger_table(answer.plan.ledger)
+    typer.echo("")
+    console.table(("what", "predicted"), [*_figures(answer), *([("per million tokens", money)] if money else [])])
     typer.echo("")
     console.table(("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
     console.notes(plan.notes)
-
-
-def _print_timeline(answer: Answer) -> None:
-    ledger = answer.plan.ledger
-    points = list(ledger.timeline)
-    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
-    rows = []
-    for owner in owners:
-        tiers = {tier for point in points for tier in ledger.timeline[point].get(owner, {})}
-        for tier in sorted(tiers):
-            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
-            name = owner if tier == "device" else f"{owner} [{tier}]"
-            rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
-    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
-    console.table(("bytes", *points), rows, right=range(1, len(points) + 1))
-    typer.echo("")
 
 
 def _figures(answer: Answer) -> list[tuple[str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from haversack.cli import console
+from haversack.cli.sweep import print_largest, print_sweep
 from haversack.errors import UsageError
 from haversack.units import format_bytes, parse_budget
 
@@ -54,6 +56,10 @@ def plan_training_verb(
     seq_len: int | None,
     pairs: list[str],
     largest_of: str | None,
+    sweep_of: str | None = None,
+    picture: Path | None = None,
+    with_operators: bool = False,
+    prices: Path | None = None,
     json: bool,
 ) -> int:
     """Print the answer; 0 if it fits, 1 if not."""
@@ -71,15 +77,12 @@ def plan_training_verb(
         "tensor" if tensor_budget is not None else "process",
     )
     if largest_of is not None:
-        found = largest(question, largest_of)
-        with console.reader_may_leave():
-            if json:
-                console.print_json({"largest": largest_of, "value": found})
-            else:
-                console.paragraph(
-                    f"{model.name}: largest {largest_of} that fits: {found if found is not None else 'none'}."
-                )
-        return 0 if found is not None else 1
+        return print_largest(model.name, largest_of, largest(question, largest_of), json=json)
+    if sweep_of is not None:
+        from haversack.plan.sweep import sweep_training
+
+        points = sweep_training(question, sweep_of)
+        return print_sweep(points, sweep_of, budget_bytes=question.budget_bytes, output=picture, json=json)
     answer = plan_training(question)
     with console.reader_may_leave():
         console.print_json(training_json(answer)) if json else _print(answer)
@@ -126,16 +129,7 @@ def _print(answer: TrainingAnswer) -> None:
             f"shown: stage {answer.stage} of {len(answer.rank.stages)}, with {answer.rank.layers[answer.stage]} layers."
         )
     typer.echo("")
-    points = list(ledger.timeline)
-    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
-    rows = []
-    for owner in owners:
-        for tier in sorted({tier for point in points for tier in ledger.timeline[point].get(owner, {})}):
-            cells = [ledger.timeline[point].get(owner, {}).get(tier, 0) for point in points]
-            label = owner if tier == "device" else f"{owner} [{tier}]"
-            rows.append([label, *(format_bytes(n) if n else "-" for n in cells)])
-    rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
-    console.table(("bytes", *points), rows, right=range(1, len(points) + 1))
+    console.ledger_table(ledger)
 
 
 def _value(key: str, text: str, default: Any) -> Any:

@@ -23,6 +23,7 @@ from haversack.describe.site import AttentionSite
 from haversack.engine.layers import StreamedModel
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.probes.suite import Task
@@ -60,6 +61,7 @@ def head_options(capacity_tokens: int) -> tuple[KVOption, ...]:
     options += [KVOption(window) for window in windows[:-1]]
     options += [KVOption(window, store) for window in windows[-2:] for store in packed[1:4:2]]
     options += [KVOption(selection(HeavyHitters, capacity_tokens // part)) for part in WINDOWS[2:4]]
+    options += [KVOption(selection(HeavyHitters, capacity_tokens // part), PerTokenKV(4)) for part in WINDOWS[3:]]
     return tuple(options)
 
 
@@ -173,17 +175,16 @@ def layer_options(
                 label = one.label if damage.label == "measured" else damage.label
                 grown.append(_Combination((*one.options, option), one.num_bytes + num_bytes, nats, label))
         combined = _fronts(grown)
-    out: dict[KVOption, Damage] = {}
+    out = {KVOption(): NONE}
     for one in combined:
+        if all(option.is_neutral for option in one.options):
+            continue
         option = by_head(one.options)
         changed = sum(not o.is_neutral for o in one.options)
         label = "proxied" if changed > 1 else one.label  # several single changes: their sum was not measured
         probes = tuple(zip(kinds, one.nats[1:]))
-        out[option] = (
-            NONE
-            if option.is_neutral
-            else Damage(one.nats[0], label, source="KL of single heads' caches, added", probes=probes)
-        )
+        source = "KL of single heads' caches, added"
+        out[option] = Damage(one.nats[0], label, source=source, probes=probes)
     return out
 
 

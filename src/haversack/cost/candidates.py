@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from haversack.cost.damage import Damage
+from haversack.cost.roofline import read_share
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
@@ -134,6 +135,7 @@ def weight_candidates(
 ) -> list[WeightCandidate]:
     """Every option with a known or stated damage, in every placement that the site admits."""
     out: list[WeightCandidate] = []
+    share = read_share(serving.model, site, serving.workload.users)
     for option, damage in damages.items():
         stored_bytes, prefill_workspace, decode_workspace = serving.sizes(site, option)
         for placement in placements:
@@ -147,7 +149,7 @@ def weight_candidates(
                     stored_bytes=stored_bytes,
                     prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
                     decode_bytes=serving.decode_bytes(serving.decode.at_site[site.id]) + decode_workspace,
-                    seconds=_seconds(serving, site, option, stored_bytes),
+                    seconds=_seconds(serving, site, option, stored_bytes, share),
                     disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
                     damage=damage,
                 )
@@ -155,18 +157,10 @@ def weight_candidates(
     return out
 
 
-def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int) -> float:
-    """Reading what one decode step needs of a matrix, and decoding it where no kernel multiplies as it reads."""
-    read_bytes = _read_bytes(site, stored_bytes, serving.workload.users)
-    decoded = site.num_parameters * read_bytes / max(1, stored_bytes)
-    return read_bytes / serving.read_rate + option.decode_seconds(round(decoded)) / max(1, serving.machine.cores)
-
-
-def _read_bytes(site: WeightSite, stored_bytes: int, users: int) -> float:
-    """Bytes read per decode step: all of a matrix, but only the looked-up rows of an untied embedding."""
-    if site.role in ("embedding", "position") and not site.tied_modules:
-        return stored_bytes * users / site.out_features
-    return stored_bytes
+def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int, share: float) -> float:
+    """Reading the share of a matrix that one decode step needs, and decoding it where no kernel multiplies as it reads."""
+    decoded = round(site.num_parameters * share)
+    return stored_bytes * share / serving.read_rate + option.decode_seconds(decoded) / max(1, serving.machine.cores)
 
 
 def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]) -> list[KVCandidate]:

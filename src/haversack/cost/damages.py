@@ -21,8 +21,11 @@ UNKNOWN_ORDER = {8: 1e-4, 4: 1e-2, 3: 0.1, 2: 1.0}
 shown as a figure."""
 
 
-def cited_damages(model: Model, site: WeightSite, options: Sequence[WeightOption]) -> dict[WeightOption, Damage]:
-    """The site's share of published figures, for options that somebody measured; others are left out.
+def cited_damages(
+    model: Model, site: WeightSite, options: Sequence[WeightOption], *, asked_for: bool = False
+) -> dict[WeightOption, Damage]:
+    """The site's share of published figures, for options that somebody measured; others are left out, but for those
+    that were asked for: their damage is unknown.
 
     Embedding and head stay neutral or at 8 bits: the published rows leave them at 16 bits.
     """
@@ -31,6 +34,10 @@ def cited_damages(model: Model, site: WeightSite, options: Sequence[WeightOption
     out: dict[WeightOption, Damage] = {WeightOption(): NONE}
     for option in options:
         setting = _setting(option)
+        if asked_for and option.grid is not None:
+            out[option] = Damage(
+                UNKNOWN_ORDER[option.grid.bits] * site.num_parameters / model.num_parameters, "unknown"
+            )
         if setting is None:
             continue
         bits, group_size, rounding, symmetric = setting
@@ -95,9 +102,13 @@ def total_damage(parts: Sequence[Damage]) -> Damage:
 
 
 def damage_table(
-    model: Model, options: Sequence[WeightOption], measured: Mapping[str, Mapping[WeightOption, Damage]] | None
+    model: Model,
+    options: Sequence[WeightOption],
+    measured: Mapping[str, Mapping[WeightOption, Damage]] | None,
+    *,
+    asked_for: bool = False,
 ) -> dict[str, dict[WeightOption, Damage]]:
-    """By site id: what calibration found, else what was published."""
+    """By site id: what calibration found, else what was published; `asked_for` says that a user named these options."""
     if measured is not None:
         return {site.id: dict(measured[site.id]) for site in model.weights}
     by_share: dict[tuple[bool, int], dict[WeightOption, Damage]] = {}  # sites of one share have one table
@@ -105,6 +116,6 @@ def damage_table(
     for site in model.weights:
         key = (site.role in _OUTSIDE, site.num_parameters)
         if key not in by_share:
-            by_share[key] = cited_damages(model, site, options)
+            by_share[key] = cited_damages(model, site, options, asked_for=asked_for)
         table[site.id] = by_share[key]
     return table

@@ -25,6 +25,8 @@ def lossless_damages(
     assert model.folder is not None, "codes are chosen by the weights themselves"
     tell = progress or (lambda what, done, total: None)
     codes = [option for option in candidate_options("weights", recipes) if option.code is not None]
+    if not codes:
+        return {site.id: {WeightOption(): NONE} for site in model.weights}
     checkpoint = Checkpoint.open(model.folder)
     out: dict[str, dict[WeightOption, Damage]] = {}
     for done, site in enumerate(model.weights):

@@ -10,7 +10,7 @@ from math import ceil
 from haversack.cost.training import SLACK, SLACK_FRACTION, STATES, TrainingCost, training_cost
 from haversack.describe.model import Model, describe_model
 from haversack.describe.parallel import Parallelism, rank_config, stage_layers
-from haversack.describe.workload import TrainingWorkload
+from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.training_trace import ACTIVATIONS, GRADIENTS
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, Ledger
@@ -71,6 +71,30 @@ def rank_cost(
     stages = stage_layers(model.num_layers, parallel.pipeline)
     ledgers = tuple(_stage_ledger(cost, part, parallel, stage, stages, runtime_bytes) for stage in range(len(stages)))
     return RankCost(parallel, cost, ledgers, tuple(len(stage) for stage in stages))
+
+
+def sent_bytes(model: Model, workload: TrainingWorkload, parallel: Parallelism) -> float:
+    """Bytes that one rank sends in a step, at most.
+
+    Data parallel: gradients once around and back, `2 P` elements, and with fully sharded weights `3 P` per micro-batch
+    (Rajbhandari et al. 2019, arXiv 1910.02054, section 7). Tensor parallel: four all-reduces of the hidden states per layer
+    (Shoeybi et al. 2019, arXiv 1909.08053, section 3), each `2 (t - 1) / t` of them; pipeline stages: hidden states on and back.
+    """
+    width = DTYPE_BYTES[workload.weights_dtype]
+    own = model.num_parameters * width / (parallel.tensor * parallel.pipeline)
+    tuned = isinstance(workload, TuneWorkload) and workload.method != "full"
+    sent = 0.0
+    if parallel.shards > 1:
+        ring = (parallel.shards - 1) / parallel.shards
+        gathered = own * (2 * workload.accumulation_steps if parallel.zero == 3 else 0)
+        reduced = 0.0 if tuned else own * (workload.accumulation_steps if parallel.zero == 3 else 2)
+        sent += ring * (gathered + reduced)
+    hidden = 2.0 * workload.step_tokens * model.hidden_size / parallel.context
+    if parallel.tensor > 1:
+        sent += 4 * model.num_layers / parallel.pipeline * 2 * (parallel.tensor - 1) / parallel.tensor * hidden
+    if parallel.pipeline > 1:
+        sent += 2 * hidden
+    return sent
 
 
 def _stage_ledger(

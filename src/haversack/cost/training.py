@@ -80,7 +80,8 @@ class TrainingCost:
             highest = max(moments, key=lambda moment: moment.num_bytes)
             owners = {("other" if owner in ("embed", "update") else owner): n for owner, n in highest.owners.items()}
             points[point] = {**stays, **owners}
-        points["update"] = {**stays, GRADIENTS: self.trace.gradient_bytes, "workspace": self.trace.update_bytes}
+        if self.workload.update == "step":
+            points["update"] = {**stays, GRADIENTS: self.trace.gradient_bytes, "workspace": self.trace.update_bytes}
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
         points["save"] = {**stays, "workspace": widest}
         return points

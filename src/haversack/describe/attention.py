@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 _PLAIN_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "dummy")
 
 
-def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[AttentionSite, ...]:
-    """One site per decoder layer; UnsupportedModelError where a layer keeps something else than keys and values."""
+def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[tuple[AttentionSite, ...], str]:
+    """One site per decoder layer, and ""; none, and why, where a layer keeps something else than keys and values.
+
+    Raises UnsupportedModelError where the config contradicts itself.
+    """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
     config = model.config.get_text_config(decoder=True)
@@ -32,16 +35,10 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[At
         ) from None
     other = next((kind for kind in kinds if kind not in _PLAIN_LAYERS), None)
     if other is not None:
-        raise UnsupportedModelError(
-            f"{name!r} ({config.model_type}) has {other} layers, which keep another state than keys and values; "
-            "it can't be planned yet."
-        )
+        return (), f"its {other} layers keep another state than keys and values"
     modules = _attention_modules(model, decoder)
     if len(kinds) != config.num_hidden_layers or sorted(modules) != list(range(config.num_hidden_layers)):
-        raise UnsupportedModelError(
-            f"{name!r} ({config.model_type}) has {config.num_hidden_layers} layers, {len(kinds)} layer types and "
-            f"attention modules in {len(modules)} of them; every layer must have one."
-        )
+        return (), f"it has attention in {len(modules)} of {config.num_hidden_layers} layers"
     modes = getattr(config, "kv_sharing_modes", None) or [None] * len(kinds)
     types = getattr(config, "layer_types", None) or kinds
     sites = []
@@ -73,7 +70,7 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[At
                 is_latent=_is_latent(module),
             )
         )
-    return tuple(sites)
+    return tuple(sites), ""
 
 
 def _attention_modules(model: PreTrainedModel, decoder: str) -> dict[int, tuple[str, nn.Module]]:

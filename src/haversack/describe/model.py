@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from haversack.describe.attention import attention_sites
 from haversack.describe.checkpoint import Checkpoint, dtype_name
 from haversack.describe.conversion import checkpoint_tensors, locate_parameters
+from haversack.describe.experts import experts_per_token, share_of_experts
 from haversack.describe.hub import ModelSource, find_source
 from haversack.describe.layout import Layout
 from haversack.describe.site import AttentionSite, WeightSite
@@ -42,7 +43,8 @@ class Model:
     never packed (norms, biases, routers, sinks, anything outside the text decoder), by module name. `buffers` are made
     at load and lie in no checkpoint. `unused` are tensors of the folder's checkpoint that no parameter reads.
     `sources` says for each parameter where its numbers lie in the checkpoint, and `tied` which parameters share a
-    storage (the kept name to the others). `dtype` is the one that most bytes have.
+    storage (the kept name to the others). `cache_problem` says why no layer has an attention site, if none has: only
+    transformers' own cache holds what such a model keeps. `dtype` is the one that most bytes have.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Model:
     revision: str | None = None
     sources: Mapping[str, Layout] = field(default_factory=dict, repr=False, compare=False)
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    cache_problem: str = ""
 
     @cached_property
     def num_parameters(self) -> int:
@@ -75,6 +78,18 @@ class Model:
     def num_bytes(self) -> int:
         """Their bytes in the checkpoint's own dtypes."""
         return sum(site.num_bytes for site in self.weights) + total_bytes(self.rest)
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Experts of the layer that has most of them, shared ones aside; 0 without."""
+        return max((site.expert + 1 for site in self.weights if site.expert is not None), default=0)
+
+    @cached_property
+    def num_active_parameters(self) -> int:
+        """Those that one token meets: of a layer's experts only as many as the router chooses."""
+        experts = sum(site.num_parameters for site in self.weights if site.expert is not None)
+        share = share_of_experts(max(1, self.num_experts), experts_per_token(self.config), 1)
+        return self.num_parameters - experts + round(experts * share)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,7 +156,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
     _check_shapes(layouts, state, found.name, checkpoint)
 
     decoder = _decoder_path(skeleton)
-    attention = attention_sites(skeleton, decoder, found.name)
+    attention, cache_problem = attention_sites(skeleton, decoder, found.name)
     dtypes = {name: tensors[layouts[name].blocks[0].tensor].dtype for name in state}
     sites = weight_sites(skeleton, decoder, layouts, dtypes, aliases)
     claimed = {f"{site.module}.{site.parameter}" for site in sites}
@@ -164,6 +179,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
         tie_word_embeddings=any(site.role == "embedding" and site.tied_modules for site in sites),
         weights=sites,
         attention=attention,
+        cache_problem=cache_problem,
         rest=rest,
         buffers=tuple(
             StoredTensor(name, dtype_name(buffer.dtype), tuple(buffer.shape))

@@ -84,6 +84,10 @@ LOSSES = {
     "cut": "logits in blocks, never held together",
 }
 RECOMPUTATIONS = ("none", "full")
+UPDATES = {
+    "step": "all weights once all gradients are there",
+    "backward": "each weight as soon as its gradient is there",
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class TrainingWorkload:
     `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
     backward pass; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
-    `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask. Raises UsageError naming the field, its
+    `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
+    updated (`UPDATES`). Raises UsageError naming the field, its
     value and what is allowed.
     """
 
@@ -108,6 +113,7 @@ class TrainingWorkload:
     attention: str = "sdpa"
     loss: str = "fp32"
     samples_apart: bool = False
+    update: str = "step"
 
     def __post_init__(self) -> None:
         _check_count("batch_size", self.batch_size, minimum=1)
@@ -117,6 +123,12 @@ class TrainingWorkload:
         _check_choice("recompute", self.recompute, RECOMPUTATIONS)
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("loss", self.loss, LOSSES)
+        _check_choice("update", self.update, UPDATES)
+        if self.update == "backward" and self.accumulation_steps > 1:
+            raise UsageError(
+                f"update is 'backward' with {self.accumulation_steps} accumulation_steps, but gradients that are dropped as they "
+                "come can't be summed; choose update step, or one batch for each step."
+            )
 
     @property
     def context_tokens(self) -> int:

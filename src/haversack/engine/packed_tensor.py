@@ -2,7 +2,7 @@
 
 A transformers module keeps its own forward. Its parameter becomes a `PackedTensor`: a tensor without storage that has
 the parameter's shape and dtype and answers the few functions through which models use weights (`F.linear`,
-`F.embedding`, Conv1D's `addmm`, `x @ W` of stacked experts) straight from the packed form. Any other operation on it is
+`F.embedding`, Conv1D's `addmm`, `x @ W` of stacked experts, `x @ W.T`) straight from the packed form. Any other operation on it is
 refused by name, so that no full matrix is ever materialised behind the user's back.
 """
 
@@ -188,6 +188,11 @@ def _matmul(x: torch.Tensor, weight: Any) -> torch.Tensor:
     return weight.linear(x)
 
 
+def _transpose(weight: Any) -> PackedTensor:
+    """The same matrix, seen from its other side: nothing is stored or moved."""
+    return PackedTensor(weight.blocks, dtype=weight.dtype, device=weight.device, transposed=not weight.transposed)
+
+
 _HANDLERS: dict[Callable, Callable[..., Any]] = {
     F.linear: _linear,
     F.embedding: _embedding,
@@ -195,4 +200,5 @@ _HANDLERS: dict[Callable, Callable[..., Any]] = {
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.T.__get__: _transpose,
 }

@@ -24,6 +24,7 @@ from haversack.describe.weights import layer_of
 from haversack.engine.attach import PackedSite, attach, take_off
 from haversack.engine.packed_tensor import PackedMatrix
 from haversack.engine.trace import LiveBytes
+from haversack.errors import UnsupportedModelError
 from haversack.parts.weights.base import WeightOption
 
 PROBE_ATTENTION = "haversack_probe"
@@ -77,7 +78,12 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
             skeleton(input_ids=tokens, attention_mask=ones, position_ids=positions, use_cache=False, logits_to_keep=1)
         finally:
             _ACTIVE.pop()
-    attended = dict(zip(sorted(shown), probe.at_attention, strict=True))
+    attended = probe.at_attention
+    if sorted(attended) != sorted(shown):
+        raise UnsupportedModelError(
+            f"{model.name} ({model.model_type}) does not call transformers' attention function in each layer; what it "
+            "allocates there is unknown."
+        )
     return ActivationProfile(
         batch_size,
         new_tokens,
@@ -93,7 +99,7 @@ class _Probe:
     def __init__(self) -> None:
         self.live: LiveBytes | None = None
         self.at_site: dict[str, int] = {}
-        self.at_attention: list[int] = []
+        self.at_attention: dict[int, int] = {}
 
     def matrix(self, site_id: str, out_features: int, in_features: int) -> PackedMatrix:
         return _ProbeMatrix(site_id, WeightOption(), out_features, in_features, dict, self)
@@ -130,7 +136,7 @@ def _probe_attention(
     out = query.new_empty(batch_size, num_tokens, num_heads, value.shape[-1])
     probe = _ACTIVE[-1]
     assert probe.live is not None
-    probe.at_attention.append(probe.live.live_bytes)
+    probe.at_attention[module.layer_idx] = probe.live.live_bytes  # type: ignore[index]
     return out, None
 
 
@@ -168,17 +174,35 @@ def skip_layers_but(skeleton: nn.Module, model: Model, kept: set[int]) -> None:
     for module in skeleton.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == model.num_layers:
+                outputs: list[int] = []
                 for layer in range(model.num_layers):
-                    if layer not in kept:
-                        child[layer] = _Skip()
+                    if layer in kept:
+                        child[layer].register_forward_hook(_note_outputs(outputs))
+                    else:
+                        child[layer] = _Skip(outputs)
                 return
 
 
-class _Skip(nn.Module):
-    """A layer left out of a trace: hidden states pass."""
+def _note_outputs(outputs: list[int]) -> Any:
+    """How many things a real layer returns in a tuple; 0 for a tensor alone."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs[:] = [len(output) if isinstance(output, tuple) else 0]
+
+    return hook
+
+
+class _Skip(nn.Module):
+    """A layer left out of a trace: hidden states pass, in a tuple where the layer before it (the first is never left out)
+    returned one."""
+
+    def __init__(self, outputs: list[int]):
+        super().__init__()
+        self._outputs = outputs
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        num_outputs = self._outputs[0]
+        return (hidden_states, *(None,) * (num_outputs - 1)) if num_outputs else hidden_states
 
     def __getattr__(self, name: str) -> Any:  # models ask layers for facts such as `attention_type`
         try:

@@ -20,6 +20,8 @@ from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
+from haversack.engine.update_in_backward import UpdateInBackward
+from haversack.errors import UsageError
 from haversack.recipes.base import optimizer_option
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -55,6 +57,7 @@ class TrainingStep:
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
+        self.in_backward: UpdateInBackward | None = None
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -64,6 +67,8 @@ class TrainingStep:
     def begin(self, described: Model) -> TrainingStep:
         """This, with an optimizer made anew over the weights that the model has now."""
         self.optimizer = self._make_optimizer(described)
+        if self.workload.update == "backward":
+            self.in_backward = UpdateInBackward(self.trained, self.optimizer)
         return self
 
     def micro_step(
@@ -101,7 +106,14 @@ class TrainingStep:
 
     def clip(self, max_norm: float) -> float:
         """Scale all gradients so that their norm together is at most `max_norm` (0: as they are); the norm before. Sums are in 32
-        bits. Pascanu et al. 2012, arXiv 1211.5063, algorithm 1."""
+        bits. Pascanu et al. 2012, arXiv 1211.5063, algorithm 1. Raises UsageError where gradients are never there together."""
+        if self.workload.update == "backward":
+            if max_norm:
+                raise UsageError(
+                    f"gradients can't be clipped to a norm of {max_norm} together with update backward, which drops each as it comes; "
+                    "choose update step, or leave gradients as they are (0)."
+                )
+            return 0.0
         grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
         norm = float(torch.linalg.vector_norm(norms))
@@ -111,7 +123,7 @@ class TrainingStep:
         return norm
 
     def update(self) -> None:
-        """One step of the optimizer; gradients are dropped."""
+        """One step of the optimizer; gradients are dropped (there are none if weights were updated during the backward pass)."""
         self.optimizer.step()
 
     def run(self, batches: list[torch.Tensor]) -> float:

@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.describe.model import Model
@@ -28,6 +27,7 @@ from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
 from haversack.engine.training_step import TrainingStep, inner_matrices
+from haversack.engine.true_values import TrueValues
 from haversack.engine.update_trace import TrainedTensor, trace_updates
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES
@@ -195,8 +195,12 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
         step.model.tie_weights()
         ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
         layers = _layers(step.model, model)
-        for parameter in step.trained:
+        for parameter in step.trained:  # before an optimizer's own hooks, which may drop the gradient
             parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
+        if workload.update == "backward":  # its states are there from the second step on
+            step.begin(model)
+            _make_gradients(step, live)
+            step.update()
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)
         live.cut("before")
@@ -298,31 +302,12 @@ def _plain_data(samples_apart: bool) -> Iterator[None]:
             stack.enter_context(mock.patch(_FIND_SAMPLES, lambda positions: (positions != 1).cumsum(-1)))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(_TrueValues())
+        stack.enter_context(TrueValues())
         yield
 
 
 _FIND_SAMPLES = "transformers.masking_utils.find_packed_sequence_indices"
 """Where transformers sees from positions that rows hold several samples."""
-
-
-class _TrueValues(TorchDispatchMode):
-    """Answers 1 (true) wherever a number is read from a tensor."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
-            return _grouped_product(*args[:3])  # the CPU computes it, but torch's fake refuses all but bfloat16
-        return func(*args, **(kwargs or {}))
-
-
-def _grouped_product(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """What `_grouped_mm` makes of rows by expert: `(m, n)` with stacked matrices, `(experts, m, n)` of two flat ones."""
-    if a.ndim == 2 and b.ndim == 3:
-        return a.new_empty(a.shape[0], b.shape[2])
-    assert a.ndim == b.ndim == 2, "rows by expert times matrices, or times rows by expert"
-    return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
 
 
 def _changes(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from haversack.describe.checkpoint import torch_dtype
 from haversack.engine.optimizers import Stepper
 from haversack.engine.trace import OwnedBytes
+from haversack.engine.true_values import TrueValues
 from haversack.parts.optimizer.base import OptimizerOption
 
 MakeStepper = Callable[[Sequence[nn.Parameter], Sequence[nn.Parameter]], Stepper]
@@ -88,8 +88,8 @@ def _trace_update(
 
 def run_update(make: MakeStepper, tensor: TrainedTensor) -> TensorUpdate:
     """One tensor's second update, traced whole."""
-    live = _TrueValues()
-    with FakeTensorMode(), live:
+    live = OwnedBytes()
+    with FakeTensorMode(), TrueValues(), live:
         parameter = nn.Parameter(torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="cpu"))
         stepper = make([parameter], [parameter] if tensor.is_matrix else [])
         for _ in range(2):  # states are made by the first
@@ -99,12 +99,3 @@ def run_update(make: MakeStepper, tensor: TrainedTensor) -> TensorUpdate:
             live.cut("update")
     update = live.segments[-1]
     return TensorUpdate(update.rise_bytes, sum(update.end.values()) - sum(update.start.values()))
-
-
-class _TrueValues(OwnedBytes):
-    """Live bytes, where each number that is read is true."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
-        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -89,6 +89,13 @@ class TrainingRequest:
     cap_bytes: int | None = None
     resume_anyway: bool = False
 
+    def __post_init__(self) -> None:
+        if self.workload.update == "backward" and self.settings.clip_norm:
+            raise UsageError(
+                f"update=backward drops each gradient as it comes, so that gradients can't be clipped to a norm of "
+                f"{self.settings.clip_norm:g} together; say --clip 0 besides."
+            )
+
     @property
     def task(self) -> str:
         return self.workload.task

@@ -48,6 +48,8 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
     micro_batches = [n for n in range(1, rows + 1) if rows % n == 0]
     if "accumulation_steps" in pinned:
         micro_batches = [question.workload.batch_size]
+    if question.workload.update == "backward":
+        micro_batches = [rows]  # each gradient is used up at once, so none accumulate
     question = _with_attention(question, pinned)
     ways = _ways(question, pinned)
     weigh = _Weighing(question, rows)

@@ -15,6 +15,7 @@ from haversack.cost.serving import ServingProblem, serving_problem
 from haversack.describe.workload import check_positions
 from haversack.engine.decoder.forecast import forecast_step
 from haversack.engine.profile import profile_forward
+from haversack.errors import UnsupportedModelError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
 from haversack.parts.placement.mapped import Mapped
@@ -23,7 +24,7 @@ from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.question import Answer, Question
 from haversack.plan.write import write_answer
-from haversack.recipes.base import candidate_options
+from haversack.recipes.base import any_named, candidate_options
 from haversack.solve.bound import bound
 from haversack.solve.exact import NoSolutionError, Solution, Solver
 from haversack.solve.front import pareto_front, uniform_baselines
@@ -49,9 +50,15 @@ def make_plan(
 ) -> Answer:
     """Answer a question; with `meter`, whole plans are measured and the search corrected.
 
-    Raises UsageError if the context is beyond the model's positions.
+    Raises UsageError if the context is beyond the model's positions, and UnsupportedModelError for a model whose cache no
+    option can hold.
     """
     check_positions(question.workload, question.model.max_positions, question.model.name)
+    if question.model.cache_problem:
+        raise UnsupportedModelError(
+            f"{question.model.name} ({question.model.model_type}) can't be served from a planned cache: "
+            f"{question.model.cache_problem}; leave it to transformers."
+        )
     tell = progress or (lambda what, done, total: None)
     chunks = _chunks(question)
     best: tuple[ServingProblem, Solution, int] | None = None
@@ -186,7 +193,9 @@ def _built(
     question: Question, serving: Serving, placements: Sequence[Placement], *, lossless: bool = False
 ) -> ServingProblem:
     model, lossless = question.model, lossless or question.lossless
-    damages = damage_table(model, () if lossless else _uncoded(question), question.weight_damages)
+    options = () if lossless else _uncoded(question)
+    asked_for = any_named("weights", question.recipes)
+    damages = damage_table(model, options, question.weight_damages, asked_for=asked_for)
     if lossless:
         damages = without_loss(damages)
     weights = [
@@ -271,7 +280,7 @@ def _front(built: ServingProblem, solution: Solution, question: Question) -> tup
         return ()
     tier = "device"
     free = dataclasses.replace(built.problem, capacity_bytes={}, max_damage=None)
-    neutral = [next(i for i, c in enumerate(g.choices) if not as_tuple(c.damage)[0]) for g in built.problem.groups]
+    neutral = [next(i for i, c in enumerate(g.choices) if not any(as_tuple(c.damage))) for g in built.problem.groups]
     largest = free.evaluate(neutral).peak_bytes[tier]
     smallest = bound(free, "bytes").evaluation
     low = smallest.peak_bytes[tier] if smallest is not None else solution.evaluation.peak_bytes[tier]

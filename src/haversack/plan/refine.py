@@ -136,7 +136,8 @@ class PlanMeter:
     def _digest(self, built: ServingProblem, solution: Solution) -> str:
         capacity = built.problem.capacity_bytes.get("device", 0)
         text = hashlib.sha256(self.calibration.windows.search.numpy().tobytes()).hexdigest()[:8]
-        return f"{solution_hash(built.problem, solution.chosen)}-{capacity}-{text}"
+        probes = f"-{len(built.kinds)}-probes" if built.kinds else ""
+        return f"{solution_hash(built.problem, solution.chosen)}-{capacity}-{text}{probes}"
 
     def tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
         key = (site.id, option)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from haversack.cost.parallel import RankCost, rank_cost
-from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, TrainingCost
+from haversack.cost.parallel import RankCost, rank_cost, sent_bytes
+from haversack.cost.roofline import Operator, communication_operator, training_operators, update_operator
+from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, STATES, TrainingCost
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
 from haversack.engine.cut_loss import cuts
+from haversack.engine.training_trace import GRADIENTS
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
+from haversack.plan.search import largest_that
 from haversack.recipes.base import optimizer_option
 from haversack.units import format_bytes
 
@@ -124,25 +127,7 @@ def largest(question: TrainingQuestion, what: str) -> int | None:
         workload = dataclasses.replace(question.workload, **{field: value})  # type: ignore[arg-type]
         return _answer(dataclasses.replace(question, workload=workload)).fits
 
-    return _largest_that(fits, least, most, step)
-
-
-def _largest_that(fits: Callable[[int], bool], least: int, most: int, step: int) -> int | None:
-    """Doubling, then halving the interval, in steps of `step`."""
-    if not fits(least):
-        return None
-    low, high = least, least
-    while high < most and fits(min(most, high * 4)):
-        low = high = min(most, high * 4)
-    if low >= most:
-        return most // step * step
-    high = min(most, low * 4)
-    while high - low > max(step, low // 64):
-        middle = (low + high) // 2 // step * step
-        if middle in (low, high):
-            break
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest_that(fits, least, most, step)
 
 
 def _answer(question: TrainingQuestion) -> TrainingAnswer:
@@ -159,6 +144,28 @@ def _answer(question: TrainingQuestion) -> TrainingAnswer:
     return TrainingAnswer(question, rank, stage, ledger, short)
 
 
+def step_operators(question: TrainingQuestion, answer: TrainingAnswer) -> list[Operator]:
+    """One rank's step: passes, update and communication. Tensor-parallel ranks share products evenly; bubbles of a
+    pipeline are not counted."""
+    parallel, workload = question.parallel, question.workload
+    share = 1 / (parallel.tensor * parallel.pipeline * parallel.context)
+    passes = [
+        dataclasses.replace(
+            operator,
+            num_bytes=operator.num_bytes * share,
+            flops=operator.flops * share,
+            bytes_seconds=None if operator.bytes_seconds is None else operator.bytes_seconds * share,
+            flops_seconds=None if operator.flops_seconds is None else operator.flops_seconds * share,
+        )
+        for operator in training_operators(question.model, workload, question.machine)
+    ]
+    owners = answer.ledger.owners_at("update")
+    touched = 2 * sum(owners.get(name, 0) for name in (STATES, "master weights", "weights")) + owners.get(GRADIENTS, 0)
+    sent = sent_bytes(question.model, workload, parallel)
+    rows = [*passes, update_operator(question.machine, touched)]
+    return [*rows, communication_operator(question.machine, sent)] if sent else rows
+
+
 def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion]]:
     """Changes from the cheapest: what costs time alone, then what rounds states or weights, then what trains less."""
     workload = question.workload
@@ -173,6 +180,12 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
     if workload.recompute == "none":
         sparing["recompute"] = "full"
         yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
+    if workload.update == "step" and workload.accumulation_steps == 1:
+        once = {**sparing, "update": "backward"}
+        yield (
+            f"{_words(once)} (the same result, but gradients can't be clipped by their norm together)",
+            changed(**once),
+        )
     if workload.batch_size > 1:
         sparing |= {"batch_size": 1, "accumulation_steps": workload.accumulation_steps * workload.batch_size}
         times = f"batch 1, accumulated {sparing['accumulation_steps']} times"
@@ -187,4 +200,4 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
 
 def _words(sparing: Mapping[str, object]) -> str:
     """Settings that change no result, as they are written."""
-    return " and ".join(f"{name}={value}" for name, value in sparing.items() if name in ("loss", "recompute"))
+    return " and ".join(f"{name}={value}" for name, value in sparing.items() if name in ("loss", "recompute", "update"))

@@ -30,6 +30,7 @@ from haversack.plan.schema import (
     Solve,
     WeightChoice,
 )
+from haversack.recipes.base import candidate_options
 from haversack.solve.exact import Solution
 from haversack.units import format_bytes
 
@@ -208,6 +209,14 @@ def _machine_record(machine: Machine) -> dict[str, Any]:
 
 def _notes(question: Question) -> tuple[str, ...]:
     notes = []
+    if question.recipes:
+        notes.append(f"restricted to the recipes {', '.join(question.recipes)}, and to `as is`")
+    if question.weight_damages is None and any(
+        option.code is not None for option in candidate_options("weights", question.recipes) if question.recipes
+    ):
+        notes.append(
+            "whether a code holds a matrix only the weights themselves say: `pack`, or `plan --calibrate`, read them"
+        )
     if (question.model.config.get("quantization_config") or {}).get("quant_method") == mxfp4.METHOD:
         notes.append("the checkpoint stores its experts in MXFP4 (4.25 bits); `as is` means them as bfloat16, exactly")
     if question.machine.read_rate() is None:

@@ -71,6 +71,10 @@ def make_suite(
     Raises ValueError where the tokenizer merges across the probes' borders, or the text is too short.
     """
     rng, count = random.Random(seed), token_counter(tokenizer)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < 2 * (context_tokens + 1 + TEXT_TOKENS):
+        needed = 2 * (context_tokens + 1 + TEXT_TOKENS)
+        raise ValueError(f"the text has {len(ids)} tokens, but probes of {context_tokens} need {needed} or more")
     templates = list(SEEN)
     tasks: list[Task] = []
     for i in range(num_per_kind):
@@ -92,7 +96,7 @@ def make_suite(
             rng, count, context_tokens=room - COPY_TOKENS, template=template, num_statements=0, filler=text
         )
         tasks.append(_task("copying", [replace(listed, context=filler[0].context + listed.context)], tokenizer))
-    return (*tasks, *_text_tasks(rng, tokenizer, text, context_tokens, num_per_kind))
+    return (*tasks, *_text_tasks(rng, ids, context_tokens, num_per_kind))
 
 
 def _task(kind: str, probes: Sequence, tokenizer: Tokenizer, *, in_a_row: bool = False) -> Task:
@@ -105,13 +109,8 @@ def _task(kind: str, probes: Sequence, tokenizer: Tokenizer, *, in_a_row: bool =
     return Task(kind, tuple(encoded[0].context), tuple(turns), announced, in_a_row)
 
 
-def _text_tasks(
-    rng: random.Random, tokenizer: Tokenizer, text: str, context_tokens: int, num_per_kind: int
-) -> list[Task]:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+def _text_tasks(rng: random.Random, ids: Sequence[int], context_tokens: int, num_per_kind: int) -> list[Task]:
     whole = context_tokens + 1 + TEXT_TOKENS
-    if len(ids) < 2 * whole:
-        raise ValueError(f"the text has {len(ids)} tokens, but probes of {context_tokens} need {2 * whole} or more")
     tasks = []
     for place in (context_tokens // 4, context_tokens // 2, context_tokens):
         for _ in range(num_per_kind):

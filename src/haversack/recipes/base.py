@@ -90,6 +90,11 @@ def optimizer_option(name: str) -> OptimizerOption:
     return option
 
 
+def any_named(resident: str, recipes: Sequence[str]) -> bool:
+    """Whether one of these ids is a recipe for the resident."""
+    return any(recipe.resident == resident and recipe.id in recipes for recipe in all_recipes().values())
+
+
 def check_recipes(ids: Sequence[str], residents: Sequence[str]) -> None:
     """Raise a UsageError naming the first id that is no recipe for one of these residents, with what was meant or may be had."""
     known = {recipe.id: recipe.resident for recipe in all_recipes().values()}

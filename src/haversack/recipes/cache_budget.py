@@ -57,6 +57,11 @@ class CacheBudget:
     num_bytes: int
     statistics: HeadStatistics | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """What is worth asking for: with a block to spare nothing is ever dropped."""
+        return self.capacity_tokens + MAX_BLOCK_TOKENS
+
     def bytes_of(self, options: Sequence[KVOption]) -> int:
         """Declared bytes of a whole cache."""
         return sum(
@@ -86,16 +91,16 @@ class CacheBudget:
 
     def everywhere(self, make: Callable[[int], KVOption]) -> Options:
         """The same option at every layer, as large as fits; `make` takes tokens."""
-        return self.largest(lambda n: (make(n),) * len(self.sites), self.capacity_tokens)
+        return self.largest(lambda n: (make(n),) * len(self.sites), self.most_tokens)
 
     def shared(self, make: Callable[[int], KVOption], shares: Sequence[float]) -> Options:
         """Layers get tokens in proportion to `shares`, none more than the context."""
         mean = sum(shares) / len(shares)
 
         def at(n: int) -> Options:
-            return tuple(make(min(self.capacity_tokens, max(1, round(n * share / mean)))) for share in shares)
+            return tuple(make(min(self.most_tokens, max(1, round(n * share / mean)))) for share in shares)
 
-        return self.largest(at, self.capacity_tokens * len(self.sites))
+        return self.largest(at, self.most_tokens * len(self.sites))
 
     def best_of(self, candidates: Sequence[Options]) -> Options:
         """Of whole caches, the one with the most bytes that fits. Raises DoesNotFitError, as `largest`, where none does."""

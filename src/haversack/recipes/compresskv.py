@@ -27,11 +27,11 @@ def whole_cache(budget: CacheBudget) -> Options:
 
     def at(n: int) -> Options:
         return tuple(
-            KVOption(selection(VotingHeads, min(budget.capacity_tokens, round(n * share)), voters=heads))
+            KVOption(selection(VotingHeads, min(budget.most_tokens, round(n * share)), voters=heads))
             for share, heads in zip(shares, voters, strict=True)
         )
 
-    return budget.largest(at, budget.capacity_tokens * len(budget.sites))
+    return budget.largest(at, budget.most_tokens * len(budget.sites))
 
 
 RECIPE = Recipe(

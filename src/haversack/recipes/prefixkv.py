@@ -9,7 +9,7 @@ from haversack.recipes.base import Recipe
 from haversack.recipes.cache_budget import CacheBudget, Options, selection
 
 STEPS = 1000
-"""Thresholds that are tried, as shares of the attention mass."""
+"""Thresholds that are tried, as shares of the attention mass; all of it is every token."""
 
 
 def whole_cache(budget: CacheBudget) -> Options:
@@ -18,8 +18,8 @@ def whole_cache(budget: CacheBudget) -> Options:
     curves = budget.statistics.mass.tolist()
 
     def at(step: int) -> Options:
-        shares = [sum(mass < step / STEPS for mass in curve) / len(curve) for curve in curves]
-        return tuple(KVOption(selection(HeavyHitters, round(share * budget.capacity_tokens))) for share in shares)
+        shares = [sum(mass < step / STEPS or step == STEPS for mass in curve) / len(curve) for curve in curves]
+        return tuple(KVOption(selection(HeavyHitters, round(share * budget.most_tokens))) for share in shares)
 
     return budget.largest(at, STEPS)
 

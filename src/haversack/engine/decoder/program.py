@@ -22,7 +22,6 @@ from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
 from haversack.errors import UnsupportedModelError
 from haversack.kernels import ir_run
 from haversack.kernels.compiled import CompiledMatvec, Matvec
-from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_float import converts_half
 from haversack.kernels.ir_rows import RECORD, RowStep, rows_text
 from haversack.kernels.ir_tape import APPEND_RECORD, tape_text
@@ -30,7 +29,6 @@ from haversack.kernels.llvm import CompiledModule, compile_text, host_target
 from haversack.kernels.registry import choose_kernel
 from haversack.kernels.threads import parallel_address
 from haversack.parts.kv.layer import RingLayer
-from haversack.parts.weights.integer import IntegerGrid
 
 _ATTENTION_ARGUMENTS = [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")]
 _THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
@@ -368,10 +366,9 @@ def _matrices(weight: Any) -> list[tuple[PackedMatrix, slice]]:
 def _compiled_kernel(matrix: PackedMatrix, batch_size: int, dtype: torch.dtype) -> Matvec | None:
     """The matvec that computes this matrix for one token of each sequence; None for other kernels."""
     option = matrix.option
-    if not isinstance(option.grid, IntegerGrid) or option.transforms or option.corrections:
+    fmt = None if option.grid is None else option.grid.packed_format(matrix.in_features)
+    if option.grid is None or fmt is None or option.transforms or option.corrections:
         return None
-    grid = option.grid
-    fmt = PackedFormat(grid.bits, grid.group_size, matrix.in_features, grid.symmetric)
     if dtype == torch.float16:  # the kernels behind it convert their input first
         return None
     kernel = choose_kernel(fmt, batch_size, dtype, option.grid.activation_bits)

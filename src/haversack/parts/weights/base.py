@@ -9,6 +9,7 @@ left over. At run time the same parts compute `y = x W^T` from what they stored,
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from haversack.parts.base import Part, part_from_dict
 
 if TYPE_CHECKING:
     import torch
+
+    from haversack.kernels.format import PackedFormat
 
 
 @dataclass
@@ -53,8 +56,8 @@ class Transform(WeightPart):
     stage: ClassVar[str] = "transform"
 
     @abstractmethod
-    def apply(self, task: WeightTask) -> dict[str, torch.Tensor]:
-        """Rewrite `task.weight` and `task.hessian` in place; return what must be stored."""
+    def apply(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
+        """Put others in place of `task.weight` and `task.hessian`; return what must be stored. `grid` comes after."""
 
     @abstractmethod
     def transform_input(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -108,6 +111,8 @@ class Grid(WeightPart):
     stage: ClassVar[str] = "grid"
 
     group_size: int
+    activation_bits: int = 16
+    """Of the input as the kernel multiplies it: 16 as it is, or 8."""
 
     @property
     @abstractmethod
@@ -184,6 +189,10 @@ class Grid(WeightPart):
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `matmul` runs through on this machine."""
 
+    def packed_format(self, in_features: int) -> PackedFormat | None:
+        """The stored tensors in the kernels' words, where `codes` and `scales` (and `zeros`) are all that they read."""
+        return None
+
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
         reads."""
@@ -204,13 +213,23 @@ class Rounding(WeightPart):
 
 
 class Correction(WeightPart):
-    """Stores and adds back part of what the grid left over."""
+    """Stores and adds back part of the matrix: taken off before the grid sees it, or of what the grid left over."""
 
     stage: ClassVar[str] = "correct"
 
-    @abstractmethod
+    before: ClassVar[bool] = False
+    """Whether it is `take_off` that is called, or `correct`."""
+
+    rounds: int = 1
+    """How often rounding and `correct` take turns."""
+
+    def take_off(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
+        """Store part of `task.weight`, which the grid then goes without."""
+        raise AssertionError(f"{self.id} corrects what the grid left over")
+
     def correct(self, task: WeightTask, approximation: torch.Tensor) -> dict[str, torch.Tensor]:
         """Store a correction of `task.weight - approximation`."""
+        raise AssertionError(f"{self.id} is taken off before the grid")
 
     @abstractmethod
     def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
@@ -219,6 +238,10 @@ class Correction(WeightPart):
     @abstractmethod
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
         """What to add to the grid's rows, `(len(index), in_features)` float32."""
+
+    @abstractmethod
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The most bytes `rows` allocates, its result included."""
 
     @abstractmethod
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
@@ -347,7 +370,7 @@ class WeightOption:
             return 0
         result_bytes = 4 * num_rows * in_features
         after = [t.workspace_bytes(num_rows, in_features, "F32") for t in self.transforms]
-        after += [result_bytes for _ in self.corrections]
+        after += [c.rows_bytes(num_rows, in_features) for c in self.corrections]
         made = self.grid.rows_bytes(num_rows, in_features) + max(after, default=0)
         return made - result_bytes if dtype == "F32" else made
 
@@ -401,14 +424,35 @@ class WeightOption:
         assert self.rounding is not None, "a grid needs a rounding"
         tensors: dict[str, torch.Tensor] = {}
         for i, transform in enumerate(self.transforms):
-            tensors |= {f"transform{i}.{k}": v for k, v in transform.apply(task).items()}
-        codes, scales = self.rounding.round(task, self.grid)
-        tensors |= self.grid.pack(codes, scales)
-        approximation = self.grid.dequantize(codes, scales) if self.corrections else None
+            tensors |= {f"transform{i}.{k}": v for k, v in transform.apply(task, self.grid).items()}
+        stored, corrections = self._corrected(task)
+        for i, of_one in corrections.items():
+            tensors |= {f"correct{i}.{k}": v for k, v in of_one.items()}
+        return tensors | stored
+
+    def _corrected(self, task: WeightTask) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:
+        """The grid's tensors, and each correction's: what goes first, then in turns with rounding what corrects the grid."""
+        import torch
+
+        assert self.grid is not None and self.rounding is not None
+        every = torch.arange(len(task.weight))
+        found: dict[int, dict[str, torch.Tensor]] = {}
         for i, correction in enumerate(self.corrections):
-            assert approximation is not None
-            tensors |= {f"correct{i}.{k}": v for k, v in correction.correct(task, approximation).items()}
-        return tensors
+            if correction.before:
+                found[i] = correction.take_off(task, self.grid)
+                task.weight = task.weight - correction.rows(every, found[i], task.weight.shape[1])
+        after = [i for i, correction in enumerate(self.corrections) if not correction.before]
+        codes, scales = self.rounding.round(task, self.grid)
+        for turn in range(max((self.corrections[i].rounds for i in after), default=0)):
+            held = sum(self.corrections[i].rows(every, found[i], task.weight.shape[1]) for i in after if i in found)
+            if turn:
+                left = dataclasses.replace(task, weight=task.weight - held, notes=[])
+                codes, scales = self.rounding.round(left, self.grid)
+            approximation = self.grid.dequantize(codes, scales)
+            for i in after:
+                found[i] = self.corrections[i].correct(task, approximation)
+                approximation = approximation + self.corrections[i].rows(every, found[i], task.weight.shape[1])
+        return self.grid.pack(codes, scales), found
 
     def linear(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         """`x W^T` for `x` `(..., in_features)` from the stored tensors."""

@@ -11,8 +11,8 @@ from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
 from haversack.codecs.codebooks import BITS, Codebook, codebook
 from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS, SuperblockScales
 from haversack.errors import CheckpointError
-from haversack.kernels.format import MAX_TABLE
-from haversack.ledger import DTYPE_BYTES
+from haversack.kernels.format import MAX_TABLE, PackedFormat
+from haversack.ledger import DTYPE_BYTES, total_bytes
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.base import ScalarCodes
 from haversack.parts.weights.decoded import DecodedGrid
@@ -172,8 +172,9 @@ class CodebookGrid(DecodedGrid):
         made = rows_bytes(num_rows, in_features, scales=self._kernel_scales, **self._form)
         if not self._has_superscales:
             return made
-        taken = packed_row_bytes(self.padded_features(in_features), self.bits) + 2 * self.num_groups(in_features) + 16
-        return made + num_rows * taken  # their codes and scales, taken out first
+        groups, row_bytes = self.num_groups(in_features), packed_row_bytes(self.padded_features(in_features), self.bits)
+        taken = row_bytes + 2 * groups + total_bytes(self.coding.stored(1, groups)) + 8
+        return made + num_rows * taken  # their codes, scales as stored and as written out, and row numbers
 
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         if not self._has_kernels:
@@ -185,6 +186,12 @@ class CodebookGrid(DecodedGrid):
         name = kernel_name(num_tokens, out_features, in_features, **case)
         return f"{name} under superscales" if self._has_superscales else name
 
+    def packed_format(self, in_features: int) -> PackedFormat | None:
+        if self._has_superscales or not self._has_kernels:
+            return None
+        table = tuple(codebook(self.values).table.tolist())
+        return PackedFormat(self.bits, self.group_size, in_features, True, table, self.scales)
+
     def decode_seconds(self, num_weights: int) -> float:
         return 0.0 if self._has_kernels else super().decode_seconds(num_weights)
 
@@ -192,7 +199,7 @@ class CodebookGrid(DecodedGrid):
     def _has_kernels(self) -> bool:
         """Whether the kernel registry reads this form: a table of 16 values at most, and scales of groups as they are or
         written out first."""
-        if self.bits > 4:
+        if 1 << self.bits > MAX_TABLE:
             return False
         if not self._has_superscales:
             return True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from haversack.codecs.hadamard import block_columns, hadamard_transform
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.weights.base import Transform, WeightTask
+from haversack.parts.weights.base import Grid, Transform, WeightTask
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class HadamardRotation(Transform):
     def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
         return (StoredTensor("signs", "U8", (-(-in_features // 8),)),)
 
-    def apply(self, task: WeightTask) -> dict[str, torch.Tensor]:
+    def apply(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
         import torch
 
         in_features = task.weight.shape[1]

@@ -17,9 +17,12 @@ from haversack.errors import CheckpointError
 from haversack.ledger import StoredTensor
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.base import Grid, ScalarCodes
+from haversack.parts.weights.scale_search import group_importance
 
 if TYPE_CHECKING:
     import torch
+
+    from haversack.kernels.format import PackedFormat
 
 _F16_MAX = 65504.0
 _BLOCK_ELEMENTS = 2**19
@@ -111,7 +114,7 @@ class IntegerGrid(Grid):
         scales = torch.empty(out_features, groups, dtype=torch.float16)
         zeros = torch.empty(out_features, groups, dtype=torch.uint8)
         rows_per_block = max(1, _BLOCK_ELEMENTS // (groups * width))
-        weighting = self._group_importance(importance, in_features)
+        weighting = group_importance(importance, in_features, groups * width, groups)
         for start in range(0, out_features, rows_per_block):
             block = self._grouped(weight[start : start + rows_per_block])
             scale, zero = self._fit_groups(block, weighting)
@@ -211,6 +214,11 @@ class IntegerGrid(Grid):
 
         return kernel_name(num_tokens, out_features, in_features, **self._case(dtype))
 
+    def packed_format(self, in_features: int) -> PackedFormat:
+        from haversack.kernels.format import PackedFormat
+
+        return PackedFormat(self.bits, self.group_size, in_features, self.symmetric)
+
     def _case(self, dtype: str) -> dict[str, Any]:
         """The registry's words for this grid with activations of `dtype`."""
         from haversack.describe.checkpoint import torch_dtype
@@ -240,19 +248,6 @@ class IntegerGrid(Grid):
                 "scales can hold; keep this matrix in its own dtype."
             )
         return weight.view(weight.shape[0], groups, -1)
-
-    def _group_importance(self, importance: torch.Tensor | None, in_features: int) -> torch.Tensor:
-        """`(groups, width)` float32; padded columns weigh nothing, groups without importance weigh evenly."""
-        import torch
-        import torch.nn.functional as F
-
-        if importance is None:
-            importance = torch.ones(in_features)
-        padded = F.pad(importance.float().clamp_min(0), (0, self.padded_features(in_features) - in_features))
-        grouped = padded.view(self.num_groups(in_features), -1)
-        even = F.pad(torch.ones(in_features), (0, padded.numel() - in_features)).view_as(grouped)
-        total = grouped.sum(1, keepdim=True)
-        return torch.where(total > 0, grouped / total.clamp_min(torch.finfo(torch.float32).tiny), even)
 
     def _fit_groups(self, weight: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Float16-rounded scales and zero points, both float32 `(rows, groups)`, of `(rows, groups, width)`."""

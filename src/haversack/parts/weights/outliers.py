@@ -1,0 +1,121 @@
+"""Sparse outliers: the weights that a grid would serve worst are taken off it and kept in 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from haversack.errors import UsageError
+from haversack.ledger import DTYPE_BYTES, StoredTensor
+from haversack.parts.base import Source, check_range
+from haversack.parts.weights.base import Correction, Grid, WeightTask
+
+if TYPE_CHECKING:
+    import torch
+
+_DAMPING = 0.01
+_MAX_COLUMNS = 2**15
+_TILE_BYTES = 1 << 20
+_ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class SparseOutliers(Correction):
+    """Keeps a `share` (above 0, to 0.1) of the weights in float16 with their columns: stores 4 bytes for each, and 4 per row.
+
+    Taken off before the grid sees the matrix: those whose nearest code would cost the output most after all other columns
+    have made up for it as well as they can, `(w - q)^2 / (H^-1)_cc` (without statistics, `(w - q)^2`). The grid's scales
+    are then chosen without them. Rows of up to 32,768 columns.
+
+    Error: that of the grid on what is left; the outliers' own is float16's. Source: Dettmers et al. 2023 (arXiv
+    2306.03078, section 4); differs in choosing by one nearest rounding of the whole matrix instead of group by group within
+    the feedback, and in a number of outliers that is fixed, so that bytes are known.
+    """
+
+    id: ClassVar[str] = "outliers"
+    title: ClassVar[str] = "sparse outliers in 16 bits"
+    source: ClassVar[Source | None] = Source(
+        "Dettmers, Svirschevski, Egiazarian, Kuznedelev, Frantar, Ashkboos, Borzunov, Hoefler, Alistarh",
+        2023,
+        "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression",
+        "2306.03078",
+        "section 4",
+    )
+    before: ClassVar[bool] = True
+
+    share: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_range(self.id, "share", self.share, "above 0 and at most 0.1", 0 < self.share <= 0.1)
+
+    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
+        if in_features > _MAX_COLUMNS:
+            raise UsageError(f"{self.id}: {in_features} columns are more than {_MAX_COLUMNS}, which 16 bits number.")
+        number = self._number(out_features, in_features)
+        return (
+            StoredTensor("starts", "I32", (out_features + 1,)),
+            StoredTensor("columns", "I16", (number,)),
+            StoredTensor("values", "F16", (number,)),
+        )
+
+    def take_off(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
+        import torch
+
+        from haversack.parts.weights.damped_factor import damped_factor
+
+        weight = task.weight
+        scales = grid.fit(weight, None if task.hessian is None else task.hessian.diagonal())
+        cost = (grid.dequantize(grid.quantize(weight, scales), scales) - weight).square_()
+        if task.hessian is not None:
+            factor, _ = damped_factor(task.hessian, _DAMPING, [])
+            inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=True)
+            cost /= inverse.square().sum(0)  # the diagonal of (R R^T)^-1
+        number = self._number(*weight.shape)
+        chosen = cost.flatten().topk(number).indices.sort().values
+        counts = torch.bincount(chosen // weight.shape[1], minlength=weight.shape[0])
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        limit = torch.finfo(torch.float16).max
+        return {
+            "starts": starts.to(torch.int32),
+            "columns": (chosen % weight.shape[1]).to(torch.int16),
+            "values": weight.flatten()[chosen].clamp(-limit, limit).half(),
+        }
+
+    def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
+        import torch
+
+        values = x.reshape(-1, x.shape[-1])
+        out = x.new_empty(len(values), out_features)
+        step = self._tile_rows(x.shape[-1])
+        for first in range(0, out_features, step):
+            index = torch.arange(first, min(first + step, out_features))
+            out[:, first : first + step] = values @ self.rows(index, tensors, x.shape[-1]).to(x.dtype).t()
+        return out.view(*x.shape[:-1], out_features)
+
+    def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
+        import torch
+
+        out = torch.zeros(len(index), in_features)
+        for some, wanted in zip(out.split(_ROWS_AT_ONCE), index.long().split(_ROWS_AT_ONCE), strict=True):
+            first, last = tensors["starts"][wanted].long(), tensors["starts"][wanted + 1].long()
+            row = torch.arange(len(wanted)).repeat_interleave(last - first)
+            place = torch.arange(len(row)) + (first - ((last - first).cumsum(0) - (last - first)))[row]
+            some[row, tensors["columns"][place].long()] = tensors["values"][place].float()
+        return out
+
+    def rows_bytes(self, num_rows: int, in_features: int) -> int:
+        """The result; and the places of the outliers of some rows, which all weights there may be."""
+        return 4 * num_rows * in_features + min(num_rows, _ROWS_AT_ONCE) * (48 * in_features + 64)
+
+    def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
+        """The result, a tile of rows (float32, then in the input's dtype) with its product and row numbers."""
+        rows, size = min(out_features, self._tile_rows(in_features)), DTYPE_BYTES[dtype]
+        tile = self.rows_bytes(rows, in_features) + rows * (size * (in_features + num_tokens) + 8)
+        return num_tokens * out_features * size + tile
+
+    def _number(self, out_features: int, in_features: int) -> int:
+        return max(1, round(self.share * out_features * in_features))
+
+    def _tile_rows(self, in_features: int) -> int:
+        return max(16, _TILE_BYTES // (4 * in_features))
