@@ -1,6 +1,6 @@
 """Seconds of a training step from a roofline: products at the machine's rate, weights and states at its bandwidth.
 
-Every micro-batch reads the weights anew; recomputing layers is a forward pass more. What lies between products is left out, so that
+Every micro-batch reads the weights anew; recomputing layers is a forward pass more, a cut loss makes the logits twice. What lies between products is left out, so that
 the figure is a bound from below, good for comparing choices.
 """
 
@@ -30,7 +30,8 @@ def training_seconds(model: Model, cost: TrainingCost, machine: Machine) -> floa
     passes = 2.0 if frozen else 3.0  # forward, gradients of inputs, gradients of weights
     work = layer_work(model)
     again = sum(work[layer] for layer in recomputed_layers(workload.recompute, model.num_layers))
-    flops = 2 * workload.step_tokens * (passes * (inside + outside) + again * inside)
+    logits_again = 1.0 if workload.loss == "cut" else 0.0
+    flops = 2 * workload.step_tokens * ((passes + again) * inside + (passes + logits_again) * outside)
     weight_bytes = sum(cost.staying.get(owner, 0) for owner in ("weights", "packed weights", "adapters"))
     reads = workload.accumulation_steps * (passes + again) * weight_bytes
     if cost.staying.get("packed weights"):

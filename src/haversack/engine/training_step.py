@@ -18,6 +18,7 @@ from haversack.describe.workload import TrainingWorkload, TuneWorkload, recomput
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
+from haversack.engine.packed_tensor import packed_parameters, packed_tensors
 from haversack.engine.recompute import RecomputeLayers
 from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.errors import UsageError
@@ -135,7 +136,8 @@ class TrainingStep:
         adapters = [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
-        own |= {id(tensor) for tensor in packed}
+        packed += packed_tensors(self.model)
+        own |= {id(tensor) for tensor in (*packed, *packed_parameters(self.model))}
         rows = {
             "weights": [p for p in self.model.parameters() if id(p) not in own]
             + [b for b in self.model.buffers() if id(b) not in own],

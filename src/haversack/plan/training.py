@@ -29,7 +29,8 @@ _MAX_TRIES = 12
 
 @dataclass(frozen=True)
 class TrainingQuestion:
-    """What is asked: a model, a workload and a machine, within `budget_bytes` on each rank (None: not limited)."""
+    """What is asked: a model, a workload and a machine, within `budget_bytes` on each rank (None: not limited). `base_bytes`
+    are, by owner, what the weights of a base hold that is packed already."""
 
     model: Model
     workload: TuneWorkload | TrainWorkload
@@ -37,6 +38,7 @@ class TrainingQuestion:
     parallel: Parallelism
     budget_bytes: int | None
     budget_kind: Literal["process", "tensor"] = "process"
+    base_bytes: Mapping[str, int] | None = None
 
     @property
     def runtime_bytes(self) -> int:
@@ -137,7 +139,13 @@ def largest(question: TrainingQuestion, what: str) -> int | None:
 
 
 def _answer(question: TrainingQuestion) -> TrainingAnswer:
-    rank = rank_cost(question.model, question.workload, question.parallel, runtime_bytes=question.runtime_bytes)
+    rank = rank_cost(
+        question.model,
+        question.workload,
+        question.parallel,
+        runtime_bytes=question.runtime_bytes,
+        base_bytes=question.base_bytes,
+    )
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]
     short = 0 if question.budget_bytes is None else max(0, peak - question.budget_bytes)
