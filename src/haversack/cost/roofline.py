@@ -14,7 +14,7 @@ from haversack.describe.experts import share_of_experts
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
-from haversack.describe.workload import ServeWorkload, TrainingWorkload, TuneWorkload
+from haversack.describe.workload import ServeWorkload, TrainingWorkload, TuneWorkload, recomputed_layers
 from haversack.ledger import DTYPE_BYTES
 
 LOOKED_UP = ("embedding", "position")
@@ -94,17 +94,18 @@ def serving_operators(
 
 def training_operators(model: Model, workload: TrainingWorkload, machine: Machine) -> list[Operator]:
     """One step of one rank without its communication. Products count once forward, twice backward (once where the matrix
-    is frozen), and once more where layers are recomputed."""
+    is frozen), and once more where layers are recomputed, or the head's blocks of a cut loss."""
     rates = _Rates(machine, "F32" if workload.precision == "fp32" else "BF16")
     tokens, width = workload.step_tokens, DTYPE_BYTES[workload.weights_dtype]
     frozen = isinstance(workload, TuneWorkload) and workload.method != "full"
     backward = 1 if frozen else 2
-    again = 1 if workload.recompute == "full" else 0
+    again = len(recomputed_layers(workload.recompute, model.num_layers)) / max(1, model.num_layers)
+    head_again = 1 if workload.loss == "cut" else 0
     passes = workload.accumulation_steps
     out: list[Operator] = []
     for point, times in (("forward", 1), ("backward", backward + again)):
         for name, sites in _by_role(model).items():
-            inside = times - again if name == "head" and point == "backward" else times
+            inside = times - again + head_again if name == "head" and point == "backward" else times
             num_bytes = (
                 inside * passes * width * sum(s.num_parameters * read_share(model, s, tokens // passes) for s in sites)
             )
