@@ -143,7 +143,25 @@ class _Prose(HTMLParser):
 
     SKIPPED = frozenset({"script", "style", "head", "table", "nav", "footer", "form", "button", "svg"})
     NAVIGATION = frozenset(
-        ["navheader", "navfooter", "toc", "related", "sphinxsidebar", "headerlink", "nosearch", "sidebar", "menu-bar", "hidden", "menu", "toplang", "bottomlang", "quickview", "page-header", "up", "top"]
+        [
+            "navheader",
+            "navfooter",
+            "toc",
+            "related",
+            "sphinxsidebar",
+            "headerlink",
+            "nosearch",
+            "sidebar",
+            "menu-bar",
+            "hidden",
+            "menu",
+            "toplang",
+            "bottomlang",
+            "quickview",
+            "page-header",
+            "up",
+            "top",
+        ]
     )
     BREAKS = frozenset({"p", "div", "h1", "h2", "h3", "h4", "li", "dt", "pre", "br"})
     VOID = frozenset({"br", "hr", "img", "link", "meta", "input", "col"})

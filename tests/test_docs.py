@@ -53,7 +53,9 @@ def test_the_shown_diff_of_a_method_is_whole(generate: ModuleType, tmp_path: Pat
     """Without the shown files the package lists all other methods, and the generated pages lack the shown lines alone."""
     shown = generate.METHOD.search((ROOT / "docs" / "adding.md").read_text())
     assert shown is not None
-    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "__pycache__"))
+    shutil.copytree(
+        ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.safetensors", "*.txt", "__pycache__")
+    )
     for name in ("docs", "reference", "benchmarks", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     for path in shown["paths"].split():
@@ -115,8 +117,11 @@ def test_every_shown_command_exists() -> None:
 
     verbs = get_command(app).commands  # type: ignore[attr-defined]
     for page in PAGES:
-        for verb, rest in re.findall(r"haversack (plan|pack|run|verify|report|methods)\b([^\n`|]*)", page.read_text()):
-            known = {name for parameter in verbs[verb].params for name in parameter.opts + parameter.secondary_opts}
+        for verb, rest in re.findall(
+            r"haversack (plan|pack|run|verify|eval kv|report|methods)\b([^\n`|]*)", page.read_text()
+        ):
+            command = verbs["eval"].commands["kv"] if verb == "eval kv" else verbs[verb]
+            known = {name for parameter in command.params for name in parameter.opts + parameter.secondary_opts}
             unknown = set(re.findall(r"(?<!\S)(--[a-z-]+|-[a-z])\b", rest)) - known - {"--help"}
             assert not unknown, f"{page.name}: haversack {verb} has no {unknown}"
 

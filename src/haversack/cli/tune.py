@@ -192,7 +192,10 @@ def _run(
     trust_remote_code: bool,
     json: bool,
 ) -> int:
+    import dataclasses
+
     from haversack.formats.output import check_output
+    from haversack.formats.packed_folder import is_packed
     from haversack.samples.read import check_file
 
     if budget is not None and tensor_budget is not None:
@@ -214,10 +217,16 @@ def _run(
     from haversack.describe.workload import check_positions
     from haversack.jobs.tune import RunFolder, TrainingRequest, Watchers, run_training
 
-    described, home = _described(task, source, trust_remote_code)
+    base_bytes = None
+    if task == "tune" and is_packed(source):
+        described, base_bytes = _packed_base(Path(source), workload, pinned)
+        home = Path(source)
+        precision = "fp32" if described.dtype == "F32" else "master"
+        workload = dataclasses.replace(workload, method="qlora", precision=precision)
+        pinned |= {"method", "precision"}
+    else:
+        described, home = _described(task, source, trust_remote_code)
     if seq_len is not None:
-        import dataclasses
-
         check_positions(dataclasses.replace(workload, seq_len=seq_len), described.max_positions, described.name)
     request = TrainingRequest(
         model=described,
@@ -232,6 +241,7 @@ def _run(
         budget_kind="tensor" if tensor_budget is not None else "process",
         seq_len=seq_len,
         adapter=adapter,
+        base_bytes=base_bytes,
         cap_bytes=None if cap is None else parse_bytes(cap),
         resume_anyway=resume_anyway,
     )
@@ -273,6 +283,22 @@ def _workload(task: str, chosen: dict[str, str], pairs: list[str], rows: int) ->
     if task == "tune" and "method" not in pinned:
         fields["method"] = "full"
     return dataclasses.replace(workload, **fields), frozenset(pinned)
+
+
+def _packed_base(folder: Path, workload: Any, pinned: frozenset[str]) -> tuple[Model, dict[str, int]]:
+    """A packed folder as a base. Raises UsageError where another method was asked: packed matrices are not trained."""
+    from haversack.engine.packed_base import describe_packed_base
+
+    if "method" in pinned and workload.method != "qlora":
+        raise UsageError(
+            f"{folder} is packed, so its weights stay as they are, but method {workload.method} was asked; leave --method out, or "
+            "name the unpacked model."
+        )
+    if "precision" in pinned:
+        raise UsageError(
+            "beside a packed base adapters are kept in 32 bits and the base as it is; leave --with precision out."
+        )
+    return describe_packed_base(folder)
 
 
 def _described(task: str, source: str, trust_remote_code: bool) -> tuple[Model, Path]:

@@ -46,7 +46,14 @@ def sharded_bytes(num_bytes: int, owner: str, parallel: Parallelism) -> int:
     return num_bytes
 
 
-def rank_cost(model: Model, workload: TrainingWorkload, parallel: Parallelism, *, runtime_bytes: int = 0) -> RankCost:
+def rank_cost(
+    model: Model,
+    workload: TrainingWorkload,
+    parallel: Parallelism,
+    *,
+    runtime_bytes: int = 0,
+    base_bytes: Mapping[str, int] | None = None,
+) -> RankCost:
     """The ledger of one rank of each pipeline stage. `workload.batch_size` is of one rank.
 
     Tensor parallelism is traced: the rank's own heads, columns and vocabulary through the model's code. Pipeline stages
@@ -60,7 +67,7 @@ def rank_cost(model: Model, workload: TrainingWorkload, parallel: Parallelism, *
     config = rank_config(model.config, parallel, model.name)
     part = describe_model(config) if config != dict(model.config) else model
     own = dataclasses.replace(workload, seq_len=max(2, workload.seq_len // parallel.context))
-    cost = training_cost(part, own)
+    cost = training_cost(part, own, base_bytes)
     stages = stage_layers(model.num_layers, parallel.pipeline)
     ledgers = tuple(_stage_ledger(cost, part, parallel, stage, stages, runtime_bytes) for stage in range(len(stages)))
     return RankCost(parallel, cost, ledgers, tuple(len(stage) for stage in stages))

@@ -83,9 +83,10 @@ class TrainingCost:
         stays = dict(self.staying)
         rows: dict[str, dict[str, dict[str, int]]] = {"load": {"load": {"weights (as they come)": self.load_bytes}}}
         for moment in self.moments:
-            owners = {("other" if owner == EMBED else owner): n for owner, n in moment.owners.items()}
+            owners = {("other" if owner in (EMBED, "update") else owner): n for owner, n in moment.owners.items()}
             rows.setdefault(_point_of(moment), {})[moment.name] = {**stays, **owners}
         gradients = {GRADIENTS: self.trace.gradient_bytes}
+        rows["update"] = {"update": stays}  # all there is of it where weights are updated during the backward pass
         if self.workload.update == "step":
             rows["update"] = {"update": {**stays, **gradients, "workspace": self.trace.update_bytes}}
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
@@ -93,10 +94,15 @@ class TrainingCost:
         return {point: rows[point] for point in POINTS if point in rows}
 
 
-def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
-    """Trace a workload and declare what stays. About half a second of CPU time for layers of any width."""
+def training_cost(
+    model: Model, workload: TrainingWorkload, base_bytes: Mapping[str, int] | None = None
+) -> TrainingCost:
+    """Trace a workload and declare what stays. About half a second of CPU time for layers of any width.
+
+    `base_bytes` are, by owner, what a base holds that is packed already, instead of what packing it would give.
+    """
     trace = trace_training(model, workload)
-    staying = dict(trace.resident_bytes)
+    staying = {**trace.resident_bytes, **(base_bytes or {})}
     widened = workload.has_master_weights
     option = optimizer_option(workload.optimizer)
     staying[STATES] = option.shared_bytes + sum(
@@ -104,9 +110,10 @@ def training_cost(model: Model, workload: TrainingWorkload) -> TrainingCost:
         for tensor in trace.trained
     )
     staying[BATCH] = 8 * workload.step_tokens
-    return TrainingCost(
-        workload, trace, staying, tuple(compose(trace)), _load_bytes(model, trace, workload.weights_dtype)
-    )
+    load_bytes = _load_bytes(model, trace, workload.weights_dtype)
+    if base_bytes is not None:
+        load_bytes = sum(base_bytes.values()) + trace.resident_bytes.get("adapters", 0)
+    return TrainingCost(workload, trace, staying, tuple(compose(trace)), load_bytes)
 
 
 def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:

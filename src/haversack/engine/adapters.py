@@ -11,6 +11,7 @@ from torch import nn
 
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
+from haversack.engine.packed_tensor import PackedTensor
 from haversack.parts.weights.integer import IntegerGrid
 
 ATTENTION_ROLES = ("query", "key", "value", "output", "qkv")
@@ -98,7 +99,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed: bool, dtype: torch.dtype) -> None:
-    """Freeze `model` and put an adapter beside each whole linear of its layers; with `packed`, pack those linears.
+    """Freeze `model` and put an adapter beside each whole linear of its layers; with `packed`, pack those linears that are
+    not packed yet.
 
     `targets` names the adapted roles (`TARGETS`). Stacked experts stay frozen as they are.
     """
@@ -109,7 +111,7 @@ def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed
         wanted = site.role in roles
         if not (wanted or packed):
             continue
-        base = _pack(module, site) if packed else module
+        base = _pack(module, site) if packed and not isinstance(module.weight, PackedTensor) else module
         if wanted:
             base = LowRankAdapter(base, site_out(module), site_in(module), rank, dtype)
         parent, _, name = site.module.rpartition(".")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from haversack.describe.model import Model
 from haversack.engine.generation import uninstall_kv_plan
 from haversack.engine.load import PackedModel, open_packed
-from haversack.engine.packed_tensor import PackedMatrix, PackedStack, PackedTensor, RowBlock
+from haversack.engine.packed_tensor import PackedMatrix, RowBlock, packed_parameters
 from haversack.errors import UsageError
 
 TILE_ELEMENTS = 2**20
@@ -79,22 +78,6 @@ def freeze_packed(model: Any, attention: str) -> None:
     uninstall_kv_plan(model, attention)
     for parameter in packed_parameters(model):
         parameter.blocks = tuple(RowBlock(_frozen(block.matrix), block.rows) for block in parameter.blocks)
-
-
-def packed_parameters(model: nn.Module) -> list[PackedTensor]:
-    """Every packed parameter once, experts of a stack one by one."""
-    found: dict[int, PackedTensor] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *vars(module).values()):
-            for tensor in value.experts if isinstance(value, PackedStack) else (value,):
-                if isinstance(tensor, PackedTensor):
-                    found[id(tensor)] = tensor
-    return list(found.values())
-
-
-def packed_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """The stored tensors of all packed parameters."""
-    return [t for p in packed_parameters(model) for block in p.blocks for t in block.matrix.tensors().values()]
 
 
 def _frozen(matrix: PackedMatrix) -> FrozenMatrix:

@@ -144,6 +144,21 @@ class PackedStack(torch.Tensor):
         raise NotImplementedError(f"{func} was asked of packed experts; index one expert at a time.")
 
 
+def packed_parameters(model: torch.nn.Module) -> list[PackedTensor]:
+    """Every packed parameter once, experts of a stack one by one."""
+    found: dict[int, PackedTensor] = {}
+    for parameter in model.parameters():
+        for tensor in parameter.experts if isinstance(parameter, PackedStack) else (parameter,):
+            if isinstance(tensor, PackedTensor):
+                found[id(tensor)] = tensor
+    return list(found.values())
+
+
+def packed_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The stored tensors of all packed parameters."""
+    return [t for p in packed_parameters(model) for block in p.blocks for t in block.matrix.tensors().values()]
+
+
 def _linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
     assert isinstance(weight, PackedTensor) and not weight.transposed
     return weight.linear(x, bias)

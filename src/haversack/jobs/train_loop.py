@@ -58,13 +58,14 @@ class TrainingLoop:
         while done < self.settings.num_steps and not self.stopped():
             started = time.perf_counter()
             numbers = self._rows_of(done)
+            self._set_rates(done)
+            problem = self.writer.wait() if self.step.in_backward else None  # weights change during the backward pass
             loss = self._gradients(done, numbers)
-            problem = self.writer.wait()  # the weights may not change while they are written
+            problem = problem or self.writer.wait()  # the weights may not change while they are written
             if problem is not None:
                 self.log.event(done, f"a checkpoint could not be written, training goes on: {problem}")
                 save_after = done + min(2**self.writer.failures, self.settings.save_every_steps)
             norm = self._clip(done, numbers)
-            self._set_rates(done)
             self.step.update()
             done += 1
             self.seconds_per_step.append(time.perf_counter() - started)
@@ -102,8 +103,8 @@ class TrainingLoop:
             try:
                 return self._accumulate(done, numbers)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
+                if not memory.is_out_of_memory(error) or self.step.in_backward:
+                    raise  # weights that are half updated can't go on
                 self._degrade(done)
 
     def _accumulate(self, done: int, numbers: Sequence[int]) -> float:

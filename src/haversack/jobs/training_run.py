@@ -118,7 +118,8 @@ def import_runtime(workload: TrainingWorkload) -> None:
     """What training imports is the runtime's, so a small model of another kind trains before the first look."""
     import dataclasses
 
-    small = dataclasses.replace(workload, batch_size=1, seq_len=2)
+    recompute = "none" if workload.recompute == "none" else "full"  # the small model has other layers
+    small = dataclasses.replace(workload, batch_size=1, seq_len=2, recompute=recompute)
     step, batches = _prepare(_WARM_UP, small)
     step.run(batches)
 

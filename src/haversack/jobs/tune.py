@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.checkpoint import Checkpoint, torch_dtype
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
@@ -71,7 +71,7 @@ class RunFolder:
 @dataclass(frozen=True)
 class TrainingRequest:
     """What is asked. `workload.batch_size` and `seq_len` are placeholders until the data is known; `pinned` are the fields of the workload
-    that the user chose. `resume_anyway` goes on though the model, the data or what was asked has changed."""
+    that the user chose. `base_bytes` are set where the model is a packed folder. `resume_anyway` goes on though the model, the data or what was asked has changed."""
 
     model: Model
     tokenizer_source: Path
@@ -85,8 +85,16 @@ class TrainingRequest:
     budget_kind: Any = "process"
     seq_len: int | None = None
     adapter: Path | None = None
+    base_bytes: Mapping[str, int] | None = None
     cap_bytes: int | None = None
     resume_anyway: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workload.update == "backward" and self.settings.clip_norm:
+            raise UsageError(
+                f"update=backward drops each gradient as it comes, so that gradients can't be clipped to a norm of "
+                f"{self.settings.clip_norm:g} together; say --clip 0 besides."
+            )
 
     @property
     def task(self) -> str:
@@ -271,7 +279,13 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
     )
     fit = fit_training(
         TrainingQuestion(
-            request.model, workload, request.machine, Parallelism(), request.budget_bytes, request.budget_kind
+            request.model,
+            workload,
+            request.machine,
+            Parallelism(),
+            request.budget_bytes,
+            request.budget_kind,
+            request.base_bytes,
         ),
         request.pinned,
     )
@@ -371,12 +385,18 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     """The model loaded, made ready, and with an optimizer at the asked rate."""
     import torch
 
+    from haversack.engine.packed_base import freeze_packed
     from haversack.engine.peft_format import load_adapter
     from haversack.engine.training_step import DTYPES, TrainingStep
     from haversack.jobs.training_run import open_model
 
     torch.manual_seed(settings.seed)
-    model = open_model(request.model, DTYPES[workload.weights_dtype], workload.attention, seed=settings.seed)
+    dtype = DTYPES[workload.weights_dtype]
+    if request.base_bytes is not None:
+        dtype = torch_dtype(request.model.dtype)  # what was not packed stays as it is, too
+    model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
+    if request.base_bytes is not None:
+        freeze_packed(model, workload.attention)
     step = TrainingStep(model, request.model, workload)
     if request.adapter is not None:
         load_adapter(model, request.adapter)

@@ -13,8 +13,10 @@ from typing import Any
 
 from haversack.cost.training_seconds import training_seconds
 from haversack.describe.workload import ATTENTIONS, RECOMPUTATIONS, TrainWorkload, TuneWorkload
+from haversack.engine.cut_loss import cuts
 from haversack.engine.training_trace import AttentionError
 from haversack.errors import DoesNotFitError
+from haversack.plan.recompute import choose_recomputation
 from haversack.plan.training import TrainingAnswer, TrainingQuestion, predict_training
 from haversack.units import format_bytes
 
@@ -47,14 +49,18 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
     micro_batches = [n for n in range(1, rows + 1) if rows % n == 0]
     if "accumulation_steps" in pinned:
         micro_batches = [question.workload.batch_size]
-    recomputations = (question.workload.recompute,) if "recompute" in pinned else RECOMPUTATIONS
+    if question.workload.update == "backward":
+        micro_batches = [rows]  # each gradient is used up at once, so none accumulate
     question = _with_attention(question, pinned)
+    ways = _ways(question, pinned)
     weigh = _Weighing(question, rows)
     best_effort: TrainingAnswer | None = None
     for given_up, fields in _rungs(question.workload, pinned):
-        least = weigh(fields, recomputations[-1], micro_batches[0])
+        least = weigh(fields, ways[-1], micro_batches[0])
         if least.fits:
-            answer = min(_fitting(weigh, fields, recomputations, micro_batches), key=weigh.seconds)
+            answer = min(_fitting(weigh, fields, ways, micro_batches), key=weigh.seconds)
+            if "recompute" not in pinned:
+                answer = weigh.fewer_layers(answer)
             return TrainingFit(answer, weigh.seconds(answer), given_up, weigh.num_weighed)
         if best_effort is None or least.shortfall_bytes < best_effort.shortfall_bytes:
             best_effort = least
@@ -70,7 +76,7 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
 
 def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQuestion:
     """The question with plain attention, where the family has no fused one and the user asked for none."""
-    smallest = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
+    smallest: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
     if "attention" in pinned:
         return question
     for attention in dict.fromkeys((question.workload.attention, *ATTENTIONS)):
@@ -81,6 +87,15 @@ def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQue
             continue
         return tried
     return question  # every try fails alike: let it be told
+
+
+def _ways(question: TrainingQuestion, pinned: Set[str]) -> list[dict[str, str]]:
+    """Recomputation and loss, from the fastest to the one that holds the least; all give the same result."""
+    recomputations = (question.workload.recompute,) if "recompute" in pinned else RECOMPUTATIONS
+    losses: tuple[str, ...] = (question.workload.loss,)
+    if "loss" not in pinned and question.workload.loss == "fp32" and cuts(question.model):
+        losses = ("fp32", "cut")
+    return [{"recompute": recompute, "loss": loss} for recompute in recomputations for loss in losses]
 
 
 def _rungs(
@@ -106,15 +121,15 @@ def _rungs(
 
 
 class _Weighing:
-    """Answers by rung, recomputation and micro-batch, each predicted once."""
+    """Answers by rung, way and micro-batch, each predicted once."""
 
     def __init__(self, question: TrainingQuestion, rows: int):
         self.question = question
         self.rows = rows
         self._answers: dict[TuneWorkload | TrainWorkload, TrainingAnswer] = {}
 
-    def __call__(self, fields: Mapping[str, Any], recompute: str, micro_batch: int) -> TrainingAnswer:
-        shape = {"batch_size": micro_batch, "accumulation_steps": self.rows // micro_batch, "recompute": recompute}
+    def __call__(self, fields: Mapping[str, Any], way: Mapping[str, str], micro_batch: int) -> TrainingAnswer:
+        shape = {"batch_size": micro_batch, "accumulation_steps": self.rows // micro_batch, **way}
         workload = dataclasses.replace(self.question.workload, **{**fields, **shape})
         if workload not in self._answers:
             self._answers[workload] = predict_training(dataclasses.replace(self.question, workload=workload))
@@ -124,23 +139,34 @@ class _Weighing:
         """Of a step, by the roofline."""
         return training_seconds(self.question.model, answer.cost, self.question.machine)
 
+    def fewer_layers(self, answer: TrainingAnswer) -> TrainingAnswer:
+        """The same with as few layers run twice as the budget asks, where all are."""
+        question = answer.question
+        if question.workload.recompute != "full" or question.tensor_bytes is None:
+            return answer
+        found = choose_recomputation(question.model, question.workload, question.tensor_bytes)
+        if found is None:
+            return answer
+        fewer = predict_training(dataclasses.replace(question, workload=found[0]))
+        return fewer if fewer.fits else answer
+
     @property
     def num_weighed(self) -> int:
         return len(self._answers)
 
 
 def _fitting(
-    weigh: _Weighing, fields: Mapping[str, Any], recomputations: Sequence[str], micro_batches: Sequence[int]
+    weigh: _Weighing, fields: Mapping[str, Any], ways: Sequence[Mapping[str, str]], micro_batches: Sequence[int]
 ) -> Iterator[TrainingAnswer]:
-    """The largest micro-batch that fits under each way of recomputing, from the fastest way: a larger one reads the weights
-    less often. Where the largest of all fits, recomputing more can't be faster."""
-    for recompute in recomputations:
+    """The largest micro-batch that fits in each way, from the fastest way: a larger one reads the weights less often. Where
+    the largest of all fits, computing more again can't be faster."""
+    for way in ways:
         low, high = -1, len(micro_batches)
         while high - low > 1:
             middle = high - 1 if low < 0 and high == len(micro_batches) else (low + high) // 2
-            low, high = (middle, high) if weigh(fields, recompute, micro_batches[middle]).fits else (low, middle)
+            low, high = (middle, high) if weigh(fields, way, micro_batches[middle]).fits else (low, middle)
         if low >= 0:
-            yield weigh(fields, recompute, micro_batches[low])
+            yield weigh(fields, way, micro_batches[low])
         if low == len(micro_batches) - 1:
             return
 
@@ -148,7 +174,10 @@ def _fitting(
 def _settings(answer: TrainingAnswer) -> str:
     workload = answer.question.workload
     method = f"method {workload.method}, " if isinstance(workload, TuneWorkload) else ""
-    return f"{method}{workload.batch_size} x {workload.seq_len} tokens, recompute {workload.recompute}, {workload.optimizer}"
+    return (
+        f"{method}{workload.batch_size} x {workload.seq_len} tokens, recompute {workload.recompute}, loss {workload.loss}, "
+        f"{workload.optimizer}"
+    )
 
 
 def _cheapest_change(answer: TrainingAnswer) -> str:
