@@ -120,12 +120,12 @@ def describe_model(
 
     Raises ModelNotFoundError, UnsupportedModelError and CheckpointError, each in one sentence.
     """
-    with _paused_collection():
+    with paused_collection():
         return _describe(find_source(source, revision), trust_remote_code)
 
 
 @contextmanager
-def _paused_collection() -> Iterator[None]:
+def paused_collection() -> Iterator[None]:
     """No cyclic garbage collection meanwhile: imports and 100,000 blocks live on, and walking them costs a third."""
     was_enabled = gc.isenabled()
     gc.disable()

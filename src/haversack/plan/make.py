@@ -12,6 +12,7 @@ from haversack.cost.damage import Damage
 from haversack.cost.damages import damage_table, unknown_kv_damages
 from haversack.cost.lossless import without_loss
 from haversack.cost.serving import ServingProblem, serving_problem
+from haversack.describe.model import paused_collection
 from haversack.describe.workload import check_positions
 from haversack.engine.decoder.forecast import forecast_step
 from haversack.engine.profile import profile_forward
@@ -76,7 +77,8 @@ def make_plan(
     if meter is not None and solution.fits and solution.minimised == "damage" and solution.evaluation.damage > 0:
         refined = meter.refine(built, solution)
         solution = refined.solution
-    return write_answer(question, built, solution, chunk, refined, _front(built, solution, question))
+    with paused_collection():
+        return write_answer(question, built, solution, chunk, refined, _front(built, solution, question))
 
 
 def _chunks(question: Question) -> tuple[int, ...]:
@@ -93,6 +95,7 @@ def _better(new: Solution, old: Solution) -> bool:
     return new.evaluation.damage < old.evaluation.damage * (1 - 1e-6)
 
 
+@paused_collection()
 def solve_at(question: Question, chunk: int) -> tuple[ServingProblem, Solution]:
     """The best solution with one prefill chunk, streaming only where nothing resident fits or where it was asked for."""
     serving = _serving(question, chunk)
