@@ -4,7 +4,8 @@ Bytes are those really stored (codes, scales, tables, indices) over all matrices
 weight are eight times them over the number of weights. Loss is KL in nats per token on foreign prose and code, which
 neither training nor calibration saw. Each row is set against the best row of round-to-nearest and of gptq that stores
 no more than half a percent above its own bytes; the interval is a paired bootstrap over blocks of 64 tokens of this row
-less that one, so that below zero is better. Each matrix is packed on its own, with statistics of the unpacked model.
+less that one, so that below zero is better. Each matrix is packed on its own, with statistics of the unpacked model. Codes
+that lose nothing are left out.
 
 `python -m benchmarks.recipes [--model a] [--recipe ID ...] [--fresh]`: losses by token are kept in the cache folder, so that
 an interrupted run goes on; `--fresh` measures again.
@@ -100,19 +101,14 @@ class Bench:
         return option.encode(task)
 
 
-def against(row: Row, rows: list[Row], recipe: str) -> dict[str, Any] | None:
-    """The best row of a yardstick with no more bytes, and the interval of the difference."""
+def against(row: Row, rows: list[Row], recipe: str) -> dict[str, Any]:
+    """The best row of a yardstick with no more bytes, and the interval of the difference; nothing where none has."""
     fitting = [r for r in rows if r.recipe == recipe and r.num_bytes <= row.num_bytes * SAME_BYTES]
     if not fitting:
-        return None
+        return {}
     best = min(fitting, key=lambda r: float(r.kl.mean()))
     low, high = paired_bootstrap(row.kl, best.kl)
-    return {
-        "option": best.option.label,
-        "bits_per_weight": round(best.bits_per_weight, 4),
-        "kl": float(best.kl.mean()),
-        "difference_95": [low, high],
-    }
+    return {f"{recipe}_bits": round(best.bits_per_weight, 4), f"minus_{recipe}_95": f"{low:+.4f} to {high:+.4f}"}
 
 
 def figures(name: str, rows: list[Row]) -> list[dict[str, Any]]:
@@ -125,7 +121,7 @@ def figures(name: str, rows: list[Row]) -> list[dict[str, Any]]:
             "bytes": row.num_bytes,
             "bits_per_weight": round(row.bits_per_weight, 4),
             "kl": float(row.kl.mean()),
-            **{f"against_{recipe}": against(row, rows, recipe) for recipe in YARDSTICKS},
+            **{key: value for recipe in YARDSTICKS for key, value in against(row, rows, recipe).items()},
         }
         for row in sorted(rows, key=lambda r: r.num_bytes)
     ]
@@ -142,7 +138,7 @@ def main() -> None:
         bench, rows = Bench(name, asked.fresh), []
         for recipe in all_recipes().values():
             if recipe.resident == "weights" and (not asked.recipe or recipe.id in (*YARDSTICKS, *asked.recipe)):
-                rows += [bench.row(recipe.id, option) for option in recipe.options()]
+                rows += [bench.row(recipe.id, option) for option in recipe.options() if not option.lossless]
         found += figures(name, rows)
         if not asked.recipe:
             print(write_results("recipes", found))

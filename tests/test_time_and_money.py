@@ -69,7 +69,9 @@ def test_experts_that_are_read_and_those_that_are_there() -> None:
     model = describe_model(FAMILIES["mixtral"])
     experts = sum(s.num_parameters for s in model.weights if s.expert is not None)
     assert model.num_experts == 3
-    assert model.num_parameters - model.num_active_parameters == pytest.approx(experts / 3, abs=1)
+    assert model.num_parameters - model.num_active_parameters == pytest.approx(
+        experts / 3, abs=1
+    )  # two of three, transformers' default
 
 
 def test_every_price_names_a_machine_and_a_source(tmp_path: Path) -> None:
@@ -93,7 +95,7 @@ def test_the_verb_answers_what_people_ask(tmp_path: Path, capsys: pytest.Capture
     config, prices, picture = tmp_path / "config.json", tmp_path / "prices.toml", tmp_path / "sweep.svg"
     config.write_text(json.dumps(FAMILIES["llama"]))
     prices.write_text('["l4-24gb"]\ndollars_per_hour = 3.6\nsource = "me"\n')
-    base = ["plan", str(config), "--machine", "l4-24gb", "--tensor-budget", "600KiB"]
+    base = ["plan", str(config), "--machine", "l4-24gb", "--tensor-budget", "300KiB"]
     assert run([*base, "--sweep", "users", "-o", str(picture), "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["points"]
     assert [p["users"] for p in points] == [2**i for i in range(len(points))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +270,12 @@ def test_options_that_contradict(cli, chat_folder, tmp_path):
         cli("run", chat_folder, "--prompt", "x", option, value).refuses(f"{option} is {value}")
 
 
+def _begin_terminal_session() -> None:
+    """What a login does: standard input is the session's terminal, and Ctrl-C is heard, which jobs in the background ignore."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_on_a_terminal(chat_folder):
     """A message, Ctrl-C in the answer, another message, Ctrl-C at the prompt, Ctrl-D."""
@@ -280,25 +288,20 @@ def test_on_a_terminal(chat_folder):
     command = [sys.executable, "-m", "haversack", "run", str(chat_folder), "--chat"]
     process = subprocess.Popen(
         command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=_begin_terminal_session,
         env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     os.close(terminal)
     seen = ""
 
-    def wait_for(words: str, again: bytes = b"") -> None:
-        """Read until `words` came, or, for none, until anything did; the key `again` is pressed at each silent second.
-
-        A person does the same: a Ctrl-C that falls between readline's prompt and its wait for a key is not seen before the next key.
-        """
+    def wait_for(words: str) -> None:
+        """Read until `words` came, or, for none, until anything did."""
         nonlocal seen
         deadline = time.monotonic() + 120
         while words not in seen or not seen.strip():
             assert time.monotonic() < deadline and process.poll() is None, seen
             if select.select([main], [], [], 1)[0]:
                 seen += os.read(main, 4096).decode(errors="replace")
-            elif again:
-                os.write(main, again)
         seen = seen[seen.index(words) + len(words) :]
 
     try:
@@ -310,7 +313,7 @@ def test_on_a_terminal(chat_folder):
         wait_for("tokens read")
         wait_for(">>> ")
         os.write(main, b"\x03")
-        wait_for("Ctrl-D leaves", again=b"\x03")
+        wait_for("Ctrl-D leaves")
         wait_for(">>> ")
         os.write(main, b"/help\n")
         wait_for("/reset")

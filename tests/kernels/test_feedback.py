@@ -56,7 +56,7 @@ def test_every_number_of_threads_gives_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("width", [64, 128, 200])
+@pytest.mark.parametrize("width", [9, 16, 32, 64, 128, 200])
 @pytest.mark.parametrize("rows", [1, 4, 7])
 def test_the_first_best_offer_is_found_with_its_refit(rows, width):
     groups, offers, last = 3, 5, 15
@@ -69,7 +69,25 @@ def test_the_first_best_offer_is_found_with_its_refit(rows, width):
     q = ((weight * inverse).round() + 8).clamp(0, last) - 8
     errors = ((q * scale[..., None] - weight).double().square() * importance).sum(-1)
     assert torch.equal(best, errors.argmin(0))
-    assert len(best.unique()) > 1 or rows == 1
+    assert len(best.unique()) > 1 or rows == 1 or width < 64
     taken = q.gather(0, best[None, ..., None].expand(1, rows, groups, width))[0]
+    assert torch.equal(products, (importance * taken * weight).sum(-1))
+    assert torch.equal(squares, (importance * taken * taken).sum(-1))
+
+
+@pytest.mark.parametrize("width", [16, 32, 128])
+def test_offers_to_a_table_are_weighed_by_its_values(width):
+    """Values that no rounding touches, so that sums are exact; halfway between two, the lower one is taken."""
+    table, offers = (-2.0, -0.5, 0.5, 2.0), 4
+    weight = dyadic((5, 3, width), 0, bits=7, step=2.0**-5)
+    importance = dyadic((3, width), 1, bits=3, step=0.5).abs()
+    scale = torch.tensor([0.5, 0.25, -0.25, 0.0]).view(offers, 1, 1).expand(offers, 5, 3).contiguous()
+    best, products, squares = best_offers(weight, importance, scale, scale, 4, table)
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)[..., None]
+    borders, values = torch.tensor([-1.25, 0.0, 1.25]), torch.tensor(table)
+    q = values[torch.searchsorted(borders, weight * inverse)]
+    errors = ((q * scale[..., None] - weight).double().square() * importance).sum(-1)
+    assert torch.equal(best, errors.argmin(0))
+    taken = q.gather(0, best[None, ..., None].expand(1, 5, 3, width))[0]
     assert torch.equal(products, (importance * taken * weight).sum(-1))
     assert torch.equal(squares, (importance * taken * taken).sum(-1))

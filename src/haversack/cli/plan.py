@@ -140,7 +140,12 @@ def plan(
         if json:
             console.print_json({**plan_json(answer), "operators": operators_json(rows), "per_million_tokens": money})
         else:
-            print_answer(answer, described.num_active_parameters, money)
+            print_answer(answer)
+            if described.num_experts:
+                active = format_count(described.num_active_parameters)
+                console.paragraph(f"{active} of the parameters are active for a token; all experts are resident.")
+            if money is not None:
+                console.paragraph(f"per million generated tokens: {money}.")
             if operators:
                 typer.echo("")
                 print_operators(rows)
@@ -205,7 +210,7 @@ def _seconds_per_generated(answer: Answer) -> float | None:
     return (prediction.prefill_seconds + workload["generate_tokens"] * prediction.seconds_per_token) / generated
 
 
-def print_answer(answer: Answer, num_active: int | None = None, money: str | None = None) -> None:
+def print_answer(answer: Answer) -> None:
     """The answer as tables of at most 80 columns."""
     plan = answer.plan
     budget = plan.budget.num_bytes
@@ -215,12 +220,7 @@ def print_answer(answer: Answer, num_active: int | None = None, money: str | Non
     asked = f" in {format_bytes(budget)}" if budget else ""
     console.paragraph(
         f"{plan.model.name}: {format_count(plan.model.num_parameters)} parameters, {format_bytes(plan.model.num_bytes)} "
-        f"as they are ({plan.model.dtype})"
-        + (
-            f", {format_count(num_active)} of them active for a token."
-            if num_active not in (None, plan.model.num_parameters)
-            else "."
-        )
+        f"as they are ({plan.model.dtype})."
     )
     console.paragraph(
         f"{workload['users']} x ({workload['prompt_tokens']} prompt + {workload['generate_tokens']} generated) tokens: "
@@ -231,7 +231,7 @@ def print_answer(answer: Answer, num_active: int | None = None, money: str | Non
     typer.echo("")
     console.ledger_table(answer.plan.ledger)
     typer.echo("")
-    console.table(("what", "predicted"), [*_figures(answer), *([("per million tokens", money)] if money else [])])
+    console.table(("what", "predicted"), _figures(answer))
     typer.echo("")
     console.table(("option", "placement", "sites", "bytes", "of 16 bits"), _mix(answer), right=(2, 3, 4))
     console.notes(plan.notes)

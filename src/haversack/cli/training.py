@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from haversack.cli import console
+from haversack.cli.money import operators_json, price_line, print_operators
 from haversack.cli.sweep import print_largest, print_sweep
 from haversack.errors import UsageError
-from haversack.units import format_bytes, parse_budget
+from haversack.units import format_bytes, format_seconds, parse_budget
 
 if TYPE_CHECKING:
     from haversack.describe.machine import Machine
     from haversack.describe.model import Model
     from haversack.describe.parallel import Parallelism
     from haversack.describe.workload import TrainWorkload, TuneWorkload
-    from haversack.plan.training import TrainingAnswer
+    from haversack.plan.training import TrainingAnswer, TrainingQuestion
 
 DEFAULT_SEQ_LEN = 1024
 
@@ -63,7 +64,8 @@ def plan_training_verb(
     json: bool,
 ) -> int:
     """Print the answer; 0 if it fits, 1 if not."""
-    from haversack.plan.training import TrainingQuestion, largest, plan_training
+    from haversack.cost.roofline import total_seconds
+    from haversack.plan.training import TrainingQuestion, largest, plan_training, step_operators
 
     length = seq_len or min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
     workload, parallel = settings_of(task, batch, length, pairs)
@@ -84,9 +86,30 @@ def plan_training_verb(
         points = sweep_training(question, sweep_of)
         return print_sweep(points, sweep_of, budget_bytes=question.budget_bytes, output=picture, json=json)
     answer = plan_training(question)
+    rows = step_operators(question, answer) if with_operators or json else []
+    seconds = total_seconds(rows)
     with console.reader_may_leave():
-        console.print_json(training_json(answer)) if json else _print(answer)
+        if json:
+            more = {"operators": operators_json(rows), "seconds_per_step": seconds}
+            console.print_json({**training_json(answer), **more})
+        else:
+            _print(answer)
+        if with_operators and not json:
+            typer.echo("")
+            print_operators(rows)
+            _print_money(question, seconds, prices)
     return 0 if answer.fits else 1
+
+
+def _print_money(question: TrainingQuestion, seconds: float | None, prices: Path | None) -> None:
+    """What a step takes at least, and a million tokens of all ranks together."""
+    workload, parallel = question.workload, question.parallel
+    per_token = None if seconds is None else seconds * parallel.ranks / (workload.step_tokens * parallel.data)
+    step = "unknown" if seconds is None else format_seconds(seconds)
+    typer.echo("")
+    console.paragraph(
+        f"a step takes at least {step}; per million tokens: {price_line(question.machine.name, prices, per_token)}."
+    )
 
 
 def training_json(answer: TrainingAnswer) -> dict[str, Any]:

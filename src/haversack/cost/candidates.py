@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from haversack.cost.damage import Damage
 from haversack.cost.roofline import read_share
@@ -43,7 +45,7 @@ class WeightCandidate:
     disk_seconds: float
     damage: Damage
 
-    @property
+    @cached_property
     def id(self) -> str:
         return f"{self.option.label} {self.placement.id}"
 
@@ -76,6 +78,7 @@ class Serving:
     decode: ActivationProfile
     step: StepForecast
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
+    costs: dict[tuple, tuple[Any, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def read_rate(self) -> float:
@@ -134,27 +137,63 @@ def weight_candidates(
     placements: Sequence[Placement],
 ) -> list[WeightCandidate]:
     """Every option with a known or stated damage, in every placement that the site admits."""
-    out: list[WeightCandidate] = []
-    share = read_share(serving.model, site, serving.workload.users)
-    for option, damage in damages.items():
-        stored_bytes, prefill_workspace, decode_workspace = serving.sizes(site, option)
-        for placement in placements:
-            if placement.mode == "streamed" and site.layer is None:
-                continue  # the window follows the layers; what lies outside stays
-            out.append(
-                WeightCandidate(
-                    site=site,
-                    option=option,
-                    placement=placement,
-                    stored_bytes=stored_bytes,
-                    prefill_bytes=serving.prefill.at_site[site.id] + prefill_workspace,
-                    decode_bytes=serving.decode_bytes(serving.decode.at_site[site.id]) + decode_workspace,
-                    seconds=_seconds(serving, site, option, stored_bytes, share),
-                    disk_seconds=stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0,
-                    damage=damage,
+    prefill, decode = serving.prefill.at_site[site.id], serving.decode_bytes(serving.decode.at_site[site.id])
+    return [
+        WeightCandidate(
+            site=site,
+            option=row.option,
+            placement=row.placement,
+            stored_bytes=row.stored_bytes,
+            prefill_bytes=prefill + row.prefill_workspace_bytes,
+            decode_bytes=decode + row.decode_workspace_bytes,
+            seconds=row.seconds,
+            disk_seconds=row.disk_seconds,
+            damage=row.damage,
+        )
+        for row in _costs(serving, site, damages, placements)
+    ]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What an option in a placement costs at every site that is like another: all but what lives there."""
+
+    option: WeightOption
+    placement: Placement
+    stored_bytes: int
+    prefill_workspace_bytes: int
+    decode_workspace_bytes: int
+    seconds: float
+    disk_seconds: float
+    damage: Damage
+
+
+def _costs(
+    serving: Serving, site: WeightSite, damages: Mapping[WeightOption, Damage], placements: Sequence[Placement]
+) -> list[_Cost]:
+    """Looked at once for sites of one shape, role and table of damages: layers and experts are many, their kinds few."""
+    key = (
+        *(site.role, site.out_features, site.in_features, site.dtype),
+        *(site.expert is None, site.layer is None, bool(site.tied_modules), id(damages), tuple(placements)),
+    )
+    if key not in serving.costs:
+        share = read_share(serving.model, site, serving.workload.users)
+        rows = []
+        for option, damage in damages.items():
+            stored_bytes, prefill_workspace, decode_workspace = serving.sizes(site, option)
+            seconds = _seconds(serving, site, option, stored_bytes, share)
+            for placement in placements:
+                if placement.mode == "streamed" and site.layer is None:
+                    continue  # the window follows the layers; what lies outside stays
+                disk_seconds = stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0
+                rows.append(
+                    _Cost(
+                        *(option, placement, stored_bytes, prefill_workspace, decode_workspace),
+                        *(seconds, disk_seconds, damage),
+                    )
                 )
-            )
-    return out
+        serving.costs[key] = (damages, rows)  # the table is kept, so that its identity stays its own
+    return serving.costs[key][1]
 
 
 def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int, share: float) -> float:

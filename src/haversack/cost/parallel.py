@@ -11,7 +11,7 @@ from haversack.cost.training import SLACK, SLACK_FRACTION, STATES, TrainingCost,
 from haversack.describe.model import Model, describe_model
 from haversack.describe.parallel import Parallelism, rank_config, stage_layers
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
-from haversack.engine.training_trace import ACTIVATIONS, GRADIENTS
+from haversack.engine.training_trace import ACTIVATIONS, EMBED_BACKWARD, GRADIENTS, LOSS, LOSS_BACKWARD
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, Ledger
 
@@ -19,7 +19,7 @@ SHARDED_FROM = {STATES: 1, "master weights": 1, GRADIENTS: 2, "weights": 3}
 """The ZeRO stage from which an owner is sharded (Rajbhandari et al. 2019, arXiv 1910.02054, section 5)."""
 
 GATHERED_UNITS = 2
-"""Whole layers that fully sharded ranks hold at once: the one that computes and the one being gathered."""
+"""Layers' bytes that fully sharded ranks hold at once beside what lies outside the layers: one whole, one flat."""
 
 COMMUNICATION = "communication buffers"
 
@@ -100,33 +100,35 @@ def sent_bytes(model: Model, workload: TrainingWorkload, parallel: Parallelism) 
 def _stage_ledger(
     cost: TrainingCost, model: Model, parallel: Parallelism, stage: int, stages: list[range], runtime_bytes: int
 ) -> Ledger:
-    """Owners scale with the weights of the stage's layers; activations with its layers and the batches in flight."""
-    share, widest, outer = _shares(model, stages, stage)
+    """Owners scale with the weights of the stage's layers; activations with its layers and the batches in flight. Of each time
+    point, the moment that is highest on the rank."""
+    share, widest, outer, head = _shares(model, stages, stage)
     layers = len(stages[stage]) / model.num_layers
     in_flight = min(len(stages) - stage, max(1, cost.workload.accumulation_steps)) if len(stages) > 1 else 1
     experts = _expert_share(model, parallel)
-    whole = cost.ledger()
+    width = DTYPE_BYTES[cost.workload.weights_dtype]
+    trained = min(1.0, cost.trace.gradient_bytes / max(1, width * model.num_parameters))
+    units = _Units(width * widest * experts, width * outer, width * head, trained)
     ledger = Ledger()
-    for point, owners in whole.timeline.items():
-        rows: dict[str, int] = {}
-        for owner, tiers in owners.items():
-            num_bytes = tiers.get("device", 0)
-            if owner in (*SHARDED_FROM, "adapters", "packed weights", "weights (as they come)"):
-                num_bytes = round(num_bytes * share * experts)
-                kind = "weights" if owner == "weights (as they come)" else owner
-                num_bytes = sharded_bytes(num_bytes, kind, parallel)
-            elif owner == ACTIVATIONS:
-                num_bytes = round(num_bytes * layers * in_flight)
-            elif owner == "logits and loss" and stage != len(stages) - 1:
-                num_bytes = 0
-            rows[owner] = num_bytes
-        if point == "update" and parallel.zero:
-            rows["workspace"] = ceil(rows.get("workspace", 0) / parallel.shards)
-        buffers = _buffers(cost, parallel, widest * experts, outer * experts) if point not in ("load", "save") else 0
-        if buffers:
-            rows[COMMUNICATION] = round(buffers)
-        host = {o: rows.pop(o) for o in (STATES, "master weights") if parallel.offload and rows.get(o)}
-        _book(ledger, point, rows, host, runtime_bytes)
+    for point, moments in cost.moment_rows().items():
+        highest: dict[str, int] = {}
+        for moment, owners in moments.items():
+            rows: dict[str, int] = {}
+            for owner, num_bytes in owners.items():
+                if owner in (*SHARDED_FROM, "adapters", "packed weights", "weights (as they come)"):
+                    kind = "weights" if owner == "weights (as they come)" else owner
+                    rows[owner] = sharded_bytes(round(num_bytes * share * experts), kind, parallel)
+                elif owner == ACTIVATIONS:
+                    rows[owner] = round(num_bytes * layers * in_flight)
+                elif owner != "logits and loss" or stage == len(stages) - 1:
+                    rows[owner] = num_bytes
+            if point == "update" and parallel.zero:
+                rows["workspace"] = ceil(rows.get("workspace", 0) / parallel.shards)
+            rows[COMMUNICATION] = round(_buffers(units, parallel, point, moment))
+            if sum(rows.values()) > sum(highest.values()):
+                highest = rows
+        host = {o: highest.pop(o) for o in (STATES, "master weights") if parallel.offload and highest.get(o)}
+        _book(ledger, point, highest, host, runtime_bytes)
     return ledger
 
 
@@ -141,20 +143,43 @@ def _book(ledger: Ledger, point: str, rows: Mapping[str, int], host: Mapping[str
         ledger.add(point, owner, "host", num_bytes)
 
 
-def _buffers(cost: TrainingCost, parallel: Parallelism, widest: float, outer: float) -> float:
-    """Bytes: gathered layers of fully sharded ranks, and one layer's whole gradients before they are scattered; one layer's
-    gradients for the others. The embedding and the head are one unit of their own."""
-    if parallel.shards == 1:
+@dataclass(frozen=True)
+class _Units:
+    """Bytes of what is gathered and scattered together: the widest layer, all that lies outside the layers, and of this what
+    has gradients before the layers do (the head, or the embedding tied to it); and the share that is trained."""
+
+    layer: float
+    outer: float
+    head: float
+    trained: float
+
+
+def _buffers(units: _Units, parallel: Parallelism, point: str, moment: str) -> float:
+    """What a rank holds beside its shards, as torch's fully sharded data parallel does (FSDP2, torch 2.13).
+
+    What lies outside the layers stays whole from the first gathering to the end of the backward pass. A layer is gathered into a
+    flat buffer and copied out. Forward, the flat buffer lives until the next layer was gathered. Backward, one layer is whole while the next is gathered,
+    beside its own gradients and the scattered input of the layer before. Other stages of ZeRO: one layer's gradients.
+    """
+    if parallel.shards == 1 or parallel.zero not in (2, 3) or point not in ("forward", "loss", "backward"):
         return 0
-    width = DTYPE_BYTES[cost.workload.weights_dtype]
-    unit = max(widest, outer) * width
-    if parallel.zero == 3:
-        return GATHERED_UNITS * unit + unit
-    return unit if parallel.zero == 2 else 0
+    if parallel.zero == 2:
+        return max(units.layer, units.outer) * units.trained if point != "forward" else 0
+    whole, layer = units.outer, units.layer
+    if point == "forward":
+        return whole + GATHERED_UNITS * layer
+    if moment == LOSS:
+        return whole + layer
+    if moment == LOSS_BACKWARD:
+        return whole + layer + units.head * units.trained
+    if moment == EMBED_BACKWARD:
+        return whole + (whole + layer) * units.trained
+    return whole + units.head * units.trained + GATHERED_UNITS * layer * (1 + units.trained)
 
 
-def _shares(model: Model, stages: list[range], stage: int) -> tuple[float, int, int]:
-    """The share of all weights that lie on a stage, the weights of its widest layer, and those outside its layers."""
+def _shares(model: Model, stages: list[range], stage: int) -> tuple[float, int, int, int]:
+    """The share of all weights that lie on a stage, the weights of its widest layer, those outside its layers, and of these the
+    head's."""
     by_layer = dict.fromkeys(range(model.num_layers), 0)
     first = last = 0
     for site in model.weights:
@@ -164,12 +189,14 @@ def _shares(model: Model, stages: list[range], stage: int) -> tuple[float, int, 
             last += site.num_parameters
         else:
             first += site.num_parameters
-    if model.tie_word_embeddings and len(stages) > 1:
+    tied = model.tie_word_embeddings
+    if tied and len(stages) > 1:
         last = first  # the last stage holds a copy
     outer = (first if stage == 0 else 0) + (last if stage == len(stages) - 1 else 0)
+    head = (first if tied else last) if stage == len(stages) - 1 else 0
     inside = sum(by_layer[layer] for layer in stages[stage])
     counted = sum(site.num_parameters for site in model.weights)
-    return (inside + outer) / max(1, counted), max(by_layer[layer] for layer in stages[stage]), outer
+    return (inside + outer) / max(1, counted), max(by_layer[layer] for layer in stages[stage]), outer, head
 
 
 def _expert_share(model: Model, parallel: Parallelism) -> float:

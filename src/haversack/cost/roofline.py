@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from haversack.describe.experts import experts_per_token, share_of_experts
+from haversack.describe.experts import share_of_experts
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
@@ -148,7 +148,7 @@ def read_share(model: Model, site: WeightSite, num_tokens: int) -> float:
         return min(1.0, num_tokens / site.out_features)
     if site.expert is None:
         return 1.0
-    return share_of_experts(model.num_experts, experts_per_token(model.config), num_tokens)
+    return share_of_experts(model.num_experts, model.experts_per_token, num_tokens)
 
 
 def _products(model: Model, site: WeightSite, tokens: int, scored: int) -> float:
@@ -157,7 +157,7 @@ def _products(model: Model, site: WeightSite, tokens: int, scored: int) -> float
         return float(site.num_parameters) * scored if site.tied_modules else 0.0
     if site.expert is None:
         return float(site.num_parameters) * tokens
-    return float(site.num_parameters) * tokens * min(1.0, (experts_per_token(model.config) or 1) / model.num_experts)
+    return float(site.num_parameters) * tokens * min(1.0, (model.experts_per_token or 1) / model.num_experts)
 
 
 def _attention_flops(site: AttentionSite, pairs: float, num_queries: int) -> float:

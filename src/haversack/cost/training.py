@@ -16,6 +16,7 @@ from haversack.describe.workload import TrainingWorkload
 from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
 from haversack.engine.training_trace import (
     BACKWARD,
+    EMBED,
     EMBED_BACKWARD,
     GRADIENTS,
     LOSS,
@@ -73,18 +74,24 @@ class TrainingCost:
         return ledger
 
     def _points(self) -> dict[str, dict[str, int]]:
+        return {
+            point: max(rows.values(), key=lambda row: sum(row.values())) for point, rows in self.moment_rows().items()
+        }
+
+    def moment_rows(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Bytes by owner at every moment of every time point: `rows[point][moment]`."""
         stays = dict(self.staying)
-        points: dict[str, dict[str, int]] = {"load": {"weights (as they come)": self.load_bytes}}
-        for point in ("forward", "loss", "backward"):
-            moments = [moment for moment in self.moments if _point_of(moment) == point]
-            highest = max(moments, key=lambda moment: moment.num_bytes)
-            owners = {("other" if owner in ("embed", "update") else owner): n for owner, n in highest.owners.items()}
-            points[point] = {**stays, **owners}
+        rows: dict[str, dict[str, dict[str, int]]] = {"load": {"load": {"weights (as they come)": self.load_bytes}}}
+        for moment in self.moments:
+            owners = {("other" if owner in (EMBED, "update") else owner): n for owner, n in moment.owners.items()}
+            rows.setdefault(_point_of(moment), {})[moment.name] = {**stays, **owners}
+        gradients = {GRADIENTS: self.trace.gradient_bytes}
+        rows["update"] = {"update": stays}  # all there is of it where weights are updated during the backward pass
         if self.workload.update == "step":
-            points["update"] = {**stays, GRADIENTS: self.trace.gradient_bytes, "workspace": self.trace.update_bytes}
+            rows["update"] = {"update": {**stays, **gradients, "workspace": self.trace.update_bytes}}
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
-        points["save"] = {**stays, "workspace": widest}
-        return points
+        rows["save"] = {"save": {**stays, "workspace": widest}}
+        return {point: rows[point] for point in POINTS if point in rows}
 
 
 def training_cost(

@@ -11,7 +11,7 @@ from math import prod
 from haversack.cost.training import TrainingCost
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
-from haversack.describe.workload import TuneWorkload
+from haversack.describe.workload import TuneWorkload, recomputed_layers
 
 ASSUMED_FLOPS_PER_SECOND, ASSUMED_BYTES_PER_SECOND = 2e11, 2e10
 """Of a machine whose rates nobody measured: their ratio decides comparisons alone."""
@@ -28,7 +28,8 @@ def training_seconds(model: Model, cost: TrainingCost, machine: Machine) -> floa
     inside, outside = _product_weights(model)
     frozen = isinstance(workload, TuneWorkload) and workload.method != "full"
     passes = 2.0 if frozen else 3.0  # forward, gradients of inputs, gradients of weights
-    again = 1.0 if workload.recompute == "full" else 0.0
+    work = layer_work(model)
+    again = sum(work[layer] for layer in recomputed_layers(workload.recompute, model.num_layers))
     logits_again = 1.0 if workload.loss == "cut" else 0.0
     flops = 2 * workload.step_tokens * ((passes + again) * inside + (passes + logits_again) * outside)
     weight_bytes = sum(cost.staying.get(owner, 0) for owner in ("weights", "packed weights", "adapters"))
@@ -38,6 +39,15 @@ def training_seconds(model: Model, cost: TrainingCost, machine: Machine) -> floa
     trained = cost.trace.gradient_bytes
     update = 3 * trained + 2 * (cost.state_bytes + cost.staying.get("master weights", 0))
     return flops / rate + (reads + update) / bandwidth
+
+
+def layer_work(model: Model) -> tuple[float, ...]:
+    """Each layer's share of the products of a forward pass through all layers, by its weights (of experts, all)."""
+    weights = [0] * model.num_layers
+    for site in model.weights:
+        if site.layer is not None:
+            weights[site.layer] += site.num_parameters
+    return tuple(number / max(1, sum(weights)) for number in weights)
 
 
 def _product_weights(model: Model) -> tuple[float, float]:

@@ -37,7 +37,12 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[tu
     if other is not None:
         return (), f"its {other} layers keep another state than keys and values"
     modules = _attention_modules(model, decoder)
-    if len(kinds) != config.num_hidden_layers or sorted(modules) != list(range(config.num_hidden_layers)):
+    if len(kinds) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"The config of {name!r} contradicts itself: it has {config.num_hidden_layers} layers, but {len(kinds)} layer "
+            "types; check the config."
+        )
+    if sorted(modules) != list(range(config.num_hidden_layers)):
         return (), f"it has attention in {len(modules)} of {config.num_hidden_layers} layers"
     modes = getattr(config, "kv_sharing_modes", None) or [None] * len(kinds)
     types = getattr(config, "layer_types", None) or kinds

@@ -11,14 +11,8 @@ _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "
 
 def experts_per_token(config: Mapping[str, Any]) -> int | None:
     """How many experts a token uses, beside shared ones; None where the config names none."""
-    for scope in (config, config.get("text_config")):
-        if not isinstance(scope, Mapping):
-            continue
-        for name in _PER_TOKEN:
-            value = scope.get(name)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    return None
+    values = (config.get(name) for name in _PER_TOKEN)
+    return next((n for n in values if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def share_of_experts(num_experts: int, per_token: int | None, num_tokens: int) -> float:

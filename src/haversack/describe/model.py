@@ -44,7 +44,7 @@ class Model:
     at load and lie in no checkpoint. `unused` are tensors of the folder's checkpoint that no parameter reads.
     `sources` says for each parameter where its numbers lie in the checkpoint, and `tied` which parameters share a
     storage (the kept name to the others). `cache_problem` says why no layer has an attention site, if none has: only
-    transformers' own cache holds what such a model keeps. `dtype` is the one that most bytes have.
+    transformers' own cache holds what such a model keeps. `experts_per_token` counts routed experts. `dtype` is the one that most bytes have.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Model:
     sources: Mapping[str, Layout] = field(default_factory=dict, repr=False, compare=False)
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cache_problem: str = ""
+    experts_per_token: int | None = None
 
     @cached_property
     def num_parameters(self) -> int:
@@ -88,7 +89,7 @@ class Model:
     def num_active_parameters(self) -> int:
         """Those that one token meets: of a layer's experts only as many as the router chooses."""
         experts = sum(site.num_parameters for site in self.weights if site.expert is not None)
-        share = share_of_experts(max(1, self.num_experts), experts_per_token(self.config), 1)
+        share = share_of_experts(max(1, self.num_experts), self.experts_per_token, 1)
         return self.num_parameters - experts + round(experts * share)
 
     @cached_property
@@ -180,6 +181,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
         weights=sites,
         attention=attention,
         cache_problem=cache_problem,
+        experts_per_token=experts_per_token(config.to_dict()),
         rest=rest,
         buffers=tuple(
             StoredTensor(name, dtype_name(buffer.dtype), tuple(buffer.shape))

@@ -90,13 +90,48 @@ UPDATES = {
 }
 
 
+def recomputed_layers(recompute: str, num_layers: int | None = None) -> frozenset[int]:
+    """The layers that `recompute` names (none, full, or as in `0-3,7`). Raises UsageError for other words, and for a layer beyond
+    `num_layers`, without which `full` names none."""
+    if recompute in RECOMPUTATIONS:
+        return frozenset(range(num_layers or 0)) if recompute == "full" else frozenset()
+    layers: set[int] = set()
+    for piece in recompute.split(",") if isinstance(recompute, str) else [""]:
+        first, dash, last = piece.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**6):
+            raise UsageError(
+                f"recompute is {recompute!r}, but must be one of {', '.join(RECOMPUTATIONS)}, or layers as in 0-3,7."
+            )
+        layers |= set(range(int(first), int(last) + 1))
+    if num_layers is not None and max(layers) >= num_layers:
+        raise UsageError(f"recompute is {recompute!r}, but the model has {num_layers} layers: 0 to {num_layers - 1}.")
+    return frozenset(layers)
+
+
+def name_layers(layers: Iterable[int], num_layers: int) -> str:
+    """What `recomputed_layers` reads: none, full, or ranges of layers."""
+    ordered = sorted(layers)
+    if not ordered:
+        return "none"
+    if len(ordered) == num_layers:
+        return "full"
+    ranges: list[list[int]] = []
+    for layer in ordered:
+        if ranges and ranges[-1][1] == layer - 1:
+            ranges[-1][1] = layer
+        else:
+            ranges.append([layer, layer])
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
+
+
 @dataclass(frozen=True)
 class TrainingWorkload:
     """What tuning and training share: steps of `batch_size` sequences of `seq_len` tokens on each rank.
 
     `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
-    backward pass; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
+    backward pass, `0-3,7` does so with those layers; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
     `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
     updated (`UPDATES`). Raises UsageError naming the field, its
     value and what is allowed.
@@ -120,7 +155,7 @@ class TrainingWorkload:
         _check_count("seq_len", self.seq_len, minimum=2)
         _check_count("accumulation_steps", self.accumulation_steps, minimum=1)
         _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("recompute", self.recompute, RECOMPUTATIONS)
+        recomputed_layers(self.recompute)
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("loss", self.loss, LOSSES)
         _check_choice("update", self.update, UPDATES)

@@ -202,5 +202,5 @@ _HANDLERS: dict[Callable, Callable[..., Any]] = {
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,
     torch.Tensor.__matmul__: _matmul,
-    torch.Tensor.T.__get__: _transpose,
+    torch.Tensor.T.__get__: _transpose,  # type: ignore[attr-defined]
 }

@@ -5,7 +5,6 @@ Everything that decides bytes is the workload's: precision, optimizer, recomputa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from haversack.describe.model import Model
-from haversack.describe.workload import TrainingWorkload, TuneWorkload
+from haversack.describe.workload import TrainingWorkload, TuneWorkload, recomputed_layers
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
+from haversack.engine.recompute import RecomputeLayers
 from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.errors import UsageError
 from haversack.recipes.base import optimizer_option
@@ -48,12 +48,9 @@ class TrainingStep:
                 packed=workload.method == "qlora",
                 dtype=dtype,
             )
-        if workload.recompute == "full":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the newer name is not in every version that we run on
-                model.gradient_checkpointing_enable(
-                    {"use_reentrant": False, "preserve_rng_state": _has_dropout(model.config)}
-                )
+        recomputed = recomputed_layers(workload.recompute, described.num_layers)
+        if recomputed:
+            RecomputeLayers(model, recomputed)
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
@@ -171,15 +168,6 @@ class TrainingStep:
             return make_optimizer(name, masters, inner)
 
         return MasterWeights(trained, make)
-
-
-def _has_dropout(config: Any) -> bool:
-    """Whether a model drops activations at random: recomputing a layer must then draw the same again."""
-    return any(
-        isinstance(value, float) and value > 0
-        for name, value in config.to_dict().items()
-        if "dropout" in name or name.endswith("_pdrop")
-    )
 
 
 def inner_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.describe.model import Model
 from haversack.describe.skeleton import build_skeleton
-from haversack.describe.workload import TrainingWorkload
+from haversack.describe.workload import TrainingWorkload, recomputed_layers
 from haversack.engine.adapters import PackedLinear
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
@@ -85,18 +85,22 @@ class Moment:
         return sum(self.owners.values())
 
 
-def compose(trace: TrainingTrace) -> list[Moment]:
-    """The moments of one micro-step over all layers, in order."""
+def compose(
+    trace: TrainingTrace, other: TrainingTrace | None = None, of_other: frozenset[int] = frozenset()
+) -> list[Moment]:
+    """The moments of one micro-step over all layers, in order; of the layers `of_other` as `other` has them."""
     layers = range(trace.num_layers)
-    names = [(EMBED, EMBED)]
-    names += [(f"{FORWARD} {i}", f"{FORWARD} {trace.stands_for[i]}") for i in layers]
-    names += [(LOSS, LOSS), (LOSS_BACKWARD, LOSS_BACKWARD)]
-    names += [(f"{BACKWARD} {i}", f"{BACKWARD} {trace.stands_for[i]}") for i in reversed(layers)]
-    names += [(EMBED_BACKWARD, EMBED_BACKWARD)]
+    of = {i: other if other is not None and i in of_other else trace for i in layers}
+    first, last = of[0], of[trace.num_layers - 1]
+    names = [(EMBED, EMBED, first)]
+    names += [(f"{FORWARD} {i}", f"{FORWARD} {of[i].stands_for[i]}", of[i]) for i in layers]
+    names += [(LOSS, LOSS, last), (LOSS_BACKWARD, LOSS_BACKWARD, last)]
+    names += [(f"{BACKWARD} {i}", f"{BACKWARD} {of[i].stands_for[i]}", of[i]) for i in reversed(layers)]
+    names += [(EMBED_BACKWARD, EMBED_BACKWARD, first)]
     moments = []
     held = {GRADIENTS: trace.gradient_bytes if trace.accumulates else 0}
-    for name, traced in names:
-        segment = trace.segments.get(traced)
+    for name, traced, own_trace in names:
+        segment = own_trace.segments.get(traced)
         if segment is None:
             continue  # a frozen embedding has no backward pass
         own = LOGITS if traced in (LOSS, LOSS_BACKWARD) else WORKSPACE
@@ -106,8 +110,8 @@ def compose(trace: TrainingTrace) -> list[Moment]:
         moments.append(Moment(name, _add(held, {GRADIENTS: grown, own: rest})))
         changes = _changes(segment.start, segment.end)
         if traced == LOSS:  # the end of autocast drops every layer's copies of weights
-            skipped = [trace.drops_like[i] for i in layers if trace.stands_for[i] != i]
-            changes[ACTIVATIONS] = sum(changes.get(f"{ACTIVATIONS} {i}", 0) for i in skipped)
+            changes = {owner: n for owner, n in changes.items() if not owner.startswith(ACTIVATIONS)}
+            changes[ACTIVATIONS] = sum(_dropped(of[i], i) for i in layers)
         lump: dict[str, int] = {}
         for owner, num_bytes in changes.items():
             kind = ACTIVATIONS if owner.startswith(ACTIVATIONS) else owner
@@ -116,12 +120,18 @@ def compose(trace: TrainingTrace) -> list[Moment]:
     return moments
 
 
+def _dropped(trace: TrainingTrace, layer: int) -> int:
+    """How a layer's bytes change while the loss is computed."""
+    loss, owner = trace.segments[LOSS], f"{ACTIVATIONS} {trace.drops_like[layer]}"
+    return loss.end.get(owner, 0) - loss.start.get(owner, 0)
+
+
 def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool = False) -> TrainingTrace:
     """Trace one step of `workload`; with `all_layers`, every layer runs (slow: for checking the composition).
 
     Takes about a second for layers of any width; allocates nothing. Assumes sequences without padding.
     """
-    kinds = layer_kinds(model)
+    kinds = _kinds(model, workload)
     shown = set(range(model.num_layers)) if all_layers else {i for same in kinds.values() for i in same}
     shown.add(model.num_layers - 1)
     stands_for = {i: i if i in shown else kinds[i][-1] for i in range(model.num_layers)}
@@ -146,6 +156,15 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     update_bytes = trace_updates(step.optimizer_over, optimizer_option(workload.optimizer), trained)
     segments = _run(step, model, sorted(shown))
     return TrainingTrace(model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments)
+
+
+def _kinds(model: Model, workload: TrainingWorkload) -> dict[int, tuple[int, ...]]:
+    """For each layer, the first two that are like it and recompute as it does."""
+    recomputed = recomputed_layers(workload.recompute, model.num_layers)
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for layer, (first, *_) in layer_kinds(model).items():
+        alike.setdefault((first, layer in recomputed), []).append(layer)
+    return {layer: tuple(sorted(layers)[:2]) for layers in alike.values() for layer in layers}
 
 
 class _AllLayers:
@@ -200,6 +219,7 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
         if workload.update == "backward":  # its states are there from the second step on
             step.begin(model)
             _make_gradients(step, live)
+            live.owner = "update"
             step.update()
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)

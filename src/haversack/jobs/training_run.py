@@ -37,7 +37,7 @@ _WARM_UP = {
 def measure_process(source: str, workload: TrainingWorkload) -> dict[str, Any]:
     """Build and train: private pages after imports and at their peak, and seconds of the last step."""
     memory.return_freed_memory()
-    _import_runtime(workload)
+    import_runtime(workload)
     imported = memory.private_bytes()
     with memory.PeakSampler() as sampler:
         step, batches = _prepare(source, workload)
@@ -57,7 +57,7 @@ def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
     """Build and train under torch's profiler: the most bytes allocated, when, and what stays by owner."""
     import torch
 
-    _import_runtime(workload)
+    import_runtime(workload)
     marks: dict[str, int] = {}
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         marks["load"] = time.time_ns()
@@ -114,11 +114,12 @@ def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int 
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def _import_runtime(workload: TrainingWorkload) -> None:
+def import_runtime(workload: TrainingWorkload) -> None:
     """What training imports is the runtime's, so a small model of another kind trains before the first look."""
     import dataclasses
 
-    small = dataclasses.replace(workload, batch_size=1, seq_len=2)
+    recompute = "none" if workload.recompute == "none" else "full"  # the small model has other layers
+    small = dataclasses.replace(workload, batch_size=1, seq_len=2, recompute=recompute)
     step, batches = _prepare(_WARM_UP, small)
     step.run(batches)
 

@@ -15,9 +15,8 @@ With a table of rising values, the code is the place of the value nearest to `wa
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-from haversack.kernels.ir import Function, Module, Value, float_constant, splat_constant, vector
+from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
+from haversack.kernels.ir_table import nearest_entry
 from haversack.kernels.ir_team import add_record_entry
 
 LANES, NUM_VECTORS = 16, 4
@@ -95,7 +94,7 @@ def _turn(f: Function, num_codes: int, table: tuple[float, ...] | None, at: dict
                 code = _clamped(f, f.binary("fadd", whole, zero[v]), num_codes - 1)
                 unit = f.binary("fsub", code, zero[v])
             else:
-                code, unit = _nearest(f, unit, table)
+                code, unit = nearest_entry(f, unit, table)
             value = f.binary("fmul", unit, scale[v])
             f.store(f.cast("fptoui", code, vector(LANES, "i8")), f.offset(at["codes"], place))
             f.store(f.binary("fsub", value, weight[v]), f.offset(at["change"], f.times(place, 4)), 4)
@@ -106,17 +105,6 @@ def _turn(f: Function, num_codes: int, table: tuple[float, ...] | None, at: dict
     before = [f.load(_FLOATS, f.offset(error, 4 * LANES * v), 4) for v in range(NUM_VECTORS)]
     for v, value in enumerate(f.loop(at["columns"], before, column)):
         f.store(value, f.offset(error, 4 * LANES * v), 4)
-
-
-def _nearest(f: Function, unit: Value, table: tuple[float, ...]) -> tuple[Value, Value]:
-    """Place and value of the nearest entry: one comparison per border between neighbours."""
-    code, value = splat_constant(_FLOATS, "0.0"), splat_constant(_FLOATS, float_constant(table[0]))
-    for place, (low, high) in enumerate(pairwise(table), 1):
-        border = splat_constant(_FLOATS, float_constant((low + high) / 2))
-        beyond = f.value(vector(LANES, "i1"), f"fcmp ogt {unit}, {border.name}")
-        code = f.value(_FLOATS, f"select {beyond}, {splat_constant(_FLOATS, f'{place}.0')}, {code}")
-        value = f.value(_FLOATS, f"select {beyond}, {splat_constant(_FLOATS, float_constant(high))}, {value}")
-    return code, value
 
 
 def _add_product(f: Function, a: Value, b: Value, c: Value) -> Value:

@@ -7,6 +7,8 @@ group of each row, with weights w and importances h, and for each offer (scale, 
 
     q = clamp(rint(w / scale) + zero, 0, last) - zero        error = sum h (q scale - w)^2
 
+With a table of rising values, q is the value nearest to `w / scale`, and zeros are not read.
+
 The first offer with the least error is written, with `sum h q w` and `sum h q q` under it, whose quotient is the
 least-squares scale for these codes.
 """
@@ -15,11 +17,11 @@ from __future__ import annotations
 
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
 from haversack.kernels.ir_float import sum_of_lanes
+from haversack.kernels.ir_table import nearest_entry
 from haversack.kernels.ir_team import add_record_entry, smaller
 
-LANES, NUM_VECTORS = 16, 4
-UNIT_COLUMNS = LANES * NUM_VECTORS
-"""Groups are taken 64 columns at a time, in four sums."""
+LANES, MAX_VECTORS = 16, 4
+"""Groups are taken 64 columns at a time, in four sums; those of 16 and 32 columns in one and two."""
 
 TURN_ROWS = 4
 
@@ -36,28 +38,48 @@ JOB = (
     "units",
     "offers",
 )
-"""Words of a job. `weight` is `(rows, groups, 64 units)` and `importance` `(groups, 64 units)`, float32; `scale` and
+"""Words of a job. `weight` is `(rows, groups, 16 vectors units)` and `importance` `(groups, 16 vectors units)`, float32; `scale` and
 `zero` are `(offers, rows, groups)`; `best` (int64), `products` and `squares` `(rows, groups)`."""
 
 _NUMBERS = ("rows", "groups", "units", "offers")
 _FLOATS = vector(LANES, "float")
 
 
-def scale_search_text(num_codes: int) -> str:
-    """The whole module, entry `run`, for a grid of codes from 0 to `num_codes - 1`."""
+def unit_vectors(group_columns: int) -> int:
+    """Vectors of a unit, of which a group takes whole numbers."""
+    return min(MAX_VECTORS, 1 << (-(-group_columns // LANES) - 1).bit_length())
+
+
+def scale_search_text(num_codes: int, num_vectors: int, table: tuple[float, ...] | None = None) -> str:
+    """The whole module, entry `run`, for a grid of codes from 0 to `num_codes - 1`, or of a table's values."""
     module = Module()
     add_record_entry(
         module,
         [("i64" if name in _NUMBERS else "ptr", name) for name in JOB],
         lambda f, at: f.binary("udiv", f.binary("add", at["rows"], TURN_ROWS - 1), TURN_ROWS),
-        lambda f, at, number: _turn(f, num_codes, at, number),
+        lambda f, at, number: _turn(f, num_codes, num_vectors, table, at, number),
     )
     return module.text()
 
 
-def _turn(f: Function, num_codes: int, at: dict[str, Value], number: Value) -> None:
+def _turn(
+    f: Function,
+    num_codes: int,
+    num_vectors: int,
+    table: tuple[float, ...] | None,
+    at: dict[str, Value],
+    number: Value,
+) -> None:
     num_places = f.binary("mul", at["rows"], at["groups"])
-    group_bytes = f.times(at["units"], 4 * UNIT_COLUMNS)
+    group_bytes = f.times(at["units"], 4 * LANES * num_vectors)
+
+    def nearest(unit: Value, zero: Value) -> Value:
+        if table is not None:
+            return nearest_entry(f, unit, table)[1]
+        code = f.binary("fadd", f.call(_FLOATS, f"llvm.rint.v{LANES}f32", unit), zero)
+        low = f.call(_FLOATS, f"llvm.maxnum.v{LANES}f32", code, splat_constant(_FLOATS, "0.0"))
+        last = splat_constant(_FLOATS, f"{num_codes - 1}.0")
+        return f.binary("fsub", f.call(_FLOATS, f"llvm.minnum.v{LANES}f32", low, last), zero)
 
     def over_columns(weight: Value, importance: Value, offer: list[Value], num_sums: int) -> list[Value]:
         """Sums over a group's columns: the error, or the products and the squares."""
@@ -68,31 +90,23 @@ def _turn(f: Function, num_codes: int, at: dict[str, Value], number: Value) -> N
 
         def unit(u: Value, sums: list[Value]) -> list[Value]:
             out = list(sums)
-            for v in range(NUM_VECTORS):
-                place = f.binary("add", f.times(u, 4 * UNIT_COLUMNS), 4 * LANES * v)
+            for v in range(num_vectors):
+                place = f.binary("add", f.times(u, 4 * LANES * num_vectors), 4 * LANES * v)
                 w = f.load(_FLOATS, f.offset(weight, place), 4)
                 h = f.load(_FLOATS, f.offset(importance, place), 4)
-                whole = f.call(_FLOATS, f"llvm.rint.v{LANES}f32", f.binary("fmul", w, inverse))
-                low = f.call(
-                    _FLOATS,
-                    f"llvm.maxnum.v{LANES}f32",
-                    f.binary("fadd", whole, zero),
-                    splat_constant(_FLOATS, "0.0"),
-                )
-                code = f.call(_FLOATS, f"llvm.minnum.v{LANES}f32", low, splat_constant(_FLOATS, f"{num_codes - 1}.0"))
-                q = f.binary("fsub", code, zero)
+                q = nearest(f.binary("fmul", w, inverse), zero)
                 if num_sums == 1:
                     off = f.binary("fsub", f.binary("fmul", q, spread), w)
                     out[v] = _add_product(f, f.binary("fmul", off, off), h, out[v])
                 else:
                     hq = f.binary("fmul", h, q)
                     out[v] = _add_product(f, hq, w, out[v])
-                    out[NUM_VECTORS + v] = _add_product(f, hq, q, out[NUM_VECTORS + v])
+                    out[num_vectors + v] = _add_product(f, hq, q, out[num_vectors + v])
             return out
 
-        start = [Value(_FLOATS, "zeroinitializer")] * (NUM_VECTORS * num_sums)
+        start = [Value(_FLOATS, "zeroinitializer")] * (num_vectors * num_sums)
         sums = f.loop(at["units"], start, unit)
-        return [_total(f, sums[NUM_VECTORS * s : NUM_VECTORS * (s + 1)]) for s in range(num_sums)]
+        return [_total(f, sums[num_vectors * s : num_vectors * (s + 1)]) for s in range(num_sums)]
 
     first = f.times(number, TURN_ROWS)
     last = smaller(f, f.binary("add", first, TURN_ROWS), at["rows"])
@@ -130,6 +144,7 @@ def _add_product(f: Function, a: Value, b: Value, c: Value) -> Value:
 
 
 def _total(f: Function, sums: list[Value]) -> Value:
-    """The sum of four vectors' elements."""
-    whole = f.binary("fadd", f.binary("fadd", sums[0], sums[1]), f.binary("fadd", sums[2], sums[3]))
-    return sum_of_lanes(f, whole)
+    """The sum of one, two or four vectors' elements."""
+    while len(sums) > 1:
+        sums = [f.binary("fadd", a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    return sum_of_lanes(f, sums[0])

@@ -16,6 +16,7 @@ from haversack.describe.workload import ATTENTIONS, RECOMPUTATIONS, TrainWorkloa
 from haversack.engine.cut_loss import cuts
 from haversack.engine.training_trace import AttentionError
 from haversack.errors import DoesNotFitError
+from haversack.plan.recompute import choose_recomputation
 from haversack.plan.training import TrainingAnswer, TrainingQuestion, predict_training
 from haversack.units import format_bytes
 
@@ -58,6 +59,8 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
         least = weigh(fields, ways[-1], micro_batches[0])
         if least.fits:
             answer = min(_fitting(weigh, fields, ways, micro_batches), key=weigh.seconds)
+            if "recompute" not in pinned:
+                answer = weigh.fewer_layers(answer)
             return TrainingFit(answer, weigh.seconds(answer), given_up, weigh.num_weighed)
         if best_effort is None or least.shortfall_bytes < best_effort.shortfall_bytes:
             best_effort = least
@@ -135,6 +138,17 @@ class _Weighing:
     def seconds(self, answer: TrainingAnswer) -> float:
         """Of a step, by the roofline."""
         return training_seconds(self.question.model, answer.cost, self.question.machine)
+
+    def fewer_layers(self, answer: TrainingAnswer) -> TrainingAnswer:
+        """The same with as few layers run twice as the budget asks, where all are."""
+        question = answer.question
+        if question.workload.recompute != "full" or question.tensor_bytes is None:
+            return answer
+        found = choose_recomputation(question.model, question.workload, question.tensor_bytes)
+        if found is None:
+            return answer
+        fewer = predict_training(dataclasses.replace(question, workload=found[0]))
+        return fewer if fewer.fits else answer
 
     @property
     def num_weighed(self) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from haversack.cost.parallel import RankCost, rank_cost, sent_bytes
 from haversack.cost.roofline import Operator, communication_operator, training_operators, update_operator
-from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, STATES, TrainingCost
+from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, SLACK_FRACTION, STATES, TrainingCost
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
@@ -18,6 +18,7 @@ from haversack.engine.cut_loss import cuts
 from haversack.engine.training_trace import GRADIENTS
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
+from haversack.plan.recompute import choose_recomputation
 from haversack.plan.search import largest_that
 from haversack.recipes.base import optimizer_option
 from haversack.units import format_bytes
@@ -42,6 +43,13 @@ class TrainingQuestion:
     @property
     def runtime_bytes(self) -> int:
         return 0 if self.budget_kind == "tensor" else DEFAULT_TRAINING_RUNTIME_BYTES
+
+    @property
+    def tensor_bytes(self) -> int | None:
+        """What the budget leaves for tensors, runtime and slack aside; None without a budget."""
+        if self.budget_bytes is None or self.budget_kind == "tensor":
+            return self.budget_bytes
+        return max(0, int((self.budget_bytes - self.runtime_bytes) / (1 + SLACK_FRACTION)))
 
 
 @dataclass(frozen=True)
@@ -178,6 +186,9 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         sparing["loss"] = "cut"
         yield "loss=cut (the same result in about the same time)", changed(**sparing)
     if workload.recompute == "none":
+        some = _some_layers(question, sparing)
+        if some is not None:
+            yield f"{_words({**sparing, **some})} (the same result, those layers run twice)", changed(**sparing, **some)
         sparing["recompute"] = "full"
         yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
     if workload.update == "step" and workload.accumulation_steps == 1:
@@ -196,6 +207,15 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         if workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")
+
+
+def _some_layers(question: TrainingQuestion, sparing: Mapping[str, object]) -> dict[str, object] | None:
+    """The layers that need to recompute, on one rank; None where even all are too few."""
+    if question.parallel.ranks > 1 or question.tensor_bytes is None:
+        return None
+    workload = dataclasses.replace(question.workload, **sparing)  # type: ignore[arg-type]
+    found = choose_recomputation(question.model, workload, question.tensor_bytes)
+    return None if found is None else {"recompute": found[0].recompute}
 
 
 def _words(sparing: Mapping[str, object]) -> str:

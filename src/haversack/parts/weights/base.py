@@ -13,6 +13,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from haversack.errors import UsageError
@@ -327,7 +328,7 @@ class WeightOption:
     def is_neutral(self) -> bool:
         return not self.parts
 
-    @property
+    @cached_property
     def label(self) -> str:
         """A few words for tables, unique among options."""
         return " + ".join(part.label for part in self.parts) or "as is"

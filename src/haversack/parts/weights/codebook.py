@@ -16,7 +16,7 @@ from haversack.ledger import DTYPE_BYTES, total_bytes
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.base import ScalarCodes
 from haversack.parts.weights.decoded import DecodedGrid
-from haversack.parts.weights.scale_search import BLOCK_ELEMENTS, group_importance, scaled_error, search_scales
+from haversack.parts.weights.scale_search import BLOCK_ELEMENTS, group_importance, search_scales
 
 if TYPE_CHECKING:
     import torch
@@ -268,15 +268,14 @@ class CodebookGrid(DecodedGrid):
         cover = weight.abs().amax(-1) / table.largest
         if not self.search:
             return coding.encode(cover)
-        found = search_scales(weight, importance, table.nearest_values, self._candidates(cover, table.symmetric))
-        state = coding.encode(found)
-        error = scaled_error(weight, importance, table.nearest_values, coding.values(state))
-        for other in coding.neighbours(state):
-            other_error = scaled_error(weight, importance, table.nearest_values, coding.values(other))
-            better = other_error < error
-            error = torch.where(better, other_error, error)
-            state["scales"] = torch.where(better, other["scales"], state["scales"])
-        return state
+        offers = list(self._candidates(cover, table.symmetric))
+        if len(table.ordered) > MAX_TABLE:
+            return coding.encode(search_scales(weight, importance, table.nearest_values, offers))
+        found, refit = _best_scales(weight, importance, offers, table)
+        state = coding.encode(_best_scales(weight, importance, [found, refit], table)[0])
+        states = [state, *coding.neighbours(state)]
+        best = _best_offer(weight, importance, [coding.values(each) for each in states], table)[0]
+        return state | {"scales": torch.stack([each["scales"] for each in states]).gather(0, best[None])[0]}
 
     def _candidates(self, cover: torch.Tensor, symmetric: bool) -> Iterator[torch.Tensor]:
         steps, smallest = _NUM_SHRINKS[self.bits], _SMALLEST_SHRINK[self.bits]
@@ -308,3 +307,25 @@ class CodebookGrid(DecodedGrid):
                 f"a weight of {largest:.4g} exceeds {limit:.4g}, the largest that {self.values} with {self.scales} "
                 "scales can hold; keep this matrix in its own dtype."
             )
+
+
+def _best_offer(
+    weight: torch.Tensor, importance: torch.Tensor, offers: list[torch.Tensor], table: Codebook
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which of the scales `(rows, groups)` offered to each group is best, and the refit's sums under it."""
+    import torch
+
+    from haversack.kernels.scale_search import best_offers
+
+    scales = torch.stack(offers)
+    return best_offers(weight, importance, scales, scales, len(table.table), tuple(table.ordered.tolist()))
+
+
+def _best_scales(
+    weight: torch.Tensor, importance: torch.Tensor, offers: list[torch.Tensor], table: Codebook
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scales offered, and the least-squares scales under the values that they choose."""
+    import torch
+
+    best, products, squares = _best_offer(weight, importance, offers, table)
+    return torch.stack(offers).gather(0, best[None])[0], products / squares.clamp_min(1e-30)

@@ -79,10 +79,9 @@ class LowRankCorrection(Correction):
         return 4 * in_features * (num_rows + self.rank) + 6 * num_rows * self.rank
 
     def workspace_bytes(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> int:
-        """Both factors in the input's dtype, what lies between them, and the result; the input and the result once more,
-        since torch may copy them for thin products."""
+        """Both factors in the input's dtype and as oneDNN lays them out, what lies between them, the input and the result."""
         rank, size = self._rank(out_features, in_features), DTYPE_BYTES[dtype]
-        return size * (rank * (out_features + in_features) + num_tokens * (rank + 2 * out_features + in_features))
+        return size * (2 * rank * (out_features + in_features) + num_tokens * (rank + out_features + in_features))
 
     def _rank(self, out_features: int, in_features: int) -> int:
         return min(self.rank, out_features, in_features)

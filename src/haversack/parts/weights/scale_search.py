@@ -50,16 +50,6 @@ def search_scales(
     return torch.where(error < best_error, refit, best)
 
 
-def scaled_error(
-    weight: torch.Tensor,
-    importance: torch.Tensor,
-    unit_values: Callable[[torch.Tensor], torch.Tensor],
-    scale: torch.Tensor,
-) -> torch.Tensor:
-    """Importance-weighted squared error per group, `(rows, groups)`, of weights rounded under `scale` `(rows, groups)`."""
-    return _rounded(weight, importance, unit_values, scale)[1]
-
-
 def _rounded(
     weight: torch.Tensor,
     importance: torch.Tensor,
