@@ -87,7 +87,9 @@ class PackedTensor(torch.Tensor):
             y = x.new_empty(*x.shape[:-1], sum(block.matrix.out_features for block in self.blocks))
             for block in self.blocks:
                 y[..., block.rows] = block.matrix.linear(x)
-        return y if bias is None else y.add_(bias)
+        if bias is None:
+            return y
+        return y + bias if y.requires_grad else y.add_(bias)  # autograd forbids changing a custom function's view
 
     def embedding(self, index: torch.Tensor) -> torch.Tensor:
         """Rows by index; embeddings have one block."""
