@@ -73,7 +73,7 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
 
 def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQuestion:
     """The question with plain attention, where the family has no fused one and the user asked for none."""
-    smallest = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
+    smallest: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 1, "seq_len": 2}
     if "attention" in pinned:
         return question
     for attention in dict.fromkeys((question.workload.attention, *ATTENTIONS)):
