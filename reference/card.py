@@ -295,9 +295,9 @@ def _distance(rows: list[tuple[str, str, str, str]], training: dict) -> list[str
     if not training or not any(verdict.startswith("missed") for *_, verdict in rows):
         return []
     return [
-        f"{training['tokens'] / 1e6:.1f}M tokens were seen, 25M were asked for, and the curve below still falls. Prose is what is short: after filters the sources hold "
-        "1.8M tokens of it beside 40M of code, and about a third of all tokens went to recall and copying. In an earlier trial a model of 11M parameters had 1.58 bits per byte on foreign prose after "
-        "7.3M tokens and 1.41 after 13.3M. Recall is not a matter of distance any more but of forms: the table by template says which are missing. "
+        f"{training['tokens'] / 1e6:.1f}M tokens were seen, 25M were asked for, and the curve below still falls. The sources hold "
+        "7.4M tokens of prose beside 40M of code, and about a third of all tokens went to recall and copying. What is missed is recall in the form that training never showed, and words of "
+        "needles by a few in a hundred: more invented forms, and more tokens of them, are what would close it. "
         "The stable checkpoint is trained on and decayed again by `make reference`; without it, `reference.train --from-shipped` goes on from these weights."
     ]  # fmt: skip
 
