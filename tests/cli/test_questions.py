@@ -18,7 +18,7 @@ from haversack.cli import console
 B = ("--tensor-budget", "260KiB")
 PLAN_KEYS = {
     "fits", "budget_bytes", "budget_kind", "peak_bytes", "peak_time_point", "shortfall_bytes", "cheapest_change",
-    "timeline", "damage", "seconds", "sites", "prediction_hash", "plan",
+    "timeline", "damage", "seconds", "sites", "prediction_hash", "plan", "operators", "per_million_tokens",
 }  # fmt: skip
 
 

@@ -100,8 +100,8 @@ def test_missing_folders_configs_and_ids(tmp_path):
         (str(tmp_path / "nowhere"), "no folder"),
         (tmp_path, "no config.json"),
         ("./nowhere", "no hub id"),
-        ("nobody/nothing", "neither cached nor reachable"),
-        ("nothing@v1", "neither cached nor reachable"),
+        ("nobody/nothing", "HF_HUB_OFFLINE forbids asking"),
+        ("nothing@v1", "HF_HUB_OFFLINE forbids asking"),
     ]:
         with pytest.raises(ModelNotFoundError, match=says) as caught:
             describe_model(source)

@@ -61,11 +61,12 @@ def _lists(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
     name_width = max((len(name) for name in columns[1:]), default=0)
     lines = []
     for row in rows:
-        lines += textwrap.wrap(row[0], width, break_on_hyphens=False)
+        lines += [line.rstrip() for line in textwrap.wrap(row[0], width, break_on_hyphens=False)]
         for name, cell in zip(columns[1:], row[1:], strict=True):
             if cell.strip():
                 head = " " * GAP + name.ljust(name_width) + " " * GAP
-                lines += textwrap.wrap(
+                wrapped = textwrap.wrap(
                     cell, width, initial_indent=head, subsequent_indent=" " * 2 * GAP, break_on_hyphens=False
                 )
+                lines += [line.rstrip() for line in wrapped]  # before a word that it breaks, textwrap leaves a blank
     return lines

@@ -71,7 +71,8 @@ def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
     peaks = dict.fromkeys(marks, 0)
     order = sorted(marks.items(), key=lambda item: item[1])
     live = 0
-    for moment, num_bytes in sorted(memory_events(profile)):
+    begins = [(begin, 0) for begin in marks.values()]  # a phase that allocates nothing holds what it began with
+    for moment, num_bytes in sorted([*memory_events(profile), *begins]):
         live += num_bytes
         phase = next((name for name, begin in reversed(order) if moment >= begin), order[0][0])
         peaks[phase] = max(peaks[phase], live)
