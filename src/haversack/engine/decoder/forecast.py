@@ -16,7 +16,7 @@ from haversack.engine.profile import layer_kinds
 from haversack.engine.trace import LiveBytes
 from haversack.errors import UnsupportedModelError
 
-SHALLOW_LAYERS = (4, 8)
+SHALLOW_LAYERS = (4, 5)
 """Depths that stand for any; below four, buffers of the first and the last layer hide what one in between adds."""
 
 
