@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tests.describe.families import FAMILIES
@@ -16,8 +17,6 @@ from haversack.engine.peft_format import adapters_of, load_adapter, save_adapter
 from haversack.engine.training_step import TrainingStep
 from haversack.errors import CheckpointError
 from haversack.jobs.training_run import open_model
-
-peft = pytest.importorskip("peft")
 
 IDS = torch.tensor([[3, 5, 7, 11, 13, 17, 19, 23]])
 FAMILY_NAMES = ("llama", "qwen3", "gpt2", "phi3")

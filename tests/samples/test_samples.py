@@ -124,7 +124,9 @@ def test_what_the_assistant_says_is_trained_on(tmp_path: Path, tokenizer: Any) -
 
 
 def test_parquet_rows_are_read_like_json(tmp_path: Path, tokenizer: Any) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     table = pyarrow.table({"prompt": ["a", "b", None], "completion": ["one", "two", "three"]})
     parquet.write_table(table, tmp_path / "rows.parquet")
     rows = list(read_rows([tmp_path / "rows.parquet"]))
