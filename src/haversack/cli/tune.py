@@ -408,7 +408,8 @@ def _print_result(result: TrainingResult) -> None:
     typer.echo("")
     console.table(("what", "predicted", "measured"), rows, right=(1, 2))
     figures = ", ".join(f"{'held-back loss' if k == 'eval_loss' else k} {v:.4f}" for k, v in result.final.items())
-    console.paragraph(f"\n{result.steps} steps; {figures}.")
+    typer.echo("")
+    console.paragraph(f"{result.steps} steps; {figures}.")
     if result.num_bad_rows:
         console.notes([f"{result.num_bad_rows} bad rows were left out; {result.folder / 'bad-rows.jsonl'} names each"])
     console.notes(result.notes)
