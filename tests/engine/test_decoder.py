@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tests.engine.tiny import tiny_config
@@ -84,14 +86,16 @@ def test_greedy_tokens_are_those_of_generate(family, cache):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 8])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_with_packed_weights(bits, batch_size):
+@pytest.mark.parametrize(
+    ("family", "bits", "batch_size"),
+    [*itertools.product(["qwen3"], [2, 3, 4, 8], [1, 5, 8]), ("gemma2", 4, 1), ("olmo2", 3, 2)],
+)
+def test_with_packed_weights(family, bits, batch_size):
     """In float32: a random model's logits in bfloat16 have ties, which the last bit of a sum decides."""
     from haversack.engine.measure import packed_matrix
     from haversack.parts.weights.base import WeightTask
 
-    model = small_copy(tiny_config("qwen3"))
+    model = small_copy(tiny_config(family))
     described = describe_model(model.config.to_dict())
     option = WeightOption(IntegerGrid(bits, 64, symmetric=bits % 2 == 0, search=False), NearestRounding())
     packed = []

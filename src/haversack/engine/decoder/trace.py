@@ -233,7 +233,8 @@ class _Functions(TorchFunctionMode):
         if func is torch.addmm and not kwargs:  # GPT-2's Conv1D, whose weight is `(in, out)`
             bias, x, weight = args
             return self._linear(x, weight if isinstance(weight, PackedTensor) else weight.t(), bias)
-        if any(isinstance(x, PackedTensor | PackedStack) for x in args):
+        asks = getattr(func, "__name__", "") == "__get__"  # for a dtype or a shape, as Gemma's embeddings do
+        if not asks and any(isinstance(x, PackedTensor | PackedStack) for x in args):
             raise UnsupportedModelError(f"a packed weight meets {getattr(func, '__name__', func)}")
         return func(*args, **kwargs)
 
