@@ -10,7 +10,7 @@ PEERS := llama_cpp xllamacpp llmcompressor auto_round bitsandbytes openvino torc
 LLAMA_CMAKE := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
 	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: env demo test lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs fuzz
+.PHONY: env demo test test-long lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs fuzz
 
 env: $(STAMP)
 
@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: env
 	$(PY) -m pytest
+
+# What `make test` has no time for.
+test-long: env
+	$(PY) -m pytest -m long
 
 lint: env
 	$(VENV)/bin/ruff check .

@@ -200,6 +200,7 @@ def test_a_closed_pipe_is_quiet():
 
 
 @pytest.mark.parametrize("shell", ["{} | head -c 1", "{} --json | head -c 1", "{} >&-"])
+@pytest.mark.long
 def test_an_answer_keeps_its_exit_code_when_nobody_reads_it(source, shell):
     verb = f"{sys.executable} -m haversack plan {source} --tensor-budget 10KiB --context 24"
     done = subprocess.run(

@@ -59,6 +59,7 @@ def large_problem(num_layers: int = NUM_LAYERS, seed: int = 0, budget: float = 0
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_large_model_in_seconds() -> None:
     problem = large_problem()
     start = time.process_time()
