@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -225,10 +225,10 @@ class Calibrating:
 
 
 def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
-    """A verb with one option per field for each of its parameters of the classes above, so that `plan` and `pack` take
-    the same options, written once."""
+    """A verb with one option per field for each of its parameters that is a dataclass, so that verbs which take the same
+    options have them written once."""
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: cls for name, cls in hints.items() if cls in (Asked, Calibrating)}
+    groups = {name: cls for name, cls in hints.items() if isinstance(cls, type) and is_dataclass(cls)}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb).parameters.values():
         if parameter.name not in groups:
@@ -237,9 +237,8 @@ def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
         options = get_type_hints(groups[parameter.name], include_extras=True)
         for option in fields(groups[parameter.name]):
             keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.append(
-                inspect.Parameter(option.name, keyword, default=option.default, annotation=options[option.name])
-            )
+            default = inspect.Parameter.empty if option.default is MISSING else option.default
+            parameters.append(inspect.Parameter(option.name, keyword, default=default, annotation=options[option.name]))
 
     @functools.wraps(verb)
     def spread(**given: Any) -> int:
