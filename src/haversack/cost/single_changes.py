@@ -27,8 +27,8 @@ from haversack.cost.damage import Damage
 from haversack.describe.assemble import read_site
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
-from haversack.engine.calibrate import SiteStatistics
 from haversack.engine.layers import StreamedModel
+from haversack.engine.site_statistics import SiteStatistics
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
 
