@@ -257,6 +257,8 @@ def results_page() -> str:
             f"{title} {stored['date'][:10]}, commit `{stored['commit'][:10]}`; {where}; {versions}.",
         ]
         lines += [f"Note: {note.rstrip('.')}." for note in stored["notes"]]
+        if "seconds" in stored:
+            lines[-1] += f" It took {stored['seconds'] / 60:.1f} minutes."
         if "busy" in stored:
             lines[-1] += f" Meanwhile other processes used {stored['busy']:.0%} of the machine's cores."
         for table in stored.get("tables", ()):
