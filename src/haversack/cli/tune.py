@@ -30,7 +30,9 @@ class RunOptions:
 
     data: Annotated[
         list[Path],
-        typer.Option("--data", metavar="FILE", help="Text, JSON lines (.jsonl) or parquet; several files are read in order."),
+        typer.Option(
+            "--data", metavar="FILE", help="Text, JSON lines (.jsonl) or parquet; several files are read in order."
+        ),
     ]
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder; the same command goes on from it.")]
     budget: Budget = None
