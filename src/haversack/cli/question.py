@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from haversack.plan.refine import PlanMeter
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
+]
+TensorBudget = Annotated[
+    str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code while describing it.")]
 
 DEFAULT_CONTEXT_TOKENS = 1024
@@ -46,12 +52,8 @@ PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 class Asked:
     """The options of a question, as given."""
 
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
-    ] = None
-    tensor_budget: Annotated[
-        str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
-    ] = None
+    budget: Budget = None
+    tensor_budget: TensorBudget = None
     max_damage: Annotated[
         float | None, typer.Option("--max-damage", help="Turn the question round: the fewest bytes at this many nats.")
     ] = None

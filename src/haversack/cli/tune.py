@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from haversack.cli import console
-from haversack.cli.question import Source, Trust, machine_named, spread_options
+from haversack.cli.question import Budget, Source, TensorBudget, Trust, machine_named, spread_options
 from haversack.errors import UsageError
 from haversack.units import format_bytes, format_seconds, parse_budget, parse_bytes
 
@@ -30,15 +30,13 @@ class RunOptions:
 
     data: Annotated[
         list[Path],
-        typer.Option("--data", help="Text, JSON lines (.jsonl) or parquet; several files are read in order."),
+        typer.Option(
+            "--data", metavar="FILE", help="Text, JSON lines (.jsonl) or parquet; several files are read in order."
+        ),
     ]
     output: Annotated[Path, typer.Option("--output", "-o", help="The run's folder; the same command goes on from it.")]
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
-    ] = None
-    tensor_budget: Annotated[
-        str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
-    ] = None
+    budget: Budget = None
+    tensor_budget: TensorBudget = None
     batch: Annotated[int, typer.Option("--batch", help="Rows per step; how many run at once is chosen.")] = 8
     seq_len: Annotated[
         int | None,
