@@ -225,22 +225,26 @@ class TrainingStep:
 
     def residents(self) -> dict[str, list[torch.Tensor]]:
         """What stays from step to step, by owner."""
-        adapters = [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
+        adapters: list[torch.Tensor] = []
+        adapters += [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
         adapters += [t for m in connections_of(self.model).values() for t in (m.weight, m.columns)]
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
         packed += packed_tensors(self.model)
         own |= {id(tensor) for tensor in (*packed, *packed_parameters(self.model))}
+        masters: list[torch.Tensor] = []
+        if isinstance(self.optimizer, MasterWeights):
+            masters += self.optimizer.masters
         rows = {
             "weights": [p for p in self.model.parameters() if id(p) not in own]
             + [b for b in self.model.buffers() if id(b) not in own],
             "packed weights": packed,
             "adapters": adapters,
-            "master weights": self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else [],
+            "master weights": masters,
             "optimizer states": self.optimizer.state_tensors(),
         }
         if self.shards is not None:
-            held = {id(p): self.own(p) for p in self.model.parameters()}
+            held: dict[int, torch.Tensor] = {id(p): self.own(p) for p in self.model.parameters()}
             rows = {owner: [held.get(id(tensor), tensor) for tensor in tensors] for owner, tensors in rows.items()}
         return {owner: tensors for owner, tensors in rows.items() if tensors}
 

@@ -292,9 +292,8 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
     """Choose how it fits, write it down, before anything loads."""
     seq_len = request.seq_len or _seq_len(store, request.model)
     rows = PackedRows(store, seq_len, 0)
-    workload: Any = dataclasses.replace(
-        request.workload, seq_len=seq_len, samples_apart=rows.apart, **_objective(request, store)
-    )
+    found: dict[str, Any] = {"seq_len": seq_len, "samples_apart": rows.apart, **_objective(request, store)}
+    workload = dataclasses.replace(request.workload, **found)
     fit = fit_training(_question(request, workload), request.pinned, clips=request.settings.clip_norm > 0)
     num_train = len(rows) - _num_held(len(rows), request.settings)
     settings = request.settings.resolved(num_train, _default_rate(fit.workload))
