@@ -476,7 +476,7 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
     if request.base_bytes is not None:
         freeze_packed(model, workload.attention)
-    step = TrainingStep(model, request.model, workload)
+    step = TrainingStep(model, request.model, workload, request.output)
     if request.adapter is not None:
         load_adapter(model, request.adapter)
     if request.ranks.are_several:
