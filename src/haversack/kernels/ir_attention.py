@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from haversack.kernels.dot_schemes import multiply_add
 from haversack.kernels import ir_packed_tokens
+from haversack.kernels.dot_schemes import multiply_add
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
 from haversack.kernels.ir_float import bits_of, converts_half, floats_of, half_to_float
 from haversack.kernels.ir_packed_tokens import ChunkForm
