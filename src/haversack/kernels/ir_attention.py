@@ -514,18 +514,44 @@ def _write_scores(
     for i in range(0, case.rows * block.tokens, 16):
         f.store(splat_constant(_F16, "0xFFF0000000000000"), f.offset(scores, 4 * i), 64)
     row_bytes = _row_bytes(block.key, case.key_head_dim)
+    abreast = 16  # tokens whose sums are kept in registers
+    while abreast > 1 and abreast * case.rows > ir_packed_tokens.MAX_SUMS:
+        abreast //= 2
 
-    def token(t: Value, _: list[Value]) -> list[Value]:
-        sums = [zeros(_F16)] * case.rows
-        for channel, numbers in _numbers(f, case, block.key, _token_row(f, "key_codes", t, row_bytes), row_bytes):
+    def sums_of(tokens: list[Value]) -> list[list[Value]]:
+        """Per row and token, sixteen lanes that are still to be added."""
+        sums = [[zeros(_F16)] * len(tokens) for _ in range(case.rows)]
+        parts = [_numbers(f, case, block.key, _token_row(f, "key_codes", t, row_bytes), row_bytes) for t in tokens]
+        for same in zip(*parts, strict=True):
             for r in range(case.rows):
-                q = f.load(_F16, f.offset(folded, 4 * (r * case.key_head_dim + channel)), 64)
-                sums[r] = multiply_add(f, numbers, q, sums[r])
-        for r in range(case.rows):
-            f.store(_sum(f, sums[r]), f.offset(f.offset(scores, 4 * block.tokens * r), f.times(t, 4)), 4)
+                q = f.load(_F16, f.offset(folded, 4 * (r * case.key_head_dim + same[0][0])), 64)
+                sums[r] = [multiply_add(f, numbers, q, s) for (_, numbers), s in zip(same, sums[r], strict=True)]
+        return sums
+
+    def place(r: int, t: Value) -> Value:
+        return f.offset(f.offset(scores, 4 * block.tokens * r), f.times(t, 4))
+
+    def sixteen(t: Value, _: list[Value]) -> list[Value]:
+        by_row: list[list[Value]] = [[] for _ in range(case.rows)]
+        for start in range(0, 16, abreast):
+            found = sums_of([f.binary("add", t, start + i) for i in range(abreast)])
+            for row, more in zip(by_row, found, strict=True):
+                row += more
+        for r, vectors in enumerate(by_row):
+            f.store(ir_packed_tokens.merged_sums(f, vectors, 1), place(r, t), 4)
         return []
 
-    f.loop(count, [], token, first=first)
+    def token(t: Value, _: list[Value]) -> list[Value]:
+        for r, (lanes,) in enumerate(
+            sums_of([t])
+        ):  # added as those of sixteen are: a token's score is the same anywhere
+            total = ir_packed_tokens.merged_sums(f, [lanes], 1)
+            f.store(f.value("float", f"extractelement {total}, i32 0"), place(r, t), 4)
+        return []
+
+    f.loop(f.binary("sub", count, 15), [], sixteen, first=first, step=16)
+    whole = f.binary("and", _at_least(f, f.binary("sub", count, first), 0), -16)
+    f.loop(count, [], token, first=f.binary("add", first, whole))
 
 
 def _softmax_row(
@@ -590,21 +616,30 @@ def _add_values(
     first: Value,
     count: Value,
 ) -> None:
-    """Output rows plus weights times the block's values, sixteen bytes of every token's row at a time."""
+    """Output rows plus weights times the block's values, as much of every token's row at a time as registers hold."""
     size, groups, packed = block.tokens, block.value_groups, block.value.isdigit()
     row_bytes = _row_bytes(block.value, case.value_head_dim)
     base = f.arguments["value_codes"]
     step = 16 if packed else 16 * _float_bytes(block.value)
-    for piece in range(0, row_bytes, step):
-        channels = [c for c, _ in _numbers(None, case, block.value, base, row_bytes, piece)]
+    pieces = [
+        (piece, [c for c, _ in _numbers(None, case, block.value, base, row_bytes, piece)])
+        for piece in range(0, row_bytes, step)
+    ]
+    per_pass = max(1, ir_packed_tokens.MAX_SUMS // (case.rows * len(pieces[0][1])))
+    for begin in range(0, len(pieces), per_pass):
+        taken = pieces[begin : begin + per_pass]
+        channels = [c for _, of_piece in taken for c in of_piece]
         places = [
             f.offset(f.arguments["state"], 64 + 4 * (r * case.value_head_dim + c))
             for r in range(case.rows)
             for c in channels
         ]
 
-        def token(t: Value, sums: list[Value], piece: int = piece, channels: list[int] = channels) -> list[Value]:
-            numbers = _numbers(f, case, block.value, _token_row(f, "value_codes", t, row_bytes), row_bytes, piece)
+        def token(
+            t: Value, sums: list[Value], taken: list[tuple[int, list[int]]] = taken, channels: list[int] = channels
+        ) -> list[Value]:
+            row = _token_row(f, "value_codes", t, row_bytes)
+            numbers = [n for piece, _ in taken for n in _numbers(f, case, block.value, row, row_bytes, piece)]
             result = []
             for r in range(case.rows):
                 for k, (channel, values) in enumerate(numbers):
