@@ -17,6 +17,7 @@ from haversack.cost.candidates import (
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
 from haversack.describe import mxfp4
+from haversack.describe.checkpoint import pickled_weights
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.plan.question import DEFAULT_RUNTIME_BYTES, Answer, Question
@@ -219,6 +220,8 @@ def _notes(question: Question) -> tuple[str, ...]:
         )
     if (question.model.config.get("quantization_config") or {}).get("quant_method") == mxfp4.METHOD:
         notes.append("the checkpoint stores its experts in MXFP4 (4.25 bits); `as is` means them as bfloat16, exactly")
+    if question.model.folder is not None and (pickles := pickled_weights(question.model.folder)):
+        notes.append(f"the weights are pickled ({pickles[0]}), which `pack` refuses: convert them to safetensors first")
     if question.machine.read_rate() is None:
         notes.append(
             f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: not measured (`haversack machine --measure`)"

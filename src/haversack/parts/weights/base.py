@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 class WeightTask:
     """Working state of one site while it is packed; all in float32.
 
+    Parts put other tensors in the place of these, and never write into them: many tasks share one `hessian`.
     `weight` is `(out_features, in_features)`: what remains to be represented. `hessian` is `(in, in)`, the mean of
     `x x^T` over calibration tokens (None without calibration). `row_importance` is `(out,)` or None. `notes` collects
     what had to be changed (damping raised, a group padded); they end up in the pack log, never silently.
