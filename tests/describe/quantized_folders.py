@@ -29,7 +29,9 @@ class Matrix:
         return (self.codes - self.zeros[:, self.groups]).double() * self.scales[:, self.groups].double()
 
 
-def matrix(out_features: int, in_features: int, bits: int, group_size: int, *, symmetric: bool, seed: int, mixed: bool = False):
+def matrix(
+    out_features: int, in_features: int, bits: int, group_size: int, *, symmetric: bool, seed: int, mixed: bool = False
+):
     generator = torch.Generator().manual_seed(seed)
     num_groups = in_features // group_size
     codes = torch.randint(1 << bits, (out_features, in_features), generator=generator)

@@ -161,7 +161,7 @@ def test_a_shape_that_lies_is_refused(tmp_path: Path) -> None:
     def lie(tensors: dict) -> None:
         tensors["model.layers.0.mlp.up_proj.weight_shape"] = torch.tensor([2**40, 2**40])
 
-    with pytest.raises(CheckpointError, match="model.layers.0.mlp.up_proj"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj"):
         _broken(lie, tmp_path, packed_integers, PACKED)
 
 

@@ -38,6 +38,18 @@ def read_site(checkpoint: Checkpoint, site: WeightSite, dtype: torch.dtype | Non
     return matrix
 
 
+def piece_view(whole: torch.Tensor, piece: TensorSlice) -> torch.Tensor:
+    """The rows `(n, in_features)` that a piece cuts from its whole checkpoint tensor, as a view that can be written to."""
+    view = whole
+    for axis, (start, stop) in enumerate(piece.index):
+        view = view.narrow(axis, start, stop - start)
+    if piece.squeeze:
+        view = view.squeeze(0)
+    if piece.transposed:
+        view = view.transpose(0, 1)
+    return view[:: piece.row_step]
+
+
 def read_codes(checkpoint: Checkpoint, site: WeightSite) -> StoredCodes | None:
     """The site's integers, scales and zero points as the checkpoint stores them; None where it stores anything else."""
     import torch
@@ -46,7 +58,9 @@ def read_codes(checkpoint: Checkpoint, site: WeightSite) -> StoredCodes | None:
     for piece in site.pieces:
         form, rows = _integer_rows(checkpoint, piece)
         codes = None if form is None else form.codes(rows, read_stored)
-        if codes is None or (found and (codes.bits, codes.scales.shape[1]) != (found[0].bits, found[0].scales.shape[1])):
+        if codes is None or (
+            found and (codes.bits, codes.scales.shape[1]) != (found[0].bits, found[0].scales.shape[1])
+        ):
             return None
         found.append(codes)
     if len(found) == 1:

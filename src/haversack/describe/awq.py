@@ -66,7 +66,9 @@ class AwqForm(IntegerForm):
         return ordered[:, start - first * PER_WORD : stop - first * PER_WORD].T.contiguous()
 
 
-def form_of(base: str, tensors: Mapping[str, CheckpointTensor], config: Mapping[str, Any]) -> tuple[AwqForm, tuple[int, int]] | None:
+def form_of(
+    base: str, tensors: Mapping[str, CheckpointTensor], config: Mapping[str, Any]
+) -> tuple[AwqForm, tuple[int, int]] | None:
     """The form of `base` and the shape `(out, in)` of its matrix, or None where shapes do not agree with the layout."""
     parts = {word: tensors[f"{base}.{word}"] for word in ("qweight", "scales", "qzeros") if f"{base}.{word}" in tensors}
     if len(parts) < 3 or any(len(part.shape) != 2 for part in parts.values()):
@@ -81,4 +83,8 @@ def form_of(base: str, tensors: Mapping[str, CheckpointTensor], config: Mapping[
         and groups > 0
         and columns % groups == 0
     )
-    return (AwqForm(parts, f"AWQ's 4-bit integers in groups of {columns // groups}", columns), (rows, columns)) if sound else None
+    return (
+        (AwqForm(parts, f"AWQ's 4-bit integers in groups of {columns // groups}", columns), (rows, columns))
+        if sound
+        else None
+    )

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haversack.describe import gguf_source
 from haversack.describe.quantized import stored_forms
 from haversack.describe.site import TensorSlice
 from haversack.describe.stored_form import StoredForm
@@ -112,6 +113,8 @@ class Checkpoint:
             raise ModelNotFoundError(f"There is no folder {str(folder)!r}; name a folder with safetensors files.")
         files: tuple[Path, ...]
         index: dict[str, str] | None
+        if (gguf := gguf_source.file_of(folder)) is not None:
+            return cls(folder, (gguf,), *gguf_source.tensors_of(gguf))
         if folder.is_file():
             folder, files, index = folder.parent, (folder,), None
         else:
@@ -260,7 +263,7 @@ def _paired(tensors: dict[str, CheckpointTensor], folder: Path) -> dict[str, Che
 
 def holds_weights(folder: Path | None) -> bool:
     """Whether there are files of weights in a folder."""
-    return folder is not None and any(folder.glob("*.safetensors"))
+    return folder is not None and (any(folder.glob("*.safetensors")) or gguf_source.file_of(folder) is not None)
 
 
 def require_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -149,9 +149,7 @@ def form_of(
     return None
 
 
-def _packed_shape(
-    packed: CheckpointTensor, shape: CheckpointTensor | None, read: Read
-) -> tuple[tuple[int, int], int]:
+def _packed_shape(packed: CheckpointTensor, shape: CheckpointTensor | None, read: Read) -> tuple[tuple[int, int], int]:
     """The matrix's shape, which is data of its own, and bits per code; 0 bits where they contradict each other."""
     if packed.dtype != "I32" or len(packed.shape) != 2 or shape is None:
         return (0, 0), 0

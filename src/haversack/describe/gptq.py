@@ -63,10 +63,14 @@ class GptqForm(IntegerForm):
         return chosen, points.contiguous(), order
 
 
-def form_of(base: str, tensors: Mapping[str, CheckpointTensor], config: Mapping[str, Any]) -> tuple[GptqForm, tuple[int, int]] | None:
+def form_of(
+    base: str, tensors: Mapping[str, CheckpointTensor], config: Mapping[str, Any]
+) -> tuple[GptqForm, tuple[int, int]] | None:
     """The form of `base` and the shape `(out, in)` of its matrix, or None where shapes do not agree with the layout."""
     parts = {
-        word: tensors[f"{base}.{word}"] for word in ("qweight", "scales", "qzeros", "g_idx") if f"{base}.{word}" in tensors
+        word: tensors[f"{base}.{word}"]
+        for word in ("qweight", "scales", "qzeros", "g_idx")
+        if f"{base}.{word}" in tensors
     }
     if not {"qweight", "scales", "qzeros"} <= parts.keys():
         return None

@@ -69,7 +69,9 @@ def stored_forms(
         else:
             form = (gptq if method == gptq.METHOD else awq).form_of(base, tensors, quantization)
         if form is None:
-            held = {t.name.removeprefix(f"{base}."): (t.dtype, list(t.shape)) for t in tensors.values() if _is_of(t, base)}
+            held = {
+                t.name.removeprefix(f"{base}."): (t.dtype, list(t.shape)) for t in tensors.values() if _is_of(t, base)
+            }
             raise CheckpointError(
                 f"{base!r} is stored in no layout of {method} that is known: {held}; config and weights do not belong "
                 "together, or the checkpoint is of a newer form."

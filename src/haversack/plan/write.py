@@ -224,7 +224,9 @@ def _notes(question: Question) -> tuple[str, ...]:
     if question.model.quantized and not (kept := len(stored_options(question.model))):
         notes.append("nothing of it lies on a grid that kernels read, so that no codes can be kept as stored")
     elif question.model.quantized:
-        notes.append(f"`as-stored` keeps the checkpoint's own codes, which {kept} of {len(question.model.weights)} matrices have")
+        notes.append(
+            f"`as-stored` keeps the checkpoint's own codes, which {kept} of {len(question.model.weights)} matrices have"
+        )
     if question.machine.read_rate() is None:
         notes.append(
             f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: not measured (`haversack machine --measure`)"
