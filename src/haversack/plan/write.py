@@ -84,7 +84,7 @@ def write_answer(
         workload=question.workload.to_dict(),
         budget=Budget(kind=question.budget_kind, num_bytes=question.budget_bytes, max_damage=question.max_damage),
         prefill_chunk_tokens=chunk,
-        weights=tuple(_weight_record(c, built.weights[c.site.id]) for c in weights),
+        weights=_weight_records(weights, built),
         kv=tuple(_kv_record(c, built.kv[c.site.id]) for c in kv),
         prediction=prediction,
         solve=Solve(
@@ -122,13 +122,19 @@ def _prefill_seconds(serving: Serving, weights: Sequence[WeightCandidate]) -> fl
     return max(floor, 2 * inside * tokens / rate) if rate else floor
 
 
-def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate]) -> WeightChoice:
+def _weight_records(weights: Sequence[WeightCandidate], built: ServingProblem) -> tuple[WeightChoice, ...]:
+    """Options are few and experts are many, so that each option is spelled out once."""
+    written = {option: option.to_dict() for option in dict.fromkeys(c.option for c in weights)}
+    return tuple(_weight_record(c, built.weights[c.site.id], written[c.option]) for c in weights)
+
+
+def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate], option: dict[str, Any]) -> WeightChoice:
     return WeightChoice(
         site=c.site.id,
         role=c.site.role,
         layer=c.site.layer,
         num_parameters=c.site.num_parameters,
-        option=c.option.to_dict(),
+        option=option,
         placement=c.placement.to_dict(),
         stored_bytes=c.stored_bytes,
         neutral_bytes=c.site.num_bytes,
