@@ -37,7 +37,9 @@ def test_no_number_is_off_by_more_than_half_a_step(rows: int, width: int, scale:
 
 def gradients(eight_bits: bool, family: dict[str, Any]) -> tuple[float, torch.Tensor]:
     """Loss and all gradients."""
-    model = open_model(describe_model(family), torch.float32, "eager").train()  # attention's probabilities are kept, too
+    model = open_model(
+        describe_model(family), torch.float32, "eager"
+    ).train()  # attention's probabilities are kept, too
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
     if eight_bits:
         SaveInEightBits(model)
