@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from haversack.describe.checkpoint import holds_weights
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
@@ -152,7 +153,7 @@ def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
 
 def has_weights(model: Model) -> bool:
     """Whether a folder's weights are loaded, instead of random ones made."""
-    return model.folder is not None and any(model.folder.glob("*.safetensors"))
+    return holds_weights(model.folder)
 
 
 def _point_of(moment: Moment) -> str:

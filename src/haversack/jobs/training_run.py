@@ -124,9 +124,12 @@ def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int 
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from haversack.describe.checkpoint import holds_weights
+    from haversack.engine.whole import load_whole
+
     torch.manual_seed(seed)
-    if described.folder is not None and any(described.folder.glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(described.folder, dtype=dtype, attn_implementation=attention)
+    if holds_weights(described.folder):
+        return load_whole(described, dtype=dtype, attention=attention)
     config = CONFIG_MAPPING[described.model_type].from_dict(dict(described.config))
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 

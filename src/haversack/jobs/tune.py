@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe.checkpoint import Checkpoint, torch_dtype
+from haversack.describe.checkpoint import Checkpoint, holds_weights, torch_dtype
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
@@ -119,7 +119,7 @@ class TrainingRequest:
         """Of the model (with its weights), the data, and what was asked."""
         model = hashlib.sha256(self.model.fingerprint.encode())
         for folder in (self.model.folder, self.adapter):
-            if folder is not None and any(folder.glob("*.safetensors")):
+            if folder is not None and holds_weights(folder):
                 model.update(Checkpoint.open(folder).fingerprint().encode())
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (file := self.tokenizer_source / name).is_file():
