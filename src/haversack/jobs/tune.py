@@ -495,6 +495,7 @@ def _resume(
     request: TrainingRequest, folder: RunFolder, step: TrainingStep, writer: CheckpointWriter, log: TrainingLog
 ) -> tuple[int, list[str]]:
     """Put the newest intact checkpoint back; the steps that are done, and notes. Raises UsageError for a checkpoint of another run."""
+    from haversack.engine.recompute import has_dropout
     from haversack.engine.training_state import restore
 
     if request.ranks.is_first:
@@ -519,7 +520,7 @@ def _resume(
         import torch
 
         torch.manual_seed(request.settings.seed + saved.step + request.ranks.rank)
-    if request.ranks.any(not goes_on):
+    if request.ranks.any(not goes_on) and has_dropout(step.model.config):
         notes.append("the ranks were not as many before, so that what is dropped at random is drawn anew")
     writer.last_saved = saved.step
     log.go_back_to(saved.step)
