@@ -67,7 +67,7 @@ def test_a_choice_that_would_take_more_memory_is_not_followed():
 def test_what_measuring_finds_can_be_followed_and_computes_the_same():
     case, num_tokens = make_case(40, 256, 4, 64, True), 70
     key, choice = registry.measure_choice(FMT, num_tokens, 40, torch.float32, 16)
-    assert key == case_key(FMT, 128, "float32", 16) and choice.threads <= torch.get_num_threads()
+    assert key == case_key(FMT, 128, "float32", 16) and (choice.threads or 1) <= torch.get_num_threads()
     assert all(took > 0 for took in choice.microseconds.values())
     names = [*able_names(num_tokens), *[k.NAME for k in registry._widened(FMT, num_tokens, torch.float32, 16)]]
     assert choice.kernel in names and set(choice.microseconds) >= {choice.kernel}
@@ -92,8 +92,8 @@ def test_another_machines_file_is_ignored_and_remade():
         path.write_text(json.dumps(data | {"machine": data["machine"] | change}))
         registry.forget_choices()
         assert kept(key) is None and not choose(FMT, 1, 40, torch.float32, 16).measured
-    keep({key: Choice("here", 1, {})})
-    assert kept(key) == Choice("here", 1, {})
+    keep({key: Choice("here", None, {})})
+    assert kept(key) == Choice("here", None, {})
     # A kernel that there is none of here, as another version's: the first is taken.
     assert not choose(FMT, 1, 40, torch.float32, 16).measured
 
@@ -117,6 +117,7 @@ def test_the_first_kernel_stays_unless_another_is_clearly_faster(monkeypatch):
         clock[0] += seconds[name] / (threads if threads <= 4 else 4)
 
     assert fastest(["first", "slower", "a bit faster"], run, 3, 8).kernel == "first"
+    assert fastest(["first", "slower", "faster"], run, 3, 4).threads is None  # all that there are
     assert fastest(["first", "slower", "faster"], run, 3, 8) == Choice(
         "faster",
         4,  # eight are no faster than four

@@ -84,7 +84,7 @@ def _measure_kernels(folder: Path, json: bool) -> int:
             if case["kernel"] == first
             else f"{times[case['kernel']]:.0f} us for {times[first]:.0f}"
         )
-        words = (case["form"], case["columns"], case["tokens"], case["kernel"], case["threads"], gain)
+        words = (case["form"], case["columns"], case["tokens"], case["kernel"], case["threads"] or "all", gain)
         rows.append(tuple(str(word) for word in words))
     console.table(("form", "columns", "tokens", "kernel", "threads", "gain"), rows, right=(1, 2, 4))
     typer.echo(f"Kept in {report['file']}; runs on this machine use it from now on.")

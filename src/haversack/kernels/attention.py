@@ -53,13 +53,14 @@ class CacheForm:
     group_size: int = 64
 
     def is_supported(self, device_type: str = "cpu", target: Target | None = None) -> bool:
-        """Whether there is a kernel for it: on a CPU for rows of whole vectors of sixteen channels, in every plane; elsewhere
-        where triton is installed, for rows of whole bytes."""
+        """Whether there is a kernel for it: on a CPU for rows of whole vectors of sixteen channels, in every plane; on
+        a GPU where triton is installed, for rows of whole bytes."""
         dims = (self.key_head_dim, self.value_head_dim)
         if device_type != "cpu":
             whole = all(d * bits % 8 == 0 for d, bits in zip(dims, (self.key_bits, self.value_bits), strict=True))
             known = _name(self.dtype) in ("float32", "bfloat16", "float16")
-            return whole and known and (self.key_bits > 0) == (self.value_bits > 0) and has_triton()
+            both = (self.key_bits > 0) == (self.value_bits > 0)
+            return device_type == "cuda" and has_triton() and whole and known and both
         packed = (self.key_bits, self.value_bits, self.group_size)
         return device_type == "cpu" and supports(*dims, _name(self.dtype), *packed, target or host_target())
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ within some percent where nothing else runs."""
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest kernel of a case by name, its number of threads, and what every contender took."""
+    """The fastest kernel of a case by name, the most threads it should take (None: all there are, which were no slower), and
+    what every contender took."""
 
     kernel: str
-    threads: int
+    threads: int | None
     microseconds: Mapping[str, float]
 
 
@@ -62,7 +63,7 @@ def kept(key: str) -> Choice | None:
 
 def keep(found: Mapping[str, Choice]) -> Path:
     """Add choices to this machine's file, replacing those of the same cases; a file that can't be written is done without."""
-    path, choices = choices_file(), _all_kept() | found
+    path, choices = choices_file(), {**_all_kept(), **found}
     data = {"machine": machine_facts(), "choices": {key: asdict(choice) for key, choice in choices.items()}}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -105,11 +106,20 @@ def _all_kept() -> dict[str, Choice]:
         if data["machine"] != machine_facts():
             return {}
         return {
-            str(key): Choice(str(row["kernel"]), max(1, int(row["threads"])), dict(row["microseconds"]))
+            str(key): Choice(str(row["kernel"]), _threads(row["threads"]), dict(row["microseconds"]))
             for key, row in data["choices"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _threads(kept: object) -> int | None:
+    """A number of threads as kept; a TypeError or ValueError where it is none."""
+    if kept is None:
+        return None
+    if not isinstance(kept, int) or kept < 1:
+        raise ValueError(f"{kept} threads")
+    return kept
 
 
 def fastest(names: Sequence[str], run: Callable[[str, int, int], None], num_copies: int, threads: int) -> Choice:
@@ -117,16 +127,17 @@ def fastest(names: Sequence[str], run: Callable[[str, int, int], None], num_copi
 
     Kernels are compared with all threads; then the fewest threads that are about as fast as any are found for the winner.
     """
-    times = _medians({name: (lambda i, name=name: run(name, threads, i)) for name in names}, num_copies)
+    times = _medians({name: partial(run, name, threads) for name in names}, num_copies)
     kernel = min(times, key=lambda name: (times[name], names.index(name)))
     if times[kernel] > (1 - LEAST_GAIN) * times[names[0]]:
         kernel = names[0]
     counts = list(_halved(threads))
-    by_threads = _medians({str(n): (lambda i, n=n: run(kernel, n, i)) for n in counts}, num_copies)
+    by_threads = _medians({str(n): partial(run, kernel, n) for n in counts}, num_copies)
     best = min(by_threads.values())
     fewest = min(n for n in counts if by_threads[str(n)] * (1 - LEAST_GAIN) <= best)
     listed = times | {f"{kernel}, {n} threads": by_threads[str(n)] for n in counts}
-    return Choice(kernel, fewest, {name: round(1e6 * seconds, 1) for name, seconds in listed.items()})
+    taken = None if fewest == threads else fewest
+    return Choice(kernel, taken, {name: round(1e6 * seconds, 1) for name, seconds in listed.items()})
 
 
 def _halved(threads: int) -> Iterable[int]:

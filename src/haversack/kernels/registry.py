@@ -169,13 +169,14 @@ class Chosen:
         """For `verify` and tables: a measured choice says so."""
         if not self.measured:
             return str(self.kernel.NAME)
-        return f"{self.kernel.NAME} (measured, at most {self.threads} threads)"
+        return f"{self.kernel.NAME} (measured{f', at most {self.threads} threads' if self.threads else ''})"
 
 
 def choose_kernel(
-    fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
-) -> PackedKernel:
-    """The kernel of `choose`, for a matrix of whatever number of rows: no measurement is asked."""
+    fmt: PackedFormat | PlaneFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
+) -> Any:
+    """The kernel of `choose`, for a matrix of whatever number of rows: no measurement is asked. A `PackedKernel`, or one of
+    `planes.py`."""
     return choose(fmt, num_tokens, None, dtype, activation_bits, device_type).kernel
 
 
@@ -312,7 +313,7 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     from haversack.kernels.llvm import host_target
 
     if device_type != "cpu":
-        return (*triton_kernels(), generic)
+        return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
     return (*compiled.matvecs(target), compiled.CompiledTiles(target), generic)
 
