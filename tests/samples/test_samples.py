@@ -213,4 +213,4 @@ def test_the_order_is_a_function_of_the_step() -> None:
 
 
 def test_bad_rows_are_no_rows() -> None:
-    assert isinstance(Tokenizing(None, "x").sample(Row("f", 3, {"other": 1})), BadRow)
+    assert isinstance(Tokenizing(None, "x").samples(Row("f", 3, {"other": 1})), BadRow)
