@@ -35,8 +35,7 @@ LEAST_GAIN = 0.05
 """Share of the first kernel's time that another must save to be chosen; and that more threads must save over fewer."""
 
 CONTENDER_SECONDS, LEAST_TURNS, MOST_TURNS = 0.02, 5, 41
-"""How long a contender is timed, and how often at least and at most. On this repository's machines medians of 5 turns repeat
-within some percent where nothing else runs."""
+"""How long a contender is timed, and how often at least and at most."""
 
 
 @dataclass(frozen=True)

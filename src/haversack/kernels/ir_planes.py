@@ -11,8 +11,8 @@
              throughout a group, so exact: with a_j plane j of an activation in two's complement and S the group's sum, a
              plane of signs gives 2 sum_j +-2^j popcount(w & a_j) - S
 
-The first after Wei et al. 2024 (T-MAC, arXiv 2407.00088, section 3.2), with tables in float32 that are not rounded to int8
-and full instead of half; the last after Ma et al. 2024 (arXiv 2409.17870, section 3), with activations in two's complement.
+The first after Wei et al. 2024 (T-MAC, arXiv 2407.00088), with tables in float32 that are not rounded to int8
+and full instead of half; the last after Ma et al. 2024 (arXiv 2409.17870), with activations in two's complement.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class PlaneCase:
 
     @property
     def unit_words(self) -> int:
-        """Vectors of 64 bytes that lay out one unit of one token's activations."""
-        return 8 if self.way == "tables" else 2
+        """Vectors of 64 bytes that lay out one unit of one token's activations: tables, floats, or eight words of bits."""
+        return {"tables": 8, "signs": 2, "counts": 1}[self.way]
 
     @property
     def activation_bytes(self) -> int:
-        """Of one token: tables, floats in order, or 8 words per unit (in 64 bytes' room for two vectors of floats)."""
+        """Of one token, in all units."""
         return self.num_units * self.unit_words * 64
 
     @property

@@ -40,8 +40,8 @@ class SignPlanes(Grid):
     token and group and multiplies integers, exactly. Time grows with the number of planes (`kernels/ir_planes.py`).
 
     Error: half the distance of neighbouring values, without clipping; scales are rounded to float16 before codes are chosen.
-    Source: Ma et al. 2024 (arXiv 2409.17870, section 3.1: bipolar integers); bases by alternation after Xu et al. 2018 (arXiv
-    1802.00150, section 3); both differ in weighting errors by importance and in searching the clipping of the first.
+    Source: Ma et al. 2024 (arXiv 2409.17870: bipolar integers); bases by alternation after Xu et al. 2018 (arXiv
+    1802.00150); both differ in weighting errors by importance and in searching the clipping of the first.
     """
 
     id: ClassVar[str] = "sign-planes"
@@ -51,7 +51,6 @@ class SignPlanes(Grid):
         2024,
         "Efficient Arbitrary Precision Acceleration for Large Language Models on GPU Tensor Cores",
         "2409.17870",
-        "section 3.1",
     )
 
     bits: int = 2
