@@ -70,7 +70,13 @@ def main() -> None:
             "title": f"Model {name.upper()}",
             "columns": ["file", "program", "bytes", "largest difference of a logit", "KL, nats per token"],
             "rows": [
-                [r.what, r.program, f"{r.file_bytes:,}", f"{r.largest_difference:.2g} of {r.largest_logit:.3g}", f"{r.kl:.2g}"]
+                [
+                    r.what,
+                    r.program,
+                    f"{r.file_bytes:,}",
+                    f"{r.largest_difference:.2g} of {r.largest_logit:.3g}",
+                    f"{r.kl:.2g}",
+                ]
                 for r in rows
                 if r.model == name
             ],
@@ -95,7 +101,9 @@ def measure(name: str) -> Iterator[Row]:
             reference = stood_for(described, packed, rows)
             done = export(packed, work / f"{slug}.gguf", "gguf")
             changed = sum("rounded" in change.now for change in done.changes)
-            yield _row(name, what, "GGUF in llama.cpp", done.num_bytes, reference, llama(work / f"{slug}.gguf", work), changed)
+            yield _row(
+                name, what, "GGUF in llama.cpp", done.num_bytes, reference, llama(work / f"{slug}.gguf", work), changed
+            )
             done = export(packed, work / f"{slug}-ct", "compressed-tensors")
             changed = sum("the same" not in change.now for change in done.changes)
             found = plain_transformers(work / f"{slug}-ct", rows)
@@ -161,7 +169,14 @@ def _row(
     log_p, log_q = reference.double().log_softmax(-1), found.double().log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     row = Row(
-        model, what, program, num_bytes, float((reference - found).abs().max()), float(reference.abs().max()), kl, changed
+        model,
+        what,
+        program,
+        num_bytes,
+        float((reference - found).abs().max()),
+        float(reference.abs().max()),
+        kl,
+        changed,
     )
     print(row, flush=True)
     return row

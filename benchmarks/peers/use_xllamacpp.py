@@ -162,4 +162,7 @@ def describe(request):
 
 
 if __name__ == "__main__":
-    serve({"weights": weights, "logits": logits, "quantize": quantize, "types": types, "describe": describe}, ["xllamacpp", "gguf"])
+    serve(
+        {"weights": weights, "logits": logits, "quantize": quantize, "types": types, "describe": describe},
+        ["xllamacpp", "gguf"],
+    )

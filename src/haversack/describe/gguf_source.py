@@ -74,17 +74,17 @@ def tensors_of(file: Path) -> tuple[dict[str, CheckpointTensor], int]:
 
     opened = GgufFile.open(file)
     family = family_of(opened.metadata.get("general.architecture"), file.name)
+    heads = f"{family.architecture}.attention.head_count"
     num_heads = {
-        ".attn_q.": opened.metadata.get(f"{family.architecture}.attention.head_count"),
-        ".attn_k.": opened.metadata.get(f"{family.architecture}.attention.head_count_kv"),
+        ".attn_q.": opened.metadata.get(heads),
+        ".attn_k.": opened.metadata.get(f"{heads}_kv") or opened.metadata.get(heads),
     }
     found: dict[str, CheckpointTensor] = {}
     for name, tensor in opened.tensors.items():
         seen = checkpoint_name(name) or name
         head_rows = 0
         if family.pairs and is_rotated(name):
-            heads = next(count for word, count in num_heads.items() if word in name)
-            head_rows = _head_rows(tensor, heads, file)
+            head_rows = _head_rows(tensor, next(n for word, n in num_heads.items() if word in name), file)
         kind = tensor.block.name
         if kind in _PLAIN and not head_rows:
             found[seen] = CheckpointTensor(seen, file, kind, tensor.shape, tensor.start, tensor.stop)
