@@ -45,7 +45,8 @@ def folder_of(file: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        _write_tokenizer(file, partial)
+        if not _copy_tokenizer(opened, partial):
+            _write_tokenizer(file, partial)
         (partial / NOTE_NAME).write_text(json.dumps({"file": str(file)}))
         try:
             partial.rename(folder)
@@ -117,6 +118,21 @@ def _is_bfloat16(opened: GgufFile) -> bool:
     for tensor in opened.tensors.values():
         kinds[tensor.block.name] = kinds.get(tensor.block.name, 0) + tensor.stop - tensor.start
     return max(kinds, key=lambda kind: kinds[kind], default="") == "BF16"
+
+
+def _copy_tokenizer(opened: GgufFile, folder: Path) -> bool:
+    """Copy the tokenizer that lies beside a file, where it is the file's own: each of its tokens has the file's number."""
+    home, tokens = opened.path.parent, opened.metadata.get("tokenizer.ggml.tokens")
+    try:
+        data = json.loads((home / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = data["model"]["vocab"].items()
+        if not tokens or any(number >= len(tokens) or tokens[number] != token for token, number in vocabulary):
+            return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    for found in home.glob("tokenizer*.json"):
+        shutil.copyfile(found, folder / found.name)
+    return True
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:
