@@ -87,6 +87,7 @@ RECOMPUTATIONS = ("none", "full")
 SAVED = {
     "exact": "activations kept for the backward pass as they are",
     "8bit": "activations of layers kept in 8 bits, so that gradients are rounded",
+    "disk": "activations of layers written to a file and read again",
 }
 LIKELIHOOD = "likelihood"
 """The objective of predicting each next token; others are recipes that compare two answers."""
@@ -139,7 +140,7 @@ class TrainingWorkload:
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
     backward pass, `0-3,7` does so with those layers; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
     `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
-    updated (`UPDATES`); `saved` how precisely activations are kept (`SAVED`). Raises UsageError naming the field, its
+    updated (`UPDATES`); `saved` how activations are kept (`SAVED`). Raises UsageError naming the field, its
     value and what is allowed.
     """
 
@@ -169,11 +170,12 @@ class TrainingWorkload:
         _check_choice("saved", self.saved, SAVED)
         if self.saved != "exact" and self.precision == "autocast":
             raise UsageError(
-                "saved is '8bit' under precision autocast, whose 16-bit copies of weights would be rounded too; choose another precision."
+                f"saved is {self.saved!r} under precision autocast, whose 16-bit copies of weights would be kept so, too; choose another "
+                "precision."
             )
         if self.saved != "exact" and self.recompute != "none":
             raise UsageError(
-                f"saved is '8bit' with recompute {self.recompute}, but layers that run again keep nothing; choose one of them."
+                f"saved is {self.saved!r} with recompute {self.recompute}, but layers that run again keep nothing; choose one of them."
             )
         if self.update == "backward" and self.accumulation_steps > 1:
             raise UsageError(

@@ -292,9 +292,8 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
     """Choose how it fits, write it down, before anything loads."""
     seq_len = request.seq_len or _seq_len(store, request.model)
     rows = PackedRows(store, seq_len, 0)
-    workload: Any = dataclasses.replace(
-        request.workload, seq_len=seq_len, samples_apart=rows.apart, **_objective(request, store)
-    )
+    found: dict[str, Any] = {"seq_len": seq_len, "samples_apart": rows.apart, **_objective(request, store)}
+    workload = dataclasses.replace(request.workload, **found)
     fit = fit_training(_question(request, workload), request.pinned, clips=request.settings.clip_norm > 0)
     num_train = len(rows) - _num_held(len(rows), request.settings)
     settings = request.settings.resolved(num_train, _default_rate(fit.workload))
@@ -477,7 +476,7 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
     if request.base_bytes is not None:
         freeze_packed(model, workload.attention)
-    step = TrainingStep(model, request.model, workload)
+    step = TrainingStep(model, request.model, workload, request.output)
     if request.adapter is not None:
         load_adapter(model, request.adapter)
     if request.ranks.are_several:
@@ -496,6 +495,7 @@ def _resume(
     request: TrainingRequest, folder: RunFolder, step: TrainingStep, writer: CheckpointWriter, log: TrainingLog
 ) -> tuple[int, list[str]]:
     """Put the newest intact checkpoint back; the steps that are done, and notes. Raises UsageError for a checkpoint of another run."""
+    from haversack.engine.recompute import has_dropout
     from haversack.engine.training_state import restore
 
     if request.ranks.is_first:
@@ -520,7 +520,7 @@ def _resume(
         import torch
 
         torch.manual_seed(request.settings.seed + saved.step + request.ranks.rank)
-    if request.ranks.any(not goes_on):
+    if request.ranks.any(not goes_on) and has_dropout(step.model.config):
         notes.append("the ranks were not as many before, so that what is dropped at random is drawn anew")
     writer.last_saved = saved.step
     log.go_back_to(saved.step)
