@@ -1,7 +1,7 @@
 """Tuning and training as time points and owners: what a step holds at its highest moments, loading and saving too.
 
-Time points on the device tier: *load* (weights as they come, before they are packed), *forward*, *loss*, *backward*,
-*update*, *save*. Each shows its highest moment. From the second step on every step is alike, so optimizer states are there
+Time points on the device tier: *load* (weights as they come, before they are packed), *resume* (a checkpoint read back, one tensor
+held twice), *forward*, *loss*, *backward*, *update*, *evaluate* (a batch without what a backward pass needs), *save*. Each shows its highest moment. From the second step on every step is alike, so optimizer states are there
 throughout; the first step, without them, is lower.
 """
 
@@ -24,13 +24,14 @@ from haversack.engine.training_trace import (
     Moment,
     TrainingTrace,
     compose,
+    compose_evaluation,
     trace_training,
 )
 from haversack.ledger import DTYPE_BYTES, Ledger, total_bytes
 from haversack.recipes.base import optimizer_option
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
-POINTS = ("load", "forward", "loss", "backward", "update", "save")
+POINTS = ("load", "resume", "forward", "loss", "backward", "update", "evaluate", "save")
 
 SLACK_FRACTION = 0.02
 """Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
@@ -89,7 +90,13 @@ class TrainingCost:
         rows["update"] = {"update": stays}  # all there is of it where weights are updated during the backward pass
         if self.workload.update == "step":
             rows["update"] = {"update": {**stays, **gradients, "workspace": self.trace.update_bytes}}
+        rows["evaluate"] = {
+            moment.name: {**stays, **{("other" if owner == EMBED else owner): n for owner, n in moment.owners.items()}}
+            for moment in compose_evaluation(self.trace)
+        }
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
+        read = {owner: n for owner, n in stays.items() if owner not in (STATES, BATCH)}  # states are kept as they are read
+        rows["resume"] = {"weights": {**read, "workspace": widest}, "states": {**read, STATES: stays[STATES]}}
         rows["save"] = {"save": {**stays, "workspace": widest}}
         return {point: rows[point] for point in POINTS if point in rows}
 

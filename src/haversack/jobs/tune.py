@@ -6,6 +6,7 @@ A run lives in one folder: `plan.json`, `data/` (tokens), `checkpoints/`, `metri
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -267,7 +268,9 @@ def _tokens(request: TrainingRequest, folder: RunFolder, watch: Watchers) -> Tok
 
 
 def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> TrainingPlan:
-    """Choose how it fits, write it down, before anything loads."""
+    """Choose how it fits, write it down, before anything loads. What the runtime takes is what this process holds now."""
+    from haversack.jobs.training_run import runtime_private_bytes
+
     seq_len = request.seq_len or _seq_len(store, request.model)
     rows = PackedRows(store, seq_len, 0)
     workload: Any = type(request.workload)(
@@ -277,11 +280,14 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
             "samples_apart": rows.apart,
         }
     )
+    rates = request.machine.rates
+    if request.budget_kind == "process":
+        rates = dataclasses.replace(rates, training_private_bytes=runtime_private_bytes(request.workload))
     fit = fit_training(
         TrainingQuestion(
             request.model,
             workload,
-            request.machine,
+            dataclasses.replace(request.machine, rates=rates),
             Parallelism(),
             request.budget_bytes,
             request.budget_kind,
