@@ -29,7 +29,7 @@ from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
 from haversack.engine.training_step import TrainingStep, inner_matrices
 from haversack.engine.true_values import TrueValues
 from haversack.engine.update_trace import TrainedTensor, trace_updates
-from haversack.errors import UsageError
+from haversack.errors import UnsupportedModelError, UsageError
 from haversack.ledger import DTYPE_BYTES
 from haversack.recipes.base import optimizer_option
 
@@ -148,6 +148,11 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     drops_like = {i: i if i in shown else kinds[i][0] for i in range(model.num_layers)}
     with quiet_transformers():
         skeleton: Any = build_skeleton(model.config, model.name)
+        if skeleton.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{model.name} ({model.model_type}) is an encoder-decoder, which is served and not trained here; choose a "
+                "decoder-only model."
+            )
         skeleton.to(torch_dtype(workload.weights_dtype))
         _set_attention(skeleton, model, workload)
         skip_layers_but(skeleton, model, shown)
