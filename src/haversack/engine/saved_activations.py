@@ -82,7 +82,7 @@ class ActivationFile:
         weakref.finalize(kept, self._forget)
         self.end_bytes += tensor.nbytes
         if not isinstance(tensor, FakeTensor):
-            raw = laid.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            raw = memoryview(laid.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             with explained(self.folder, tensor.nbytes):
                 done = 0
                 while done < len(raw):
@@ -91,7 +91,7 @@ class ActivationFile:
 
     def read(self, start: int, tensor: torch.Tensor) -> None:
         """Fill a contiguous tensor from a place in the file."""
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().data
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         done = 0
         while done < len(raw):
             done += os.preadv(self._file.fileno(), [raw[done:]], start + done)

@@ -331,10 +331,16 @@ def _question(request: TrainingRequest, workload: TuneWorkload | TrainWorkload) 
         if request.base_bytes is not None:
             raise UsageError("a packed base is tuned by one process; name the unpacked model, or leave torchrun out.")
         workload = dataclasses.replace(workload, batch_size=workload.batch_size // ranks)
+    from haversack.jobs.training_run import runtime_private_bytes
+
+    machine = request.machine
+    if request.budget_kind == "process":  # what the runtime takes is what this process holds now
+        rates = dataclasses.replace(machine.rates, training_private_bytes=runtime_private_bytes(request.workload))
+        machine = dataclasses.replace(machine, rates=rates)
     return TrainingQuestion(
         request.model,
         workload,
-        request.machine,
+        machine,
         Parallelism(data=ranks, zero=3 if ranks > 1 else 0),
         request.budget_bytes,
         request.budget_kind,

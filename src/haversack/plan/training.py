@@ -44,7 +44,9 @@ class TrainingQuestion:
 
     @property
     def runtime_bytes(self) -> int:
-        return 0 if self.budget_kind == "tensor" else DEFAULT_TRAINING_RUNTIME_BYTES
+        if self.budget_kind == "tensor":
+            return 0
+        return self.machine.rates.training_private_bytes or DEFAULT_TRAINING_RUNTIME_BYTES
 
     @property
     def tensor_bytes(self) -> int | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from haversack.describe.stored_form import StoredCodes
-    from haversack.kernels.format import PackedFormat
+    from haversack.kernels.format import PackedFormat, PlaneFormat
 
 
 @dataclass
@@ -197,6 +197,10 @@ class Grid(WeightPart):
     def packed_format(self, in_features: int) -> PackedFormat | None:
         """The stored tensors in the kernels' words, where `codes` and `scales` (and `zeros`) are all that they read."""
         return None
+
+    def kernel_format(self, in_features: int) -> PackedFormat | PlaneFormat | None:
+        """What the registry chooses a kernel by; None where rows are decoded."""
+        return self.packed_format(in_features)
 
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
