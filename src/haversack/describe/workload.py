@@ -212,7 +212,7 @@ class TuneWorkload(TrainingWorkload):
     """Tune a checkpoint: all of it (`full`), or low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`).
 
     `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
-    alone. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
+    alone, as does `lora_dropout`, the share of their inputs that is dropped while training. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
     """
 
     task: ClassVar[str] = "tune"
@@ -220,9 +220,13 @@ class TuneWorkload(TrainingWorkload):
     method: str = "lora"
     lora_rank: int = 16
     lora_targets: str = "linear"
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        share = self.lora_dropout
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise UsageError(f"lora_dropout is {share!r}, but must be a share from 0 to below 1, like 0.05.")
         _check_choice("method", self.method, METHODS)
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)

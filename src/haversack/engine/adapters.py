@@ -33,15 +33,19 @@ were counted on matrices of 0.07 to 2.4 million elements."""
 
 
 class LowRankAdapter(nn.Module):
-    """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen.
+    """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen. While training, the share `dropout` of
+    the numbers that `A` meets is dropped, which keeps them and a byte each for the backward pass.
 
     Adds `rank * (in + out)` trained weights, which may be kept in more bits than activations have: they are rounded where they meet
     them. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
 
-    def __init__(self, base: nn.Module, out_features: int, in_features: int, rank: int, dtype: torch.dtype):
+    def __init__(
+        self, base: nn.Module, out_features: int, in_features: int, rank: int, dtype: torch.dtype, dropout: float = 0.0
+    ):
         super().__init__()
         self.base = base
+        self.dropout = dropout
         self.scale = 1.0
         self.down = nn.Parameter(torch.empty(rank, in_features, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype))
@@ -50,6 +54,8 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
+        if self.dropout and self.training:
+            x, _ = torch.native_dropout(x, self.dropout, True)
         z = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return y + (z if self.scale == 1.0 else z * self.scale)
 
@@ -98,7 +104,16 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.matrix.unpack(grad.dtype), None
 
 
-def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed: bool, dtype: torch.dtype) -> None:
+def adapt(
+    model: nn.Module,
+    described: Model,
+    *,
+    rank: int,
+    targets: str,
+    packed: bool,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+) -> None:
     """Freeze `model` and put an adapter beside each whole linear of its layers; with `packed`, pack those linears that are
     not packed yet.
 
@@ -113,7 +128,7 @@ def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed
             continue
         base = _pack(module, site) if packed and not isinstance(module.weight, PackedTensor) else module
         if wanted:
-            base = LowRankAdapter(base, site_out(module), site_in(module), rank, dtype)
+            base = LowRankAdapter(base, site_out(module), site_in(module), rank, dtype, dropout)
         parent, _, name = site.module.rpartition(".")
         setattr(model.get_submodule(parent), name, base)
 

@@ -47,6 +47,7 @@ class TrainingStep:
                 targets=workload.lora_targets,
                 packed=workload.method == "qlora",
                 dtype=dtype,
+                dropout=workload.lora_dropout,
             )
         recomputed = recomputed_layers(workload.recompute, described.num_layers)
         if recomputed:
