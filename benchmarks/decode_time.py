@@ -143,7 +143,9 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/decode-time"))
-    parser.add_argument("--first", type=int, default=len(CASES), help="Only so many configurations, and nothing is written.")
+    parser.add_argument(
+        "--first", type=int, default=len(CASES), help="Only so many configurations, and nothing is written."
+    )
     arguments = parser.parse_args()
     machine = machines.measured(progress=lambda line: print(line, flush=True))
     finished = FinishedRows("decode_time")

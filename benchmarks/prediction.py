@@ -16,7 +16,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence

@@ -71,7 +71,8 @@ def tune(row: dict[str, Any], model: Model) -> float:
 
 
 def generate(row: dict[str, Any], model: Model) -> float:
-    """Weights, keys and values of all tokens, the activations of a short prompt, and the largest matrix unpacked."""
+    """Weights, keys and values of all tokens, the activations of a short prompt, and the largest matrix unpacked; where loading
+    quantizes anew, its 16 bits and its new codes beside the old ones, if that is more."""
     tensor, stages = row.get("tensor", 1), row.get("stages", 1)
     if tensor > 1:
         model = describe_model(rank_config(model.config, Parallelism(tensor=tensor), model.name))
@@ -79,11 +80,12 @@ def generate(row: dict[str, Any], model: Model) -> float:
     layers = sum(weight_bytes(s, fmt, fmt) for s in model.weights if s.layer is not None)
     outer = sum(weight_bytes(s, fmt, row.get("head", fmt)) for s in model.weights if s.layer is None)
     kv = sum(site.bytes_per_token() for site in model.attention) * row["tokens"]
-    unpacked = 0.0
-    if fmt != "BF16" and row.get("unpacks", True):
-        unpacked = 2.0 * max(s.num_parameters for s in model.weights if s.role not in ("embedding", "position"))
-    passing = passing_bytes(model, num_tokens=16)
-    return (layers + kv) / stages + outer + total_bytes(model.rest) + unpacked + passing + CUBLAS_WORKSPACE_BYTES
+    resident = layers / stages + outer + total_bytes(model.rest)
+    widest = max(s.num_parameters for s in model.weights if s.role not in ("embedding", "position"))
+    unpacked = 2.0 * widest if fmt != "BF16" and row.get("unpacks", True) else 0.0
+    running = kv / stages + unpacked + passing_bytes(model, num_tokens=16) + CUBLAS_WORKSPACE_BYTES
+    loading = (2.0 + BYTES_PER_WEIGHT[fmt]) * widest if row.get("requantizes") else 0.0
+    return resident + max(running, loading)
 
 
 def passing_bytes(model: Model, num_tokens: int) -> int:

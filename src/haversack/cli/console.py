@@ -101,7 +101,9 @@ def ledger_table(ledger: Ledger, *, besides: Sequence[str] = ()) -> None:
             rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
     rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
     table(("bytes", *points), rows, right=range(1, len(points) + 1))
-    if totals := [f"{point} {format_bytes(ledger.total_bytes(point))}" for point in besides if point in ledger.timeline]:
+    if totals := [
+        f"{point} {format_bytes(ledger.total_bytes(point))}" for point in besides if point in ledger.timeline
+    ]:
         paragraph(f"besides: {', '.join(totals)}.")
 
 

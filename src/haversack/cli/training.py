@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from haversack.cli import console
-from haversack.cli.question import runtimes_known
 from haversack.cli.money import operators_json, price_line, print_operators
+from haversack.cli.question import runtimes_known
 from haversack.cli.sweep import print_largest, print_sweep
 from haversack.errors import UsageError
 from haversack.units import format_bytes, format_seconds, parse_budget

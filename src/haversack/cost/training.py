@@ -95,7 +95,9 @@ class TrainingCost:
             for moment in compose_evaluation(self.trace)
         }
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
-        read = {owner: n for owner, n in stays.items() if owner not in (STATES, BATCH)}  # states are kept as they are read
+        read = {
+            owner: n for owner, n in stays.items() if owner not in (STATES, BATCH)
+        }  # states are kept as they are read
         rows["resume"] = {"weights": {**read, "workspace": widest}, "states": {**read, STATES: stays[STATES]}}
         rows["save"] = {"save": {**stays, "workspace": widest}}
         return {point: rows[point] for point in POINTS if point in rows}

@@ -42,9 +42,7 @@ def build_skeleton(
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return kind.from_config(
-                parsed, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
+            return kind.from_config(parsed, trust_remote_code=trust_remote_code, attn_implementation="eager")
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(

@@ -133,7 +133,9 @@ def _trace_encoder_decoder(skeleton: Any, batch_size: int, prompt_tokens: int) -
             one = torch.zeros(batch_size, 1, dtype=torch.int64, device="meta")
             skeleton(decoder_input_ids=one, encoder_outputs=states, past_key_values=cache, use_cache=True)
             halves = (cache.self_attention_cache, cache.cross_attention_cache)
-            held.append([own, *(sum(t.nbytes for t in _tensors(vars(layer))) for half in halves for layer in half.layers)])
+            held.append(
+                [own, *(sum(t.nbytes for t in _tensors(vars(layer))) for half in halves for layer in half.layers)]
+            )
             rises.append(live.peak_bytes - sum(held[-1]))
             live.peak_bytes = live.live_bytes
     layers = tuple(LayerCache(first, second - first, None) for first, second in zip(*held, strict=True))

@@ -103,7 +103,9 @@ def compose(
     for name, traced, own_trace in names:
         segment = own_trace.segments.get(traced)
         if segment is None:
-            if name == EMBED_BACKWARD:  # a frozen embedding has no backward pass, unless its layer recomputes: as many moments either way
+            if (
+                name == EMBED_BACKWARD
+            ):  # a frozen embedding has no backward pass, unless its layer recomputes: as many moments either way
                 moments.append(Moment(name, held))
             continue
         own = LOGITS if traced in (LOSS, LOSS_BACKWARD) else WORKSPACE
@@ -220,9 +222,7 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
         ) from None
 
 
-def _run(
-    step: TrainingStep, model: Model, shown: Sequence[int]
-) -> tuple[dict[str, Segment], dict[str, Segment]]:
+def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> tuple[dict[str, Segment], dict[str, Segment]]:
     """Segments of a micro-step whose model, on meta, is filled with fakes, and of a batch evaluated after it; while gradients
     accumulate, they are there from the micro-step's beginning."""
     live = OwnedBytes()

@@ -213,7 +213,13 @@ class Solver:
         for _ in range(MAX_REPAIRS):
             left = None if deadline is None else deadline - time.monotonic()
             answer = program.solve(
-                goal, upper=upper, far=forbidden, near=self._near, time_limit_seconds=left, presolve=presolve, gap=self._gap
+                goal,
+                upper=upper,
+                far=forbidden,
+                near=self._near,
+                time_limit_seconds=left,
+                presolve=presolve,
+                gap=self._gap,
             )
             if presolve and greedy is not None and self._contradicts(answer, greedy, goal):
                 presolve = False
