@@ -104,9 +104,13 @@ def _mix(answer: Answer) -> list[tuple[str, str, str, str, str]]:
     from haversack.parts.kv.base import KVOption
     from haversack.parts.weights.base import WeightOption
 
+    labels: dict[str, str] = {}
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for row in answer.plan.weights:
-        key = (WeightOption.from_dict(row.option).label, row.placement["part"])
+        written = repr(row.option)
+        if written not in labels:
+            labels[written] = WeightOption.from_dict(row.option).label
+        key = (labels[written], row.placement["part"])
         groups.setdefault(key, []).append((row.stored_bytes, row.neutral_bytes))
     for kv in answer.plan.kv:
         groups.setdefault((KVOption.from_dict(kv.option).label, "keys and values"), []).append(

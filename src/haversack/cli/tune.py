@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from haversack.jobs.tune import TrainingResult
     from haversack.plan.training_file import TrainingPlan
 
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora", "paca")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,13 @@ def tune(
     model: Source,
     asked: RunOptions,
     method: Annotated[
-        str | None, typer.Option("--method", help="full, lora or qlora; the first that fits if left out.")
+        str | None,
+        typer.Option(
+            "--method", help="full, lora, qlora or paca; the first that fits of full, lora and qlora if left out."
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="Of pairs of answers: dpo (the default of such data) or logo.")
     ] = None,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="A folder with an adapter of peft's to go on from.")
@@ -113,7 +119,12 @@ def tune(
         raise UsageError(f"--method {method!r} is not one of {', '.join(METHODS)}.")
     if adapter is not None and method not in ("lora", "qlora"):
         raise UsageError("--adapter goes on from a low-rank adapter; say --method lora or qlora besides.")
-    return _run("tune", model, asked, {} if method is None else {"method": method}, adapter)
+    if loss is not None:
+        from haversack.recipes.base import preference
+
+        preference(loss)  # a name that there is
+    chosen = {"method": method, "objective": loss}
+    return _run("tune", model, asked, {name: value for name, value in chosen.items() if value is not None}, adapter)
 
 
 @spread_options
@@ -131,6 +142,7 @@ def train(
 def _run(task: str, source: str, asked: RunOptions, chosen: dict[str, str], adapter: Path | None) -> int:
     from haversack.formats.output import check_output
     from haversack.formats.packed_folder import is_packed
+    from haversack.jobs.ranks import ranks_of_environment
     from haversack.samples.read import check_file
 
     if asked.budget is not None and asked.tensor_budget is not None:
@@ -142,8 +154,10 @@ def _run(task: str, source: str, asked: RunOptions, chosen: dict[str, str], adap
         raise UsageError(
             f"--seq-len is {asked.seq_len}, but a row has at least 2 tokens: one to read and one to predict."
         )
+    ranks = ranks_of_environment()
+    quiet = asked.json or not ranks.is_first
     machine = machine_named(None)
-    budget_bytes = parse_budget(text, machine.tiers()["device"])
+    budget_bytes = parse_budget(text, machine.tiers()["device"] // ranks.on_machine)
     settings = asked.settings()
     workload, pinned = _workload(task, chosen, asked.pairs or [], settings.rows_per_step)
     check_output(asked.output)
@@ -180,19 +194,23 @@ def _run(task: str, source: str, asked: RunOptions, chosen: dict[str, str], adap
         base_bytes=base_bytes,
         cap_bytes=None if asked.cap is None else parse_bytes(asked.cap),
         resume_anyway=asked.resume_anyway,
+        ranks=ranks,
     )
     page = _LivePage(RunFolder(asked.output).curves)
 
     def planned(plan: TrainingPlan) -> None:
-        page.open(plan)
-        if not asked.json:
+        if ranks.is_first:
+            page.open(plan)
+        if not quiet:
             _print_plan(plan, asked.output)
 
-    with console.progress_bar(quiet=asked.json) as progress:
+    with console.progress_bar(quiet=quiet) as progress:
         result = run_training(
-            request, Watchers(progress=progress, planned=planned, rows=page.update, stepped=_Progress(quiet=asked.json))
+            request, Watchers(progress=progress, planned=planned, rows=page.update, stepped=_Progress(quiet=quiet))
         )
     page.close()
+    if not ranks.is_first:
+        return 0
     if asked.json:
         console.print_json(result.to_dict())
     else:
@@ -209,7 +227,9 @@ def _workload(task: str, chosen: dict[str, str], pairs: list[str], rows: int) ->
 
     workload, parallel = settings_of(task, rows, 2, [*(f"{k}={v}" for k, v in chosen.items()), *pairs])
     if parallel.ranks > 1:
-        raise UsageError("--with spreads the run over ranks, which runs can't yet; only `haversack plan` knows ranks.")
+        raise UsageError(
+            "--with spreads the run over ranks, but a run has those that it is started with: torchrun --nproc-per-node N -m haversack ..."
+        )
     pinned = {pair.partition("=")[0] for pair in pairs} | set(chosen)
     if "samples_apart" in pinned:
         raise UsageError("--with samples_apart is decided by the data; leave it out.")
@@ -241,6 +261,7 @@ def _described(task: str, source: str, trust_remote_code: bool) -> tuple[Model, 
     """The model, and the folder that its tokenizer is expected in. Of what is trained anew, weights are not looked at."""
     import dataclasses
 
+    from haversack.describe.checkpoint import holds_weights
     from haversack.describe.model import describe_model
     from haversack.errors import CheckpointError
 
@@ -249,7 +270,7 @@ def _described(task: str, source: str, trust_remote_code: bool) -> tuple[Model, 
     home = described.folder or (file.parent if file.is_file() else file)
     if task == "train":
         return dataclasses.replace(described, folder=None), home
-    if described.folder is None or not any(described.folder.glob("*.safetensors")):
+    if not holds_weights(described.folder):
         raise CheckpointError(
             f"{source} has no weights here; tuning needs them, so name a folder with safetensors files (or train from its config)."
         )
@@ -279,6 +300,8 @@ class _LivePage:
         from haversack.errors import OutputError
 
         self.rows = rows
+        if self.page is None:
+            return
         try:
             self.page.update(rows)
         except OutputError:  # a full disk: the run's own log says so
@@ -313,11 +336,16 @@ class _Progress:
 
 
 def _settings_line(plan: TrainingPlan) -> str:
+    from haversack.describe.workload import LIKELIHOOD
+
     workload, settings = plan.workload, plan.settings
     method = f"{workload['method']}, " if "method" in workload else ""
+    if workload.get("objective", LIKELIHOOD) != LIKELIHOOD:
+        method += f"loss {workload['objective']}, "
     return (
         f"{method}{settings['rows_per_step']} x {workload['seq_len']} tokens per step ({workload['batch_size']} at once), "
-        f"{workload['optimizer']}, precision {workload['precision']}, recompute {workload['recompute']}, {settings['steps']} steps, "
+        f"{workload['optimizer']}, precision {workload['precision']}, recompute {workload['recompute']}, "
+        f"{'updated during the backward pass, ' if workload['update'] == 'backward' else ''}{settings['steps']} steps, "
         f"peak rate {settings['learning_rate']:g}."
     )
 
@@ -332,18 +360,29 @@ def _print_plan(plan: TrainingPlan, output: Path) -> None:
     console.notes([f"so that it fits, {what}" for what in plan.given_up] or ["nothing had to be given up"])
 
 
+_FIGURES = {"eval_loss": "held-back loss", "preferred": "chosen answers preferred", "eval_preferred": "held back"}
+"""What a run's last figures are called where the log's names say too little."""
+
+
 def _print_result(result: TrainingResult) -> None:
     facts = result.to_dict()
     rows = [
         [what, format_bytes(pair["predicted"]), format_bytes(pair["measured"])]
         for what, pair in [("process peak (private)", facts["peak_bytes"]), *facts["resident_bytes"].items()]
     ]
+    if facts["peak_bytes_by_rank"]:
+        predicted = format_bytes(facts["peak_bytes"]["predicted"])
+        peaks = [
+            [f"process peak of rank {rank} (private)", predicted, format_bytes(peak)]
+            for rank, peak in enumerate(facts["peak_bytes_by_rank"])
+        ]
+        rows[:1] = peaks
     if facts["seconds_per_step"]["measured"] is not None:
         pair = facts["seconds_per_step"]
         rows.append(["seconds per step", format_seconds(pair["predicted"]), format_seconds(pair["measured"])])
     typer.echo("")
     console.table(("what", "predicted", "measured"), rows, right=(1, 2))
-    figures = ", ".join(f"{'held-back loss' if k == 'eval_loss' else k} {v:.4f}" for k, v in result.final.items())
+    figures = ", ".join(f"{_FIGURES.get(name, name)} {value:.4f}" for name, value in result.final.items())
     typer.echo("")
     console.paragraph(f"{result.steps} steps; {figures}.")
     if result.num_bad_rows:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from haversack.describe import gguf_source
 from haversack.errors import CheckpointError, ModelNotFoundError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -53,9 +54,14 @@ def find_source(source: str | Path | Mapping[str, Any], revision: str | None = N
                 f"*.safetensors).{hint}"
             )
         return ModelSource(path.resolve().name, read_config(path / "config.json"), folder=path)
+    if path.is_file() and path.suffix == gguf_source.SUFFIX:
+        folder = gguf_source.folder_of(path)
+        return ModelSource(path.stem, read_config(folder / "config.json"), folder=folder)
     if path.is_file():
         if path.suffix != ".json":
-            raise ModelNotFoundError(f"{text!r} is a file, but a model is a folder, a config.json or a hub id.")
+            raise ModelNotFoundError(
+                f"{text!r} is a file, but a model is a folder, a GGUF file, a config.json or a hub id."
+            )
         return ModelSource(path.resolve().parent.name, read_config(path), folder=None)
     hub_id, _, asked = text.partition("@")
     if revision and asked and asked != revision:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from haversack.describe.assemble import read_parameter, read_site
+from haversack.describe.assemble import read_codes, read_parameter, read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
 from haversack.engine.load import LAYOUTS
@@ -74,6 +74,8 @@ def pack(
                     writer.write_site(site.id, {"weight": weight})
                 else:
                     task = WeightTask(weight.float())
+                    if option.keeps_codes:
+                        task.stored = read_codes(checkpoint, site)
                     if statistics is not None and site.id in statistics:
                         task.hessian = statistics[site.id].hessian
                     writer.write_site(site.id, option.encode(task))
