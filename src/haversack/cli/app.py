@@ -112,7 +112,8 @@ def _explain_usage(error: Exception) -> int:
         return 0
     context = getattr(error, "ctx", None)
     verb = f"haversack {context.info_name}" if context is not None and context.parent is not None else "haversack"
-    console.error(f"{message.rstrip('.')}; `{verb} --help` lists what there is.")
+    message = message.rstrip(".")
+    console.error(f"{message}{'' if message.endswith('?') else ';'} `{verb} --help` lists what there is.")
     return 2
 
 

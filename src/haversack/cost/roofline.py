@@ -152,6 +152,11 @@ def read_share(model: Model, site: WeightSite, num_tokens: int) -> float:
     return share_of_experts(model.num_experts, model.experts_per_token, num_tokens)
 
 
+def decode_products(model: Model, site: WeightSite, users: int) -> float:
+    """Multiplications of a site in one decode step."""
+    return _products(model, site, users, users)
+
+
 def _products(model: Model, site: WeightSite, tokens: int, scored: int) -> float:
     """Multiplications of a site in a pass: its weights times the tokens that meet them; a tied head meets those `scored`."""
     if site.role in LOOKED_UP:

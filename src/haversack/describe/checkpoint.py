@@ -307,8 +307,7 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     files = tuple(shards or found)
     if files:
         return files, None
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-    if pickles:
+    if pickles := pickled_weights(folder):
         raise UnsafeCheckpointError(
             f"{str(folder)!r} holds a pickle checkpoint only ({pickles[0]}), and loading a pickle can run code, so "
             "it is refused; convert it in a sandboxed process (no network, no secrets) with "
@@ -318,6 +317,13 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     raise ModelNotFoundError(
         f"{str(folder)!r} holds no *.safetensors file; point to a folder with the model's weights."
     )
+
+
+def pickled_weights(folder: Path) -> list[str]:
+    """Names of the folder's pickle files, where it holds no safetensors beside them."""
+    if any(folder.glob("*.safetensors")):
+        return []
+    return sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
 
 
 def _read_index(file: Path) -> dict[str, str]:

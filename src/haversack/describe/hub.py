@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from haversack.describe import gguf_source
 from haversack.errors import CheckpointError, ModelNotFoundError, UsageError
@@ -93,7 +96,12 @@ def fetch_weights(hub_id: str, revision: str | None = None, *, quiet: bool = Fal
         disable_progress_bars()
     try:
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=[*_WEIGHT_PATTERNS, *_COMPANION_PATTERNS])
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=[*_WEIGHT_PATTERNS, *_COMPANION_PATTERNS],
+                local_files_only=_is_out_of_reach(),
+            )
         )
     except Exception as error:
         raise _translated(error, hub_id, revision, "weights") from None
@@ -106,13 +114,27 @@ def _from_hub(hub_id: str, revision: str | None) -> ModelSource:
     from huggingface_hub import hf_hub_download
 
     try:
-        file = Path(hf_hub_download(hub_id, "config.json", revision=revision))
+        file = Path(hf_hub_download(hub_id, "config.json", revision=revision, local_files_only=_is_out_of_reach()))
     except Exception as error:
         raise _translated(error, hub_id, revision, "config.json") from None
     commit = file.parent.name if file.parent.parent.name == "snapshots" else revision
     # A snapshot that already holds the weights is a local folder like any other.
     folder = file.parent if any(file.parent.glob("*.safetensors")) and _is_complete(file.parent) else None
     return ModelSource(hub_id, read_config(file), folder=folder, hub_id=hub_id, revision=commit)
+
+
+def _is_out_of_reach() -> bool:
+    """Whether the hub's name has no address here: asking all the same would be tried again for half a minute."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if host is None or getproxies():  # a proxy finds the address itself
+        return False
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return True
+    return False
 
 
 def _is_complete(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
+from haversack.engine.connections import PartialConnections
 from haversack.engine.packed_tensor import PackedTensor
 from haversack.parts.weights.integer import IntegerGrid
 
@@ -98,9 +99,18 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.matrix.unpack(grad.dtype), None
 
 
-def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed: bool, dtype: torch.dtype) -> None:
-    """Freeze `model` and put an adapter beside each whole linear of its layers; with `packed`, pack those linears that are
-    not packed yet.
+def adapt(
+    model: nn.Module,
+    described: Model,
+    *,
+    rank: int,
+    targets: str,
+    packed: bool,
+    dtype: torch.dtype,
+    kind: type[LowRankAdapter] | type[PartialConnections] = LowRankAdapter,
+) -> None:
+    """Freeze `model` and put an adapter beside each whole linear of its layers, or another `kind` of what is trained of them; with
+    `packed`, pack those linears that are not packed yet.
 
     `targets` names the adapted roles (`TARGETS`). Stacked experts stay frozen as they are.
     """
@@ -113,7 +123,7 @@ def adapt(model: nn.Module, described: Model, *, rank: int, targets: str, packed
             continue
         base = _pack(module, site) if packed and not isinstance(module.weight, PackedTensor) else module
         if wanted:
-            base = LowRankAdapter(base, site_out(module), site_in(module), rank, dtype)
+            base = kind(base, site_out(module), site_in(module), rank, dtype)
         parent, _, name = site.module.rpartition(".")
         setattr(model.get_submodule(parent), name, base)
 

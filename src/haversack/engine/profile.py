@@ -29,6 +29,9 @@ from haversack.parts.weights.base import WeightOption
 
 PROBE_ATTENTION = "haversack_probe"
 
+LAST_SHOWN = 1
+"""The last expert of a layer that runs; those after it are like it."""
+
 
 @dataclass(frozen=True)
 class ActivationProfile:
@@ -219,7 +222,8 @@ def _dense_experts(module: nn.Module) -> Any:
         first, last = [p for p in module.parameters(recurse=False) if p.ndim == 3]
         mask = F.one_hot(torch.zeros_like(top_k_index), len(first) + 1)  # the real modules hold one as well
         x = torch.empty_like(hidden_states)
-        for into, out_of in zip(first.experts, last.experts, strict=True):  # type: ignore[attr-defined]
+        experts = list(zip(first.experts, last.experts, strict=True))  # type: ignore[attr-defined]
+        for into, out_of in experts[: LAST_SHOWN + 1]:  # beside the first there is nothing of an expert before it
             hidden = into.linear(x)
             half = hidden.shape[-1] // 2
             hidden = out_of.linear(F.silu(hidden[..., :half]) * hidden[..., half:])
@@ -231,7 +235,10 @@ def _dense_experts(module: nn.Module) -> Any:
 
 
 def _traced_ids(site: WeightSite, kinds: Mapping[int, tuple[int, ...]]) -> list[str]:
-    """The ids of the same site in the layers that were traced."""
+    """The ids of the same site in the layers, and of the expert, that were traced."""
+    traced = site.id
+    if site.expert is not None and site.expert > LAST_SHOWN:
+        traced = traced.replace(f"#{site.expert}.", f"#{LAST_SHOWN}.", 1)
     if site.layer is None:
-        return [site.id]
-    return [site.id.replace(f".{site.layer}.", f".{layer}.", 1) for layer in kinds[site.layer]]
+        return [traced]
+    return [traced.replace(f".{site.layer}.", f".{layer}.", 1) for layer in kinds[site.layer]]

@@ -14,8 +14,8 @@ from pathlib import Path
 from haversack.describe.assemble import read_codes, read_parameter, read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
-from haversack.engine.calibrate import Statistics
 from haversack.engine.load import LAYOUTS
+from haversack.engine.site_statistics import Statistics
 from haversack.errors import CheckpointError, InterruptedJobError, OutputError, PlanError
 from haversack.formats.packed_folder import PackedFolder, PackedFolderWriter, PackedSite, partial_path, unfinished_plan
 from haversack.formats.safetensors_file import explained

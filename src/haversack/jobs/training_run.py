@@ -7,6 +7,7 @@ folder, WORKLOAD a JSON file as `to_dict` writes it. Either prints one JSON obje
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -34,12 +35,13 @@ _WARM_UP = {
 }
 
 
-def measure_process(source: str, workload: TrainingWorkload) -> dict[str, Any]:
+def measure_process(source: str | dict[str, Any], workload: TrainingWorkload) -> dict[str, Any]:
     """Build and train: private pages after imports and at their peak, and seconds of the last step."""
     memory.return_freed_memory()
     import_runtime(workload)
     imported = memory.private_bytes()
-    with memory.PeakSampler() as sampler:
+    has_files = isinstance(source, str) and any(Path(source).glob("*.safetensors"))
+    with memory.PeakSampler(files_stay=not has_files) as sampler:
         step, batches = _prepare(source, workload)
         for _ in range(MEASURED_STEPS):
             started = time.perf_counter()
@@ -53,8 +55,8 @@ def measure_process(source: str, workload: TrainingWorkload) -> dict[str, Any]:
     }
 
 
-def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
-    """Build and train under torch's profiler: the most bytes allocated, when, and what stays by owner."""
+def measure_tensors(source: str | dict[str, Any], workload: TrainingWorkload) -> dict[str, Any]:
+    """Build, train and evaluate a batch under torch's profiler: the most bytes allocated, when, and what stays by owner."""
     import torch
 
     import_runtime(workload)
@@ -64,10 +66,14 @@ def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
         step, batches = _prepare(source, workload)
         for number in range(MEASURED_STEPS):
             marks[f"step {number}"] = time.time_ns()
-            for ids in batches:
-                step.micro_step(ids)
+            for batch in batches:
+                step.micro_step(**batch)
             marks[f"update {number}"] = time.time_ns()
             step.update()
+        marks["evaluate"] = time.time_ns()
+        step.model.eval()
+        with torch.no_grad():
+            step.loss(batches[0])
     peaks = dict.fromkeys(marks, 0)
     order = sorted(marks.items(), key=lambda item: item[1])
     live = 0
@@ -85,8 +91,8 @@ def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
     }
 
 
-def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[Any, list[torch.Tensor]]:
-    """The training step, and the seeded random batches of one step."""
+def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[Any, list[dict[str, Any]]]:
+    """The training step, and the seeded random batches of one step; where answers are compared, each row is a pair."""
     import torch
 
     from haversack.describe.model import describe_model
@@ -96,10 +102,26 @@ def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[
     model = open_model(described, DTYPES[workload.weights_dtype], workload.attention)
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, workload.seq_len)
-    batches = [
-        torch.randint(described.vocab_size, shape, generator=generator) for _ in range(workload.accumulation_steps)
-    ]
-    return TrainingStep(model, described, workload).begin(described), batches
+    step = TrainingStep(model, described, workload).begin(described)
+    batches: list[dict[str, Any]] = []
+    for _ in range(workload.accumulation_steps):
+        ids = torch.randint(described.vocab_size, shape, generator=generator)
+        batches.append({"ids": ids, **({} if step.preference is None else _pair_in_each_row(ids))})
+    return step, batches
+
+
+def _pair_in_each_row(ids: torch.Tensor) -> dict[str, Any]:
+    """Half of each row is one answer, the rest the other; nothing was preferred before."""
+    import torch
+
+    from haversack.engine.pairs import Pairs
+
+    rows, length = ids.shape
+    place = torch.arange(length)
+    half = (place >= length // 2).long()
+    positions = (place - half * (length // 2)).repeat(rows, 1)
+    sequences = half + 2 * torch.arange(rows)[:, None]
+    return {"positions": positions, "pairs": Pairs(sequences, rows, torch.zeros(2 * rows))}
 
 
 def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int = 0) -> Any:
@@ -120,12 +142,27 @@ def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int 
 
 def import_runtime(workload: TrainingWorkload) -> None:
     """What training imports is the runtime's, so a small model of another kind trains before the first look."""
-    import dataclasses
-
-    recompute = "none" if workload.recompute == "none" else "full"  # the small model has other layers
-    small = dataclasses.replace(workload, batch_size=1, seq_len=2, recompute=recompute)
-    step, batches = _prepare(_WARM_UP, small)
+    step, batches = _prepare(_WARM_UP, _small(workload))
     step.run(batches)
+
+
+def _small(workload: TrainingWorkload) -> TrainingWorkload:
+    recompute = "none" if workload.recompute == "none" else "full"  # the small model has other layers
+    return dataclasses.replace(workload, batch_size=1, seq_len=2, recompute=recompute)
+
+
+def runtime_private_bytes(workload: TrainingWorkload | None = None) -> int:
+    """What this process holds privately once everything that planning and training import is there, and one small step of the workload
+    was traced and run."""
+    from haversack.cost.training import training_cost
+    from haversack.describe.model import describe_model
+    from haversack.describe.workload import TrainWorkload
+
+    memory.return_freed_memory()
+    workload = workload or TrainWorkload(1, 2)
+    training_cost(describe_model(_WARM_UP), _small(workload))
+    import_runtime(workload)
+    return memory.private_bytes()
 
 
 def main(arguments: list[str]) -> None:

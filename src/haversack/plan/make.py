@@ -40,6 +40,10 @@ PREFILL_CHUNKS = (512, 128, 32)
 EXACT_SECONDS = 60.0
 """Limit of the integer program; the gap it reached by then is in the plan."""
 
+CITED_GAP = 1e-3
+"""Where damages are only cited, a solution proven to be this close to the best ends the search: what was published of other models is
+not known to a thousandth. The rest of the proof took 25 s of 26 on a model of 128 experts in 36 layers."""
+
 EXACT_CHOICES = 1500
 """Up to so many choices, equal groups counted once, the integer program takes at most a second."""
 
@@ -60,6 +64,8 @@ def make_plan(
             f"{question.model.name} ({question.model.model_type}) can't be served from a planned cache: "
             f"{question.model.cache_problem}; leave it to transformers."
         )
+    for site in question.model.attention:  # before a layer runs without the one whose keys it reads
+        KVOption().regions(site, max(1, question.workload.cache_tokens))
     tell = progress or (lambda what, done, total: None)
     chunks = _chunks(question)
     best: tuple[ServingProblem, Solution, int] | None = None
@@ -246,8 +252,9 @@ def _minimise(problem: Problem, what: Literal["damage", "seconds", "bytes"], que
     proof of optimality would prove nothing about the model."""
     solver = Solver(problem)
     if question.weight_damages is not None or solver.num_choices <= EXACT_CHOICES:
+        gap = CITED_GAP if question.weight_damages is None and what == "damage" else 0.0
         try:
-            return solver.solve(what, time_limit_seconds=EXACT_SECONDS)
+            return solver.solve(what, time_limit_seconds=EXACT_SECONDS, gap=gap)
         except NoSolutionError:  # bounds on damage and seconds that no budget meets
             return _nearest(problem)
     started = time.perf_counter()

@@ -17,6 +17,7 @@ from haversack.cost.candidates import (
 )
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
+from haversack.describe.checkpoint import pickled_weights
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.plan.question import DEFAULT_RUNTIME_BYTES, Answer, Question
@@ -83,7 +84,7 @@ def write_answer(
         workload=question.workload.to_dict(),
         budget=Budget(kind=question.budget_kind, num_bytes=question.budget_bytes, max_damage=question.max_damage),
         prefill_chunk_tokens=chunk,
-        weights=tuple(_weight_record(c, built.weights[c.site.id]) for c in weights),
+        weights=_weight_records(weights, built),
         kv=tuple(_kv_record(c, built.kv[c.site.id]) for c in kv),
         prediction=prediction,
         solve=Solve(
@@ -121,13 +122,19 @@ def _prefill_seconds(serving: Serving, weights: Sequence[WeightCandidate]) -> fl
     return max(floor, 2 * inside * tokens / rate) if rate else floor
 
 
-def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate]) -> WeightChoice:
+def _weight_records(weights: Sequence[WeightCandidate], built: ServingProblem) -> tuple[WeightChoice, ...]:
+    """Options are few and experts are many, so that each option is spelled out once."""
+    written = {option: option.to_dict() for option in dict.fromkeys(c.option for c in weights)}
+    return tuple(_weight_record(c, built.weights[c.site.id], written[c.option]) for c in weights)
+
+
+def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate], option: dict[str, Any]) -> WeightChoice:
     return WeightChoice(
         site=c.site.id,
         role=c.site.role,
         layer=c.site.layer,
         num_parameters=c.site.num_parameters,
-        option=c.option.to_dict(),
+        option=option,
         placement=c.placement.to_dict(),
         stored_bytes=c.stored_bytes,
         neutral_bytes=c.site.num_bytes,
@@ -217,6 +224,8 @@ def _notes(question: Question) -> tuple[str, ...]:
         notes.append(
             "whether a code holds a matrix only the weights themselves say: `pack`, or `plan --calibrate`, read them"
         )
+    if question.model.folder is not None and (pickles := pickled_weights(question.model.folder)):
+        notes.append(f"the weights are pickled ({pickles[0]}), which `pack` refuses: convert them to safetensors first")
     for title, num_bytes in question.model.quantized.items():
         notes.append(
             f"the checkpoint stores {format_bytes(num_bytes)} as {title}; `as is` means what they stand for, in 16 bits"

@@ -106,6 +106,7 @@ class Solver:
         self.arrays: Arrays = to_arrays(problem, never_dominated=given)
         self._merge = not given
         self._program = Program(self.arrays, merge=self._merge)
+        self._gap = 0.0
 
     @property
     def num_choices(self) -> int:
@@ -119,8 +120,10 @@ class Solver:
         tier: str | None = None,
         time_limit_seconds: float | None = None,
         tie_break: bool = True,
+        gap: float = 0.0,
     ) -> Solution:
-        """As the function `solve`."""
+        """As the function `solve`; with `gap`, a solution proven to be within this share of the best is good enough."""
+        self._gap = gap
         start = time.monotonic()
         deadline = None if time_limit_seconds is None else start + time_limit_seconds
         tiers = self.problem.tiers
@@ -202,13 +205,21 @@ class Solver:
         )
         left = None if deadline is None else deadline - time.monotonic()
         greedy = self._reduce(goal, upper, left) if plain else None
+        if greedy is not None and self._worth(greedy, goal) - greedy.bound <= self._gap * abs(greedy.bound):
+            return greedy
         program = self._program
         presolve = self.num_choices > SMALL_ENOUGH
         forbidden = list(self._far)
         for _ in range(MAX_REPAIRS):
             left = None if deadline is None else deadline - time.monotonic()
             answer = program.solve(
-                goal, upper=upper, far=forbidden, near=self._near, time_limit_seconds=left, presolve=presolve
+                goal,
+                upper=upper,
+                far=forbidden,
+                near=self._near,
+                time_limit_seconds=left,
+                presolve=presolve,
+                gap=self._gap,
             )
             if presolve and greedy is not None and self._contradicts(answer, greedy, goal):
                 presolve = False
@@ -219,7 +230,7 @@ class Solver:
                 if not answer.timed_out:
                     raise HaversackError("HiGHS ended without an answer and without saying that there is none.")
                 return answer if greedy is None else greedy
-            if answer.timed_out and greedy is not None and self._beats(greedy, answer, goal):
+            if (answer.timed_out or self._gap) and greedy is not None and self._beats(greedy, answer, goal):
                 return Answer(greedy.flat, max(greedy.bound, answer.bound), infeasible=False, timed_out=True)
             chosen = self.arrays.chosen(answer.flat)
             if self._keeps(self.problem.evaluate(chosen), limits):
@@ -259,7 +270,8 @@ class Solver:
 
     def _contradicts(self, answer: Answer, greedy: Answer, goal: Goal) -> bool:
         """HiGHS says it is done and has nothing, or nothing as good as a solution that is known."""
-        return not answer.timed_out and (answer.flat is None or self._beats(greedy, answer, goal))
+        worse = answer.flat is not None and not self._gap and self._beats(greedy, answer, goal)
+        return not answer.timed_out and (answer.flat is None or worse)
 
     def _beats(self, greedy: Answer, answer: Answer, goal: Goal) -> bool:
         ours, theirs = self._worth(greedy, goal), self._worth(answer, goal)

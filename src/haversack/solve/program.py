@@ -128,6 +128,7 @@ class Program:
         near: tuple[Sequence[int], int] | None = None,
         time_limit_seconds: float | None = None,
         presolve: bool = False,
+        gap: float = 0.0,
     ) -> Answer:
         """HiGHS's answer. `upper` replaces bounds of named values.
 
@@ -149,7 +150,7 @@ class Program:
         integrality = np.zeros(self.num_variables + num_levels)
         integrality[: self.arrays.num_choices] = 1
         integrality[self.num_variables :] = 1
-        options: dict[str, float | bool] = {"mip_rel_gap": 0.0, "presolve": presolve}
+        options: dict[str, float | bool] = {"mip_rel_gap": gap, "presolve": presolve}
         if time_limit_seconds is not None:
             options["time_limit"] = max(0.0, time_limit_seconds)
         with _silent_stdout():

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     import torch
 
     from haversack.describe.stored_form import StoredCodes
-    from haversack.kernels.format import PackedFormat
+    from haversack.kernels.format import PackedFormat, PlaneFormat
 
 
 @dataclass
 class WeightTask:
     """Working state of one site while it is packed; all in float32.
 
+    Parts put other tensors in the place of these, and never write into them: many tasks share one `hessian`.
     `weight` is `(out_features, in_features)`: what remains to be represented. `hessian` is `(in, in)`, the mean of
     `x x^T` over calibration tokens (None without calibration). `row_importance` is `(out,)` or None. `notes` collects
     what had to be changed (damping raised, a group padded); they end up in the pack log, never silently. `stored` holds
@@ -196,6 +197,10 @@ class Grid(WeightPart):
     def packed_format(self, in_features: int) -> PackedFormat | None:
         """The stored tensors in the kernels' words, where `codes` and `scales` (and `zeros`) are all that they read."""
         return None
+
+    def kernel_format(self, in_features: int) -> PackedFormat | PlaneFormat | None:
+        """What the registry chooses a kernel by; None where rows are decoded."""
+        return self.packed_format(in_features)
 
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
