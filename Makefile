@@ -10,7 +10,7 @@ PEERS := llama_cpp xllamacpp llmcompressor auto_round bitsandbytes openvino torc
 LLAMA_CMAKE := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
 	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF
 
-.PHONY: env demo test test-long lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs fuzz
+.PHONY: env demo test test-long test-triton lint bench bench-quick peers $(PEERS:%=peers-%) reference look docs fuzz
 
 env: $(STAMP)
 
@@ -27,6 +27,11 @@ test: env
 test-long: env
 	$(PY) -m pytest -m long
 
+# Triton's kernels, in its interpreter where there is no GPU. They are skipped by `make test` unless triton is there: it takes 1 GB.
+test-triton: env
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[gpu]'
+	$(PY) -m pytest tests/kernels/test_triton.py tests/kernels/test_attention.py
+
 lint: env
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -40,7 +45,7 @@ fuzz: env
 # Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures; `make bench-NAME` runs one.
 # bench-quick needs no peers. The total of `make bench` was not timed on a free machine yet: bench-weights packs 53 settings of other tools
 # per model, of which auto-round's take longest.
-bench: bench-quick bench-plans bench-kv_prefill peers bench-weights bench-decode_peers bench-kv
+bench: bench-quick bench-plans bench-kv_prefill peers bench-exports bench-weights bench-decode_peers bench-kv
 
 bench-quick: bench-kernels bench-exact_bytes bench-process_peak bench-streaming
 

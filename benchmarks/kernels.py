@@ -6,7 +6,8 @@ Contenders take turns inside every repeat, so that a busy neighbour hits them al
 of copies, so that no cache holds them. Each repeat times one matmul per copy, and a contender's time is the median over
 copies, then over repeats. The read is timed in pieces as large as the 4-bit matrix: on a shared machine a long read is
 mostly other people's turns. Bytes are those of codes, scales and zeros; times include the operator's Python. Batches are
-timed at 4 bits in the same way, fewer copies of each. Goals are the project's own. Writes `results/kernels.json`.
+timed at 4 bits in the same way, fewer copies of each. Bit planes of 1 to 4 bits take turns as one token's contenders do, with
+each one's time over that of 1 bit. Goals are the project's own. Writes `results/kernels.json`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 
 from benchmarks.results_file import write_results
 from haversack.kernels import compiled, llvm, read_bandwidth
-from haversack.kernels.format import PackedFormat
-from haversack.kernels.registry import kernel_name, packed_matmul
+from haversack.kernels.format import PackedFormat, PlaneFormat
+from haversack.kernels.registry import choose_kernel, kernel_name, packed_matmul
 from haversack.kernels.torch_packed import pack_torch_int4, pack_torch_int8
 from haversack.units import parse_bytes
 
@@ -51,6 +52,7 @@ def main() -> None:
     for shape in SHAPES:
         rows += measure(1, shape, one_token(*shape, memory, arguments.rotate), arguments.repeats)
         rows += long_input(arguments.long, *shape, arguments.repeats)
+    rows += over_one_bit(measure(1, SHAPES[0], bit_planes(*SHAPES[0], memory, arguments.rotate), arguments.repeats))
     for num_tokens in BATCHES:
         rows += measure(num_tokens, SHAPES[0], batch(num_tokens, *SHAPES[0], memory), arguments.repeats)
     notes = (
@@ -100,6 +102,38 @@ def one_token(out_features: int, in_features: int, memory: torch.Tensor, rotate_
         contenders[f"{label}, {name}"] = contender
     contenders |= torch_contenders(1, out_features, in_features, memory, rotate_bytes)
     return contenders | read_contender(out_features, in_features, memory)
+
+
+def bit_planes(out_features: int, in_features: int, memory: torch.Tensor, rotate_bytes: int) -> dict[str, Contender]:
+    """Planes of signs, 1 to 4 of them, by either kind of activations; and the read."""
+    contenders: dict[str, Contender] = {}
+    x = torch.randn(1, in_features)
+    for activation_bits in (16, 8):
+        for bits in (1, 2, 3, 4):
+            fmt = PlaneFormat(bits, GROUP_SIZE, in_features)
+            blocks = out_features // 16
+            matrix_bytes = blocks * (fmt.block_bytes + fmt.scale_block_bytes)
+            copies = max(1, rotate_bytes // matrix_bytes)
+            codes = memory[: copies * blocks * fmt.block_bytes].view(copies, blocks, fmt.block_bytes)
+            scales = torch.full((blocks, fmt.num_groups, 1, 16), 0.01, dtype=torch.float16)
+            kernel = choose_kernel(fmt, 1, x.dtype, activation_bits)
+
+            def work(i: int, kernel=kernel, codes=codes, scales=scales, fmt=fmt, bits=activation_bits) -> None:
+                kernel.matmul(x, codes[i], scales, out_features, fmt, bits)
+
+            contenders[f"{bits} bits, {kernel.NAME}"] = (matrix_bytes, work, copies, None)
+    return contenders | read_contender(out_features, in_features, memory)
+
+
+def over_one_bit(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The rows of `bit_planes`, each with its time over that of 1 bit by the same kernel."""
+    times = {str(row["contender"]): float(str(row["microseconds"])) for row in rows}
+    for row in rows:
+        bits, _, kernel = str(row["contender"]).partition(" bits, ")
+        if kernel:
+            row["time_over_1_bit"] = times[f"{bits} bits, {kernel}"] / times[f"1 bits, {kernel}"]
+            print(f"  {row['contender']:36s} {row['time_over_1_bit']:.2f} times 1 bit", flush=True)
+    return rows
 
 
 def batch(num_tokens: int, out_features: int, in_features: int, memory: torch.Tensor) -> dict[str, Contender]:

@@ -29,8 +29,9 @@ from haversack.cost.calibrated import cache_folder, tokenize
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import Model, describe_model
-from haversack.engine.calibrate import CalibrationSettings, Statistics, calibrate
+from haversack.engine.calibrate import CalibrationSettings, calibrate
 from haversack.engine.measure import DamageMeter, paired_bootstrap
+from haversack.engine.site_statistics import Statistics
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.recipes.base import all_recipes
 

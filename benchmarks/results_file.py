@@ -24,7 +24,8 @@ def write_results(
     """Write `results/NAME.json`, whole or not at all.
 
     `tables` (each `title`, `columns` and `rows` of strings) are what the documentation shows; where there are any, `figures`
-    hold what they were made from. `busy` is the share of all cores that other processes used since this one began.
+    hold what they were made from. `seconds` is how long this run took (a resumed one took less than the whole), `busy` the share of all
+    cores that other processes used since it began.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {
@@ -33,6 +34,7 @@ def write_results(
         "commit": commit,
         "machine": {"cpu": cpu_model(), "cores": usable_cores(), "system": platform.platform()},
         "versions": {package: metadata.version(package) for package in ("torch", "transformers", "scipy")},
+        "seconds": round(time.monotonic() - _STARTED),
         "busy": round(busy_share(), 2),
         "notes": list(notes),
         "tables": list(tables),

@@ -78,3 +78,20 @@ def test_what_is_pinned_stays(model: Model) -> None:
     with pytest.raises(DoesNotFitError, match="even with method full") as caught:
         _fit(model, _peak(model, batch_size=1, accumulation_steps=4, recompute="full") - 1, pinned)
     assert caught.value.shortfall_bytes == 1 and caught.value.cheapest_change
+
+
+def test_updates_during_the_backward_pass_are_chosen_where_they_make_it_fit(model: Model) -> None:
+    """The same result where nothing is clipped by all gradients together; where it is, not clipping is named as the change."""
+    question = _question(
+        model, dataclasses.replace(ASKED, batch_size=1, seq_len=4), None
+    )  # gradients are the most of it
+    pinned = frozenset({"method", "optimizer", "recompute"})
+    together = fit_training(question, pinned).answer.ledger.peak()[1]
+    tight = dataclasses.replace(question, budget_bytes=together - 1)
+    found = fit_training(tight, pinned, clips=False)
+    assert found.workload.update == "backward" and not found.given_up
+    assert found.answer.ledger.peak()[1] < together
+    with pytest.raises(DoesNotFitError) as caught:
+        fit_training(tight, pinned)
+    assert "--clip 0" in (caught.value.cheapest_change or "")
+    assert fit_training(question, pinned, clips=False).workload.update == "step"

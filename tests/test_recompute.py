@@ -83,7 +83,7 @@ def test_the_same_result_to_the_bit() -> None:
     for recompute in ("none", "1", "full"):
         workload = TrainWorkload(2, 16, recompute=recompute, optimizer="sgdm")
         step = TrainingStep(open_model(described, torch.bfloat16, "eager"), described, workload).begin(described)
-        losses.append([step.run([ids]) for _ in range(3)])
+        losses.append([step.run([{"ids": ids}]) for _ in range(3)])
     assert losses[0] == losses[1] == losses[2]
 
 

@@ -77,6 +77,12 @@ def test_models_that_cannot_be_packed(cli, model, tmp_path, calibration_text, da
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_plan_of_pickled_weights_says_that_they_can_not_be_packed(cli, model):
+    (model / WEIGHTS).rename(model / "pytorch_model.bin")
+    ran = cli("plan", model, "--tensor-budget", "1GiB")
+    assert ran.code == 0 and "pytorch_model.bin" in ran.out and "safetensors" in ran.out, ran.out
+
+
 def test_code_of_the_model_itself_that_is_missing_or_fails(cli, model, tmp_path, calibration_text):
     edit_config(model, model_type="own", auto_map={"AutoConfig": "own.Config"})
     command = pack_command(model, tmp_path / "out", calibration_text, "--trust-remote-code")

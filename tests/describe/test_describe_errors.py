@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,9 +109,9 @@ def test_missing_folders_configs_and_ids(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelNotFoundError, match="adapter"):
         describe_model(tmp_path)
-    (tmp_path / "weights.gguf").write_text("")
+    (tmp_path / "weights.onnx").write_text("")
     with pytest.raises(ModelNotFoundError, match="is a file"):
-        describe_model(tmp_path / "weights.gguf")
+        describe_model(tmp_path / "weights.onnx")
     with pytest.raises(UsageError, match="name one"):
         describe_model("owner/name@a", revision="b")
 
@@ -222,13 +224,25 @@ def test_a_70b_config_is_described_quickly_and_exactly():
     assert float(seconds) < 1.0
 
 
+def test_a_hub_that_has_no_address_is_not_asked_again_and_again(monkeypatch, capfd):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr("haversack.describe.hub.getproxies", dict)
+    begun = time.monotonic()
+    with pytest.raises(ModelNotFoundError, match=r"hub\.invalid can't be reached"):
+        describe_model("owner/name")
+    assert time.monotonic() - begun < 10 and "Retry" not in capfd.readouterr().err
+
+
 def test_a_hub_id_is_described_from_its_cached_snapshot(tmp_path, saved_families, monkeypatch):
     """The config comes first; a snapshot whose weights are all there is a folder, any other is config alone."""
     snapshot = tmp_path / "snapshots" / "0123abc"
     shutil.copytree(saved_families("llama-tied"), snapshot)
     asked = []
 
-    def download(hub_id: str, file: str, revision: str | None = None) -> str:
+    def download(hub_id: str, file: str, revision: str | None = None, **ways: Any) -> str:
         asked.append((hub_id, file, revision))
         return str(snapshot / file)
 

@@ -75,5 +75,5 @@ def test_a_training_step_with_either_loss(precision: str) -> None:
         workload = TrainWorkload(2, 16, precision=precision, loss=loss)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         step = TrainingStep(open_model(described, dtype, "sdpa"), described, workload).begin(described)
-        losses.append([step.run([ids]) for _ in range(3)])
+        losses.append([step.run([{"ids": ids}]) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if precision == "fp32" else 5e-3)

@@ -54,6 +54,20 @@ def predicted_peaks(config: dict[str, Any], workload: TrainingWorkload, state_by
         ("llama", TrainWorkload(2, 48, update="backward", recompute="full", precision="master")),
         ("llama-tied", TrainWorkload(2, 48, update="backward", precision="fp32", optimizer="galore8bit", loss="cut")),
         ("gpt2", TuneWorkload(2, 48, method="lora", lora_rank=4, precision="autocast")),
+        ("llama", TrainWorkload(2, 48, precision="fp32", saved="8bit")),
+        ("gemma2", TrainWorkload(2, 48, saved="disk", attention="eager")),
+        ("llama", TuneWorkload(2, 48, method="paca", lora_rank=4, precision="master")),
+        ("llama", TuneWorkload(2, 48, method="full", objective="dpo", samples_apart=True)),
+        (
+            "gemma2",
+            TuneWorkload(
+                2, 48, method="lora", objective="logo", samples_apart=True, precision="fp32", attention="eager"
+            ),
+        ),
+        (
+            "llama",
+            TuneWorkload(2, 48, method="lora", objective="dpo", samples_apart=True, loss="cut", recompute="full"),
+        ),
         ("qwen3", TuneWorkload(2, 48, method="qlora", lora_rank=4, recompute="full", optimizer="sgdm")),
     ],
     ids=lambda case: case if isinstance(case, str) else f"{case.precision}-{case.optimizer}",

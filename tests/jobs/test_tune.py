@@ -102,6 +102,8 @@ def _same_bits(one: Path, other: Path) -> bool:
         {"optimizer": "galore8bit"},
         {"method": "lora", "lora_rank": 2},
         {"method": "qlora", "lora_rank": 2, "precision": "autocast"},
+        {"method": "paca", "lora_rank": 4},
+        {"method": "side"},
     ],
     ids=lambda w: "-".join(map(str, w.values())) or "master",
 )
@@ -116,7 +118,9 @@ def test_a_stopped_run_gives_the_bits_of_an_unbroken_one(request_of: Any, worklo
     assert _losses(whole.folder) == _losses(broken.folder) and len(_losses(whole.folder)) == STEPS
     last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
     assert _same_bits(whole.folder / last, broken.folder / last)
-    name = "adapter/adapter_model.safetensors" if "method" in workload else "model/model.safetensors"
+    lora = workload.get("method") in ("lora", "qlora")
+    name = "adapter/adapter_model.safetensors" if lora else "model/model.safetensors"
+    name = "side/side_network.safetensors" if workload.get("method") == "side" else name
     assert _same_bits(whole.folder / name, broken.folder / name)
 
 
@@ -156,9 +160,9 @@ def test_a_loss_that_breaks_stops_with_step_rows_and_last_good_checkpoint(
 
     real, calls = TrainingStep.micro_step, []
 
-    def breaks(self: Any, *batch: Any, share: float) -> torch.Tensor:
+    def breaks(self: Any, share: float, **batch: Any) -> torch.Tensor:
         calls.append(1)
-        loss = real(self, *batch, share=share)
+        loss = real(self, **batch, share=share)
         return loss * float("nan") if len(calls) == 10 else loss  # the second micro-batch of step 5
 
     monkeypatch.setattr(TrainingStep, "micro_step", breaks)
@@ -197,10 +201,10 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_says_so(
 
     real = TrainingStep.micro_step
 
-    def tight(self: Any, ids: torch.Tensor, *rest: Any, share: float) -> torch.Tensor:
+    def tight(self: Any, ids: torch.Tensor, share: float, **rest: Any) -> torch.Tensor:
         if len(ids) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return real(self, ids, *rest, share=share)
+        return real(self, ids, **rest, share=share)
 
     monkeypatch.setattr(TrainingStep, "micro_step", tight)
     result = run_training(request_of(settings={"holdout": 0.0}))
@@ -221,3 +225,54 @@ def test_nothing_fits_and_says_so_before_it_starts(request_of: Any, tmp_path: Pa
         run_training(request_of(budget_bytes=2**20))
     assert caught.value.shortfall_bytes > 0 and "would do" in (caught.value.cheapest_change or "")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs whose chosen answer is always the same, and two rows that can't be used."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"{n} {n + 1}", "chosen": " and so on", "rejected": f" {n}"} for n in range(24)]
+    bad = [{"prompt": "7", "chosen": " 8", "rejected": " 8"}, {"prompt": "7", "chosen": " 8"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
+    return file
+
+
+def test_pairs_are_found_and_the_chosen_answers_come_to_be_preferred(
+    request_of: Any, pairs: Path, tmp_path: Path
+) -> None:
+    """By DPO, unasked: the first loss is log 2, for nothing has moved from the reference yet."""
+    asked: dict[str, Any] = {"files": (pairs,), "workload": {"precision": "fp32"},
+                             "settings": {"learning_rate": 3e-2, "schedule": "constant", "warmup": 0.0}}  # fmt: skip
+    result = run_training(request_of(**asked))
+    assert result.plan.workload["objective"] == "dpo" and result.plan.workload["samples_apart"]
+    assert result.num_samples == 24 and result.num_bad_rows == 2
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "run" / "bad-rows.jsonl").read_text().splitlines()]
+    assert "answer are the same" in reasons[0] and "none of" in reasons[1]
+    losses = _losses(result.folder)
+    assert losses[1] == pytest.approx(0.6931, abs=2e-2) and losses[STEPS] < 0.5  # dropout moves the first a little
+    assert result.final["preferred"] == 1.0 and "eval_preferred" in result.final
+    assert "reference" in result.plan.ledger.timeline
+    with pytest.raises(InterruptedJobError):
+        run_training(request_of("broken", **asked), _stop_after(3))
+    assert _losses(run_training(request_of("broken", **asked)).folder) == losses
+
+
+def test_pairs_without_a_reference(request_of: Any, pairs: Path, tmp_path: Path) -> None:
+    result = run_training(
+        request_of(
+            files=(pairs,),
+            workload={"objective": "logo", "method": "lora"},
+            settings={"learning_rate": 3e-2, "warmup": 0.0},
+        )
+    )
+    assert not list((tmp_path / "run").glob("reference-*")) and "reference" not in result.plan.ledger.timeline
+    assert _losses(result.folder)[STEPS] < _losses(result.folder)[1]
+
+
+def test_a_loss_that_the_data_is_not_for_is_refused(request_of: Any, pairs: Path) -> None:
+    with pytest.raises(
+        UsageError, match="the loss logo compares a chosen with a rejected answer, but the data is text"
+    ):
+        run_training(request_of(workload={"objective": "logo"}))
+    with pytest.raises(UsageError, match="the data has pairs of them"):
+        run_training(request_of("other", files=(pairs,), workload={"objective": "likelihood"}))

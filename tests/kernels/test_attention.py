@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from haversack.errors import UsageError
 from haversack.kernels.attention import NO_LIMIT, CacheForm, DecodeAttention
 from haversack.kernels.llvm import host_target
+from haversack.kernels.registry import has_triton
 
 TOLERANCE = {torch.float32: 2**-18, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Of the largest |value|: float32 sums and exp, then one rounding to the result's dtype."""
@@ -193,7 +194,8 @@ def test_few_heads_are_split_along_the_context():
 def test_what_cannot_be_attended_is_said():
     assert not CacheForm(1, 1, 20, 20, torch.float32).is_supported()
     assert not CacheForm(1, 1, 96, 96, torch.float32, 2, 2).is_supported()
-    assert not CacheForm(1, 1, 64, 64, torch.float32, 4, 4).is_supported("cuda")
+    assert CacheForm(1, 1, 64, 64, torch.float32, 4, 4).is_supported("cuda") == has_triton()
+    assert not CacheForm(1, 1, 64, 64, torch.float32, 4, 4).is_supported("mps")
     assert not CacheForm(1, 1, 64, 64, torch.float64).is_supported()
     with pytest.raises(UsageError, match="contiguous"):
         plain_layer(torch.zeros(1, 1, 5, 32)[..., ::2], torch.zeros(1, 1, 5, 16))

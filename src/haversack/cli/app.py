@@ -12,6 +12,7 @@ import typer
 from haversack._version import __version__
 from haversack.cli import console
 from haversack.cli.eval import app as eval_app
+from haversack.cli.export import export
 from haversack.cli.machine import machine
 from haversack.cli.methods import methods
 from haversack.cli.pack import pack
@@ -40,6 +41,7 @@ app.command()(tune)
 app.command()(train)
 app.command()(verify)
 app.add_typer(eval_app, name="eval")
+app.command()(export)
 app.command()(report)
 app.command()(machine)
 app.command()(methods)
@@ -110,7 +112,8 @@ def _explain_usage(error: Exception) -> int:
         return 0
     context = getattr(error, "ctx", None)
     verb = f"haversack {context.info_name}" if context is not None and context.parent is not None else "haversack"
-    console.error(f"{message.rstrip('.')}; `{verb} --help` lists what there is.")
+    message = message.rstrip(".")
+    console.error(f"{message}{'' if message.endswith('?') else ';'} `{verb} --help` lists what there is.")
     return 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,14 @@ def machine(
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine's rates (about a minute, best on an idle machine).")
     ] = False,
+    kernels: Annotated[
+        Path | None,
+        typer.Option(
+            "--kernels",
+            metavar="DIR",
+            help="Measure which kernels are fastest for a packed folder's matrices, and keep it.",
+        ),
+    ] = None,
     names: Annotated[bool, typer.Option("--names", help="List the machines that have a name.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
@@ -28,6 +37,12 @@ def machine(
         return 0
     if name is not None and measure:
         raise UsageError(f"--measure measures this machine, but {name!r} was named; leave one of them out.")
+    if kernels is not None:
+        if name is not None or measure:
+            raise UsageError(
+                "--kernels measures this machine's kernels alone; leave --measure and the machine's name out."
+            )
+        return _measure_kernels(kernels, json)
     if measure:
         found = machines.measured(remeasure=True, progress=lambda line: typer.echo(line, err=True))
     else:
@@ -50,4 +65,27 @@ def machine(
         typer.echo("Nobody measured its rates yet; `haversack machine --measure` does, in about a minute.")
     for note in (*found.notes, *rates.notes):
         typer.echo(f"note: {note.rstrip('.')}.")
+    return 0
+
+
+def _measure_kernels(folder: Path, json: bool) -> int:
+    from haversack.jobs.measure_kernels import measure_kernels
+
+    with console.progress_bar(quiet=json) as progress:
+        report = measure_kernels(folder, progress=progress)
+    if json:
+        console.print_json(report)
+        return 0
+    rows = []
+    for case in report["cases"]:
+        times, first = case["microseconds"], case["unmeasured"]
+        gain = (
+            "as without measuring"
+            if case["kernel"] == first
+            else f"{times[case['kernel']]:.0f} us for {times[first]:.0f}"
+        )
+        words = (case["form"], case["columns"], case["tokens"], case["kernel"], case["threads"] or "all", gain)
+        rows.append(tuple(str(word) for word in words))
+    console.table(("form", "columns", "tokens", "kernel", "threads", "gain"), rows, right=(1, 2, 4))
+    typer.echo(f"Kept in {report['file']}; runs on this machine use it from now on.")
     return 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from haversack.cli import console
+from haversack.cli.verdict import verdict_json, verdict_words
 from haversack.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -19,36 +20,34 @@ def print_native(question: Question, why: str, *, json: bool) -> int:
 
     answer = native_answer(question, why)
     model, workload = question.model, question.workload
-    point, peak = answer.peak
     if json:
         console.print_json(
             {
-                "fits": answer.fits,
-                "budget_bytes": question.budget_bytes,
-                "budget_kind": question.budget_kind,
-                "peak_bytes": peak,
-                "peak_time_point": point,
-                "shortfall_bytes": answer.shortfall_bytes,
-                "cheapest_change": answer.cheapest_change,
-                "timeline": answer.ledger.to_dict(),
+                **verdict_json(
+                    answer.ledger,
+                    fits=answer.fits,
+                    budget_bytes=question.budget_bytes,
+                    budget_kind=question.budget_kind,
+                    shortfall_bytes=answer.shortfall_bytes,
+                    cheapest_change=answer.cheapest_change,
+                ),
                 "planned": False,
                 "why": why,
             }
         )
         return 0 if answer.fits else 1
-    asked = f" in {format_bytes(question.budget_bytes)}" if question.budget_bytes else ""
-    of = "the whole process" if question.budget_kind == "process" else "tensors alone"
+    verdict = verdict_words(fits=answer.fits, budget_bytes=question.budget_bytes, budget_kind=question.budget_kind)
     console.paragraph(
         f"{model.name}: {format_count(model.num_parameters)} parameters, {format_bytes(model.num_bytes)} as they are "
         f"({model.dtype})."
     )
     console.paragraph(
         f"{workload.users} x ({workload.prompt_tokens} prompt + {workload.generate_tokens} generated) tokens: "
-        f"{'fits' if answer.fits else 'does not fit'}{asked} ({of}), left to transformers as it is."
+        f"{verdict}, left to transformers as it is."
     )
     if not answer.fits:
         console.paragraph(
-            f"{format_bytes(answer.shortfall_bytes)} short at {point}. {answer.cheapest_change or ''}".rstrip()
+            f"{format_bytes(answer.shortfall_bytes)} short at {answer.peak[0]}. {answer.cheapest_change or ''}".rstrip()
         )
     typer.echo("")
     console.ledger_table(answer.ledger)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from haversack.cli import console
-from haversack.cli.plan import plan_json, print_answer
+from haversack.cli.answer import plan_json, print_answer
 from haversack.cli.question import Asked, Calibrating, Source, Trust, spread_options, weighed_answer
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import UsageError

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from haversack.plan.refine import PlanMeter
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a hub id, in the Hugging Face layout.")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
+]
+TensorBudget = Annotated[
+    str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code while describing it.")]
 
 DEFAULT_CONTEXT_TOKENS = 1024
@@ -46,12 +52,8 @@ PLACEMENTS = ("auto", "resident", "mapped", "streamed")
 class Asked:
     """The options of a question, as given."""
 
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Peak of the whole process: 8GiB, 8GB, or 60% of available memory.")
-    ] = None
-    tensor_budget: Annotated[
-        str | None, typer.Option("--tensor-budget", help="Peak of our tensors alone (for small models and tables).")
-    ] = None
+    budget: Budget = None
+    tensor_budget: TensorBudget = None
     max_damage: Annotated[
         float | None, typer.Option("--max-damage", help="Turn the question round: the fewest bytes at this many nats.")
     ] = None
@@ -236,10 +238,10 @@ class Calibrating:
 
 
 def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
-    """A verb with one option per field for each of its parameters of the classes above, so that `plan` and `pack` take
-    the same options, written once."""
+    """A verb with one option per field for each of its parameters that is a dataclass, so that verbs which take the same
+    options have them written once."""
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: cls for name, cls in hints.items() if cls in (Asked, Calibrating)}
+    groups = {name: cls for name, cls in hints.items() if isinstance(cls, type) and is_dataclass(cls)}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb).parameters.values():
         if parameter.name not in groups:
@@ -248,9 +250,8 @@ def spread_options(verb: Callable[..., int]) -> Callable[..., int]:
         options = get_type_hints(groups[parameter.name], include_extras=True)
         for option in fields(groups[parameter.name]):
             keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-            parameters.append(
-                inspect.Parameter(option.name, keyword, default=option.default, annotation=options[option.name])
-            )
+            default = inspect.Parameter.empty if option.default is MISSING else option.default
+            parameters.append(inspect.Parameter(option.name, keyword, default=default, annotation=options[option.name]))
 
     @functools.wraps(verb)
     def spread(**given: Any) -> int:

@@ -12,8 +12,9 @@ from haversack.cli import console
 from haversack.cli.money import operators_json, price_line, print_operators
 from haversack.cli.question import runtimes_known
 from haversack.cli.sweep import print_largest, print_sweep
+from haversack.cli.verdict import verdict_json, verdict_words
 from haversack.errors import UsageError
-from haversack.units import format_bytes, format_seconds, parse_budget
+from haversack.units import format_seconds, parse_budget
 
 if TYPE_CHECKING:
     from haversack.describe.machine import Machine
@@ -119,16 +120,15 @@ def _print_money(question: TrainingQuestion, seconds: float | None, prices: Path
 def training_json(answer: TrainingAnswer) -> dict[str, Any]:
     """What `--json` prints."""
     question = answer.question
-    point, peak = answer.ledger.peak()
     return {
-        "fits": answer.fits,
-        "budget_bytes": question.budget_bytes,
-        "budget_kind": question.budget_kind,
-        "peak_bytes": peak,
-        "peak_time_point": point,
-        "shortfall_bytes": answer.shortfall_bytes,
-        "cheapest_change": answer.cheapest_change,
-        "timeline": answer.ledger.to_dict(),
+        **verdict_json(
+            answer.ledger,
+            fits=answer.fits,
+            budget_bytes=question.budget_bytes,
+            budget_kind=question.budget_kind,
+            shortfall_bytes=answer.shortfall_bytes,
+            cheapest_change=answer.cheapest_change,
+        ),
         "workload": question.workload.to_dict(),
         "parallel": question.parallel.to_dict(),
         "stages": [
@@ -141,14 +141,13 @@ def training_json(answer: TrainingAnswer) -> dict[str, Any]:
 def _print(answer: TrainingAnswer) -> None:
     question, ledger = answer.question, answer.ledger
     workload, parallel = question.workload, question.parallel
-    asked = f" in {format_bytes(question.budget_bytes)}" if question.budget_bytes else ""
-    of = "the whole process" if question.budget_kind == "process" else "tensors alone"
+    verdict = verdict_words(fits=answer.fits, budget_bytes=question.budget_bytes, budget_kind=question.budget_kind)
     spread = "" if parallel.ranks == 1 else f" on each of {parallel.ranks} ranks"
     settings = ", ".join(
         f"{k} {v}" for k, v in workload.to_dict().items() if k not in ("task", "batch_size", "seq_len")
     )
     console.paragraph(f"{question.model.name}: {workload.batch_size} x {workload.seq_len} tokens{spread} ({settings}).")
-    console.paragraph(f"{'fits' if answer.fits else 'does not fit'}{asked} ({of}).")
+    console.paragraph(f"{verdict}.")
     if not answer.fits:
         console.paragraph(f"{answer.problem} {answer.cheapest_change or ''}".rstrip())
     if len(answer.rank.stages) > 1:

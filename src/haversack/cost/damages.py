@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from haversack.cost.as_stored import with_stored
 from haversack.cost.damage import NONE, Damage, cited_weight_damages, worst_label
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
@@ -108,9 +109,10 @@ def damage_table(
     *,
     asked_for: bool = False,
 ) -> dict[str, dict[WeightOption, Damage]]:
-    """By site id: what calibration found, else what was published; `asked_for` says that a user named these options."""
+    """By site id: what calibration found, else what was published; `asked_for` says that a user named these options. Keeping
+    a quantized checkpoint's codes is always offered."""
     if measured is not None:
-        return {site.id: dict(measured[site.id]) for site in model.weights}
+        return with_stored({site.id: dict(measured[site.id]) for site in model.weights}, model)
     by_share: dict[tuple[bool, int], dict[WeightOption, Damage]] = {}  # sites of one share have one table
     table = {}
     for site in model.weights:
@@ -118,4 +120,4 @@ def damage_table(
         if key not in by_share:
             by_share[key] = cited_damages(model, site, options, asked_for=asked_for)
         table[site.id] = by_share[key]
-    return table
+    return with_stored(table, model)

@@ -15,7 +15,7 @@ from haversack.engine.training_trace import ACTIVATIONS, EMBED_BACKWARD, GRADIEN
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, Ledger
 
-SHARDED_FROM = {STATES: 1, "master weights": 1, GRADIENTS: 2, "weights": 3}
+SHARDED_FROM = {STATES: 1, "master weights": 1, GRADIENTS: 2, "weights": 3, "adapters": 3}
 """The ZeRO stage from which an owner is sharded (Rajbhandari et al. 2019, arXiv 1910.02054, section 5)."""
 
 GATHERED_UNITS = 2
@@ -53,6 +53,7 @@ def rank_cost(
     *,
     runtime_bytes: int = 0,
     base_bytes: Mapping[str, int] | None = None,
+    whole_at_ends: bool = False,
 ) -> RankCost:
     """The ledger of one rank of each pipeline stage. `workload.batch_size` is of one rank.
 
@@ -70,6 +71,8 @@ def rank_cost(
     cost = training_cost(part, own, base_bytes)
     stages = stage_layers(model.num_layers, parallel.pipeline)
     ledgers = tuple(_stage_ledger(cost, part, parallel, stage, stages, runtime_bytes) for stage in range(len(stages)))
+    if whole_at_ends:
+        ledgers = tuple(_with_whole_ends(ledger, cost, runtime_bytes) for ledger in ledgers)
     return RankCost(parallel, cost, ledgers, tuple(len(stage) for stage in stages))
 
 
@@ -115,7 +118,7 @@ def _stage_ledger(
         for moment, owners in moments.items():
             rows: dict[str, int] = {}
             for owner, num_bytes in owners.items():
-                if owner in (*SHARDED_FROM, "adapters", "packed weights", "weights (as they come)"):
+                if owner in (*SHARDED_FROM, "packed weights", "weights (as they come)"):
                     kind = "weights" if owner == "weights (as they come)" else owner
                     rows[owner] = sharded_bytes(round(num_bytes * share * experts), kind, parallel)
                 elif owner == ACTIVATIONS:
@@ -130,6 +133,17 @@ def _stage_ledger(
         host = {o: highest.pop(o) for o in (STATES, "master weights") if parallel.offload and highest.get(o)}
         _book(ledger, point, highest, host, runtime_bytes)
     return ledger
+
+
+def _with_whole_ends(ledger: Ledger, cost: TrainingCost, runtime_bytes: int) -> Ledger:
+    """Where weights are loaded, and where they are gathered for export, states dropped."""
+    ends = Ledger()
+    whole = sum(cost.trace.resident_bytes.get(owner, 0) for owner in ("weights", "packed weights", "adapters"))
+    kept = {"weights": ledger.timeline["update"].get("weights", {}).get("device", 0), "weights (whole)": whole}
+    _book(ends, "load", {"weights (as they come)": cost.load_bytes}, {}, runtime_bytes)
+    ends.timeline |= {point: rows for point, rows in ledger.timeline.items() if point != "load"}
+    _book(ends, "export", kept, {}, runtime_bytes)
+    return ends
 
 
 def _book(ledger: Ledger, point: str, rows: Mapping[str, int], host: Mapping[str, int], runtime_bytes: int) -> None:

@@ -27,12 +27,12 @@ from haversack.cost.damage import Damage
 from haversack.describe.assemble import read_site
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
-from haversack.engine.calibrate import SiteStatistics
 from haversack.engine.layers import StreamedModel
+from haversack.engine.site_statistics import SiteStatistics
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
 
-MAX_SECONDS, MAX_SMALL_SECONDS = 450.0, 120.0
+MAX_SECONDS, MAX_SMALL_SECONDS = 300.0, 120.0
 """For the weights' stage and for the caches', each; the second for models up to `SMALL_MODEL_PARAMETERS`."""
 
 MAX_SURVIVORS = 6

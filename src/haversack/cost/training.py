@@ -1,7 +1,9 @@
 """Tuning and training as time points and owners: what a step holds at its highest moments, loading and saving too.
 
-Time points on the device tier: *load* (weights as they come, before they are packed), *resume* (a checkpoint read back, one tensor
-held twice), *forward*, *loss*, *backward*, *update*, *evaluate* (a batch without what a backward pass needs), *save*. Each shows its highest moment. From the second step on every step is alike, so optimizer states are there
+Time points on the device tier: *load* (weights as they come, before they are packed), *resume* (a checkpoint read back, one tensor held
+twice), *reference* (the model's own answers before it is tuned, where a loss compares with them), *forward*, *loss*, *backward*, *update*,
+*evaluate* (a batch without what a backward pass needs), *save*. Each shows its highest moment. From the second step on every step is alike,
+so optimizer states are there
 throughout; the first step, without them, is lower.
 """
 
@@ -11,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from haversack.describe.checkpoint import holds_weights
 from haversack.describe.model import Model
-from haversack.describe.workload import TrainingWorkload
+from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
 from haversack.engine.training_trace import (
     BACKWARD,
@@ -28,10 +31,10 @@ from haversack.engine.training_trace import (
     trace_training,
 )
 from haversack.ledger import DTYPE_BYTES, Ledger, total_bytes
-from haversack.recipes.base import optimizer_option
+from haversack.recipes.base import optimizer_option, preference
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
-POINTS = ("load", "resume", "forward", "loss", "backward", "update", "evaluate", "save")
+POINTS = ("load", "resume", "reference", "forward", "loss", "backward", "update", "evaluate", "save")
 
 SLACK_FRACTION = 0.02
 """Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
@@ -74,6 +77,21 @@ class TrainingCost:
                 ledger.add(point, SLACK, "device", int(slack_fraction * sum(owners.values())))
         return ledger
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the model runs over all pairs before it is tuned."""
+        loss = preference(self.workload.objective) if isinstance(self.workload, TuneWorkload) else None
+        return loss is not None and loss.uses_reference
+
+    @staticmethod
+    def _reference_row(rows: Mapping[str, dict[str, dict[str, int]]]) -> dict[str, int]:
+        """At most what a step's forward pass and loss hold at their highest: nothing is kept for a backward pass, and there are
+        neither gradients nor states yet."""
+        absent = (STATES, GRADIENTS)
+        passes = [row for point in ("forward", "loss") for name, row in rows[point].items() if name != LOSS_BACKWARD]
+        without = [{owner: n for owner, n in row.items() if owner not in absent} for row in passes]
+        return max(without, key=lambda row: sum(row.values()))
+
     def _points(self) -> dict[str, dict[str, int]]:
         return {
             point: max(rows.values(), key=lambda row: sum(row.values())) for point, rows in self.moment_rows().items()
@@ -86,6 +104,8 @@ class TrainingCost:
         for moment in self.moments:
             owners = {("other" if owner in (EMBED, "update") else owner): n for owner, n in moment.owners.items()}
             rows.setdefault(_point_of(moment), {})[moment.name] = {**stays, **owners}
+        if self.uses_reference:
+            rows["reference"] = {"reference": self._reference_row(rows)}
         gradients = {GRADIENTS: self.trace.gradient_bytes}
         rows["update"] = {"update": stays}  # all there is of it where weights are updated during the backward pass
         if self.workload.update == "step":
@@ -143,7 +163,7 @@ def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
 
 def has_weights(model: Model) -> bool:
     """Whether a folder's weights are loaded, instead of random ones made."""
-    return model.folder is not None and any(model.folder.glob("*.safetensors"))
+    return holds_weights(model.folder)
 
 
 def _point_of(moment: Moment) -> str:

@@ -17,8 +17,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe import mxfp4
+from haversack.describe import gguf_source
+from haversack.describe.quantized import stored_forms
 from haversack.describe.site import TensorSlice
+from haversack.describe.stored_form import StoredForm
 from haversack.errors import CheckpointError, ModelNotFoundError, UnsafeCheckpointError
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 
@@ -59,7 +61,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 class CheckpointTensor:
     """One tensor of a checkpoint: its file, dtype, shape, and the absolute byte range `[start, stop)` in the file.
 
-    `mxfp4` holds blocks and scales where the tensor is stored in them (then the range is the blocks', and dtype and shape
+    `form` says how the tensor is stored where it stands for several (then the range is the first one's, and dtype and shape
     are those of what they stand for).
     """
 
@@ -69,11 +71,17 @@ class CheckpointTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
-    mxfp4: tuple[CheckpointTensor, CheckpointTensor] | None = None
+    form: StoredForm | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.stop - self.start
+        """Bytes in the file, of all that the tensor stands for."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[CheckpointTensor, ...]:
+        """What lies in files: the tensor itself, or those that it stands for."""
+        return (self,) if self.form is None else tuple(self.form.parts.values())
 
     @property
     def stored(self) -> StoredTensor:
@@ -105,6 +113,8 @@ class Checkpoint:
             raise ModelNotFoundError(f"There is no folder {str(folder)!r}; name a folder with safetensors files.")
         files: tuple[Path, ...]
         index: dict[str, str] | None
+        if (gguf := gguf_source.file_of(folder)) is not None:
+            return cls(folder, (gguf,), *gguf_source.tensors_of(gguf))
         if folder.is_file():
             folder, files, index = folder.parent, (folder,), None
         else:
@@ -123,7 +133,7 @@ class Checkpoint:
                 tensors[tensor.name] = tensor
         if index is not None:
             _check_index(index, tensors)
-        return cls(folder, files, _paired(tensors), header_bytes)
+        return cls(folder, files, _paired(tensors, folder), header_bytes)
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
@@ -140,7 +150,16 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, headers not counted."""
-        return sum(part.num_bytes for tensor in self.tensors.values() for part in tensor.mxfp4 or (tensor,))
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """Bytes of what is stored in forms of its own, by their titles."""
+        found: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            if tensor.form is not None:
+                found[tensor.form.title] = found.get(tensor.form.title, 0) + tensor.num_bytes
+        return found
 
     def read(self, piece: TensorSlice | str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One slice `(rows, in_features)` (or a whole tensor, by name), in its own dtype or in `dtype`.
@@ -174,13 +193,9 @@ class Checkpoint:
                 raise CheckpointError(
                     f"Range {start}:{stop}:{step} was asked of an axis of length {length} of {name!r}; it lies outside."
                 )
-        if tensor.mxfp4 is None:
-            return _read_region(tensor, ranges)
-        experts, columns, rows = ranges
-        blocks, scales = (
-            _read_region(part, [experts, rows, *((0, n, 1) for n in part.shape[2:])]) for part in tensor.mxfp4
-        )
-        return mxfp4.dequantize(blocks, scales)[:, slice(*columns)]
+        if tensor.form is None:
+            return read_stored(tensor, ranges)
+        return tensor.form.region(ranges, read_stored).to(torch_dtype(tensor.dtype))
 
     def fingerprint(self) -> str:
         """A fast content hash, 64 hex digits: every tensor's name, dtype, shape, and 64 bytes from its middle.
@@ -193,19 +208,20 @@ class Checkpoint:
         try:
             for name in sorted(self.tensors):
                 tensor = self.tensors[name]
-                if tensor.file not in handles:
-                    handles[tensor.file] = os.open(tensor.file, os.O_RDONLY)
-                length = min(_SAMPLE_BYTES, tensor.num_bytes)
-                middle = tensor.start + (tensor.num_bytes - length) // 2
                 digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode())
-                digest.update(os.pread(handles[tensor.file], length, middle))
+                for part in tensor.parts:
+                    if part.file not in handles:
+                        handles[part.file] = os.open(part.file, os.O_RDONLY)
+                    length = min(_SAMPLE_BYTES, part.num_bytes)
+                    middle = part.start + (part.num_bytes - length) // 2
+                    digest.update(os.pread(handles[part.file], length, middle))
         finally:
             for handle in handles.values():
                 os.close(handle)
         return digest.hexdigest()
 
 
-def _read_region(tensor: CheckpointTensor, ranges: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+def read_stored(tensor: CheckpointTensor, ranges: Sequence[tuple[int, int, int]]) -> torch.Tensor:
     """`tensor[start:stop:step, ...]` as it lies in its file."""
     import torch
 
@@ -234,14 +250,20 @@ def _read_region(tensor: CheckpointTensor, ranges: Sequence[tuple[int, int, int]
     return region[cuts] if cuts else region
 
 
-def _paired(tensors: dict[str, CheckpointTensor]) -> dict[str, CheckpointTensor]:
-    """The tensors, with blocks and scales of MXFP4 as the one tensor that they stand for."""
-    for base, shape in mxfp4.paired_names({name: (t.dtype, t.shape) for name, t in tensors.items()}).items():
-        blocks, scales = tensors.pop(base + mxfp4.BLOCKS), tensors.pop(base + mxfp4.SCALES)
-        tensors[base] = CheckpointTensor(
-            base, blocks.file, "BF16", shape, blocks.start, blocks.stop, mxfp4=(blocks, scales)
-        )
+def _paired(tensors: dict[str, CheckpointTensor], folder: Path) -> dict[str, CheckpointTensor]:
+    """The tensors, with those that stand for one in a form of its own as that one."""
+    for base, (form, shape, dtype) in stored_forms(tensors, folder, read_stored).items():
+        parts = list(form.parts.values())
+        for part in parts:
+            del tensors[part.name]
+        first = parts[0]
+        tensors[base] = CheckpointTensor(base, first.file, dtype, shape, first.start, first.stop, form=form)
     return tensors
+
+
+def holds_weights(folder: Path | None) -> bool:
+    """Whether there are files of weights in a folder."""
+    return folder is not None and (any(folder.glob("*.safetensors")) or gguf_source.file_of(folder) is not None)
 
 
 def require_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -285,8 +307,7 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     files = tuple(shards or found)
     if files:
         return files, None
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-    if pickles:
+    if pickles := pickled_weights(folder):
         raise UnsafeCheckpointError(
             f"{str(folder)!r} holds a pickle checkpoint only ({pickles[0]}), and loading a pickle can run code, so "
             "it is refused; convert it in a sandboxed process (no network, no secrets) with "
@@ -296,6 +317,13 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     raise ModelNotFoundError(
         f"{str(folder)!r} holds no *.safetensors file; point to a folder with the model's weights."
     )
+
+
+def pickled_weights(folder: Path) -> list[str]:
+    """Names of the folder's pickle files, where it holds no safetensors beside them."""
+    if any(folder.glob("*.safetensors")):
+        return []
+    return sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
 
 
 def _read_index(file: Path) -> dict[str, str]:

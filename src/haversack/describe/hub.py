@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from haversack.describe import gguf_source
 from haversack.errors import CheckpointError, ModelNotFoundError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -50,9 +54,14 @@ def find_source(source: str | Path | Mapping[str, Any], revision: str | None = N
                 f"*.safetensors).{hint}"
             )
         return ModelSource(path.resolve().name, read_config(path / "config.json"), folder=path)
+    if path.is_file() and path.suffix == gguf_source.SUFFIX:
+        folder = gguf_source.folder_of(path)
+        return ModelSource(path.stem, read_config(folder / "config.json"), folder=folder)
     if path.is_file():
         if path.suffix != ".json":
-            raise ModelNotFoundError(f"{text!r} is a file, but a model is a folder, a config.json or a hub id.")
+            raise ModelNotFoundError(
+                f"{text!r} is a file, but a model is a folder, a GGUF file, a config.json or a hub id."
+            )
         return ModelSource(path.resolve().parent.name, read_config(path), folder=None)
     hub_id, _, asked = text.partition("@")
     if revision and asked and asked != revision:
@@ -87,7 +96,12 @@ def fetch_weights(hub_id: str, revision: str | None = None, *, quiet: bool = Fal
         disable_progress_bars()
     try:
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=[*_WEIGHT_PATTERNS, *_COMPANION_PATTERNS])
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=[*_WEIGHT_PATTERNS, *_COMPANION_PATTERNS],
+                local_files_only=_is_out_of_reach(),
+            )
         )
     except Exception as error:
         raise _translated(error, hub_id, revision, "weights") from None
@@ -100,13 +114,27 @@ def _from_hub(hub_id: str, revision: str | None) -> ModelSource:
     from huggingface_hub import hf_hub_download
 
     try:
-        file = Path(hf_hub_download(hub_id, "config.json", revision=revision))
+        file = Path(hf_hub_download(hub_id, "config.json", revision=revision, local_files_only=_is_out_of_reach()))
     except Exception as error:
         raise _translated(error, hub_id, revision, "config.json") from None
     commit = file.parent.name if file.parent.parent.name == "snapshots" else revision
     # A snapshot that already holds the weights is a local folder like any other.
     folder = file.parent if any(file.parent.glob("*.safetensors")) and _is_complete(file.parent) else None
     return ModelSource(hub_id, read_config(file), folder=folder, hub_id=hub_id, revision=commit)
+
+
+def _is_out_of_reach() -> bool:
+    """Whether the hub's name has no address here: asking all the same would be tried again for half a minute."""
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if host is None or getproxies():  # a proxy finds the address itself
+        return False
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return True
+    return False
 
 
 def _is_complete(folder: Path) -> bool:

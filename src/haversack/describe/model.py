@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haversack.describe.attention import attention_sites
-from haversack.describe.checkpoint import Checkpoint, dtype_name
+from haversack.describe.checkpoint import Checkpoint, dtype_name, holds_weights
 from haversack.describe.conversion import checkpoint_tensors, locate_parameters
 from haversack.describe.experts import experts_per_token, share_of_experts
 from haversack.describe.hub import ModelSource, find_source
@@ -43,7 +43,8 @@ class Model:
     never packed (norms, biases, routers, sinks, anything outside the text decoder), by module name. `buffers` are made
     at load and lie in no checkpoint. `unused` are tensors of the folder's checkpoint that no parameter reads.
     `sources` says for each parameter where its numbers lie in the checkpoint, and `tied` which parameters share a
-    storage (the kept name to the others). `cache_problem` says why no layer has an attention site, if none has: only
+    storage (the kept name to the others). `quantized` says what of the checkpoint is stored in forms of fewer bits, and its
+    bytes there. `cache_problem` says why no layer has an attention site, if none has: only
     transformers' own cache holds what such a model keeps. `experts_per_token` counts routed experts. `dtype` is the one that most bytes have.
     """
 
@@ -69,6 +70,7 @@ class Model:
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cache_problem: str = ""
     experts_per_token: int | None = None
+    quantized: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -143,7 +145,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
         folder=str(found.folder or found.hub_id) if found.folder or found.hub_id else None,
         trust_remote_code=trust_remote_code,
     )
-    checkpoint = Checkpoint.open(found.folder) if found.folder and any(found.folder.glob("*.safetensors")) else None
+    checkpoint = Checkpoint.open(found.folder) if found.folder and holds_weights(found.folder) else None
 
     state, aliases = _distinct_state(skeleton)
     parameter_names = set(skeleton.state_dict().keys())
@@ -195,6 +197,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
         revision=found.revision,
         sources=layouts,
         tied={kept: tuple(others) for kept, others in aliases.items() if others},
+        quantized={} if checkpoint is None else checkpoint.forms,
     )
 
 

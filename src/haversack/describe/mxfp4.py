@@ -8,8 +8,11 @@ half first, and `NAME_scales`, uint8 `(experts, rows, groups)`. What transformer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from haversack.describe.stored_form import Range, Read, StoredForm
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +38,19 @@ def paired_names(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str,
         if shapes.get(base + SCALES) == ("U8", shape[:3]) and base not in shapes:
             found[base] = (shape[0], shape[2] * BLOCK_VALUES, shape[1])
     return found
+
+
+@dataclass(frozen=True)
+class Mxfp4Form(StoredForm):
+    """One stack of experts' matrices."""
+
+    def region(self, ranges: Sequence[Range], read: Read) -> torch.Tensor:
+        experts, columns, rows = ranges
+        blocks, scales = (
+            read(part, [experts, rows, *((0, n, 1) for n in part.shape[2:])])
+            for part in (self.parts[BLOCKS], self.parts[SCALES])
+        )
+        return dequantize(blocks, scales)[:, slice(*columns)]
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

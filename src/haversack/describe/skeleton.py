@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe import mxfp4
+from haversack.describe.quantized import check_quantization
 from haversack.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def build_skeleton(
     config that contradicts itself. MissingDependencyError: a library of its own.
     """
     _check_numbers(config, name)
-    _check_quantization(config, name)
+    check_quantization(config, name)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
@@ -93,19 +93,6 @@ def _parse_config(
         return CONFIG_MAPPING[str(model_type)].from_dict(values)
     except Exception as error:  # configs validate themselves with many kinds of exception
         raise _contradiction(name, error) from None
-
-
-def _check_quantization(config: Mapping[str, Any], name: str) -> None:
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return
-    method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else "?"
-    if method == mxfp4.METHOD:  # read exactly, as the 16-bit tensors that its blocks stand for
-        return
-    raise UnsupportedModelError(
-        f"{name!r} is quantized already ({method}); packing starts from 16 or 32-bit weights, so name the unquantized "
-        "checkpoint (or save a dequantized copy with transformers)."
-    )
 
 
 def _check_numbers(config: Mapping[str, Any], name: str) -> None:

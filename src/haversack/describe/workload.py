@@ -76,7 +76,7 @@ PRECISIONS = {
     "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
 }
 ATTENTIONS = ("sdpa", "eager")
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora", "paca", "side")
 ADAPTED = ("query-value", "attention", "linear")
 LOSSES = {
     "fp32": "logits widened to 32 bits, as transformers does",
@@ -84,6 +84,13 @@ LOSSES = {
     "cut": "logits in blocks, never held together",
 }
 RECOMPUTATIONS = ("none", "full")
+SAVED = {
+    "exact": "activations kept for the backward pass as they are",
+    "8bit": "activations of layers kept in 8 bits, so that gradients are rounded",
+    "disk": "activations of layers written to a file and read again",
+}
+LIKELIHOOD = "likelihood"
+"""The objective of predicting each next token; others are recipes that compare two answers."""
 UPDATES = {
     "step": "all weights once all gradients are there",
     "backward": "each weight as soon as its gradient is there",
@@ -133,7 +140,7 @@ class TrainingWorkload:
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
     backward pass, `0-3,7` does so with those layers; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
     `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
-    updated (`UPDATES`). Raises UsageError naming the field, its
+    updated (`UPDATES`); `saved` how activations are kept (`SAVED`). Raises UsageError naming the field, its
     value and what is allowed.
     """
 
@@ -149,6 +156,7 @@ class TrainingWorkload:
     loss: str = "fp32"
     samples_apart: bool = False
     update: str = "step"
+    saved: str = "exact"
 
     def __post_init__(self) -> None:
         _check_count("batch_size", self.batch_size, minimum=1)
@@ -159,6 +167,16 @@ class TrainingWorkload:
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("loss", self.loss, LOSSES)
         _check_choice("update", self.update, UPDATES)
+        _check_choice("saved", self.saved, SAVED)
+        if self.saved != "exact" and self.precision == "autocast":
+            raise UsageError(
+                f"saved is {self.saved!r} under precision autocast, whose 16-bit copies of weights would be kept so, too; choose another "
+                "precision."
+            )
+        if self.saved != "exact" and self.recompute != "none":
+            raise UsageError(
+                f"saved is {self.saved!r} with recompute {self.recompute}, but layers that run again keep nothing; choose one of them."
+            )
         if self.update == "backward" and self.accumulation_steps > 1:
             raise UsageError(
                 f"update is 'backward' with {self.accumulation_steps} accumulation_steps, but gradients that are dropped as they "
@@ -209,9 +227,10 @@ class TrainWorkload(TrainingWorkload):
 
 @dataclass(frozen=True)
 class TuneWorkload(TrainingWorkload):
-    """Tune a checkpoint: all of it (`full`), or low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`).
+    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`), `lora_rank`
+    columns of each matrix (`paca`), or a side network that reads its hidden states (`side`).
 
-    `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
+    `objective` is what is learned: `LIKELIHOOD`, or the recipe of a loss over pairs of answers. `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
     alone, as does `lora_dropout`, the share of their inputs that is dropped while training. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
     """
 
@@ -221,15 +240,24 @@ class TuneWorkload(TrainingWorkload):
     lora_rank: int = 16
     lora_targets: str = "linear"
     lora_dropout: float = 0.0
+    objective: str = LIKELIHOOD
 
     def __post_init__(self) -> None:
         super().__post_init__()
         share = self.lora_dropout
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise UsageError(f"lora_dropout is {share!r}, but must be a share from 0 to below 1, like 0.05.")
+        if share and self.method not in ("lora", "qlora"):
+            raise UsageError(
+                f"lora_dropout is {share!r} with method {self.method!r}, which has no low-rank adapters; leave it at 0."
+            )
         _check_choice("method", self.method, METHODS)
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
+        if self.method == "side" and (self.recompute != "none" or self.saved != "exact"):
+            raise UsageError(
+                f"method is 'side' with recompute {self.recompute} and saved {self.saved}, but the model's layers keep nothing; leave both out."
+            )
 
     @property
     def has_master_weights(self) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
+from haversack.engine.connections import PartialConnections
 from haversack.engine.packed_tensor import PackedTensor
 from haversack.parts.weights.integer import IntegerGrid
 
@@ -112,10 +113,11 @@ def adapt(
     targets: str,
     packed: bool,
     dtype: torch.dtype,
+    kind: type[LowRankAdapter] | type[PartialConnections] = LowRankAdapter,
     dropout: float = 0.0,
 ) -> None:
-    """Freeze `model` and put an adapter beside each whole linear of its layers; with `packed`, pack those linears that are
-    not packed yet.
+    """Freeze `model` and put an adapter beside each whole linear of its layers, or another `kind` of what is trained of them; with
+    `packed`, pack those linears that are not packed yet.
 
     `targets` names the adapted roles (`TARGETS`). Stacked experts stay frozen as they are.
     """
@@ -128,7 +130,9 @@ def adapt(
             continue
         base = _pack(module, site) if packed and not isinstance(module.weight, PackedTensor) else module
         if wanted:
-            base = LowRankAdapter(base, site_out(module), site_in(module), rank, dtype, dropout)
+            base = kind(base, site_out(module), site_in(module), rank, dtype)
+            if isinstance(base, LowRankAdapter):
+                base.dropout = dropout
         parent, _, name = site.module.rpartition(".")
         setattr(model.get_submodule(parent), name, base)
 

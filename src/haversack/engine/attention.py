@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, prepare_pad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haversack.errors import UnsupportedModelError
-from haversack.kernels.attention import CacheForm, DecodeAttention
+from haversack.kernels.attention import CacheForm, decode_attention
 from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer
 
@@ -211,7 +211,7 @@ def _attend_compiled(
     slabs = {"keys": key.contiguous(), "values": value.contiguous()}
     past = key.shape[2] - 1
     seen = past if window is None else min(past, window - 1)
-    layer = DecodeAttention(form, slabs, sink_tokens=0, ring_tokens=past, recent_tokens=seen, softcap=softcap)
+    layer = decode_attention(form, slabs, sink_tokens=0, ring_tokens=past, recent_tokens=seen, softcap=softcap)
     new_keys, new_values = (slabs[name][:, :, past:] for name in ("keys", "values"))
     rows = query.shape[0]
     return layer(query, new_keys, new_values, [past] * rows, [0] * rows, scaling=scaling, sinks=sinks)

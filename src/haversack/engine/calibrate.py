@@ -26,34 +26,40 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from haversack.describe.model import Model
-from haversack.describe.site import WeightSite
 from haversack.engine.hidden_states import HiddenStates
-from haversack.engine.layers import StreamedModel, site_rows
-from haversack.engine.observe import (
-    GradientMoment,
-    InputSharing,
-    ProductKey,
-    ProductObserver,
-    SecondMoment,
-    StopForwardError,
+from haversack.engine.layers import StreamedModel
+from haversack.engine.moments import (
+    batches,
+    collect_moments,
+    moment_rounds,
+    outside_parameter,
+    shared_products,
+    trace_inputs,
+    watched_parameters,
+)
+from haversack.engine.observe import GradientMoment, ProductKey, ProductObserver, SecondMoment, StopForwardError
+from haversack.engine.site_statistics import (
+    HEAD,
+    LOOKUP,
+    MomentWriter,
+    Statistics,
+    layer_file,
+    save_tensors,
+    text_of,
+    write_text,
 )
 from haversack.errors import CheckpointError, UsageError
 
 _VERSION = 1
 """Counts changes of what the files hold; part of the cache key."""
-
-_HEAD, _LOOKUP = "head", "lookup"
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done and the steps in all."""
@@ -79,82 +85,6 @@ class CalibrationSettings:
         for name in ("gradient_tokens", "batch_tokens", "head_tokens", "statistics_bytes"):
             if getattr(self, name) < 1:
                 raise UsageError(f"calibration: {name} is {getattr(self, name)}, but must be at least 1.")
-
-
-@dataclass(frozen=True)
-class SiteStatistics:
-    """What calibration knows of one site: pairs of `hessian` `(in, in)` and `row_importance` `(out,)`, float32.
-
-    A tied embedding has two pairs: as head, and as lookup. `notes` says what was substituted.
-    """
-
-    site_id: str
-    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    notes: tuple[str, ...] = ()
-
-    def damage(self, change: torch.Tensor) -> float:
-        """Estimated nats per token of adding `change` `(out, in)` to the matrix: a proxy, see the module's formula."""
-        change = change.float()
-        return sum(0.5 * float(((change @ h) * change).sum(1) @ importance) for h, importance in self.pairs)
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """One `(in, in)` matrix for a rounding: the only pair's, or the pairs' sum weighted by mean row importance."""
-        if len(self.pairs) == 1:
-            return self.pairs[0][0]
-        return torch.stack([h * importance.mean() for h, importance in self.pairs]).sum(0)
-
-    @property
-    def row_importance(self) -> torch.Tensor:
-        """`(out,)`: the sum over pairs, each weighted by its mean diagonal of `hessian`, over the sum's."""
-        if len(self.pairs) == 1:
-            return self.pairs[0][1]
-        traces = torch.stack([h.diagonal().mean() for h, _ in self.pairs])
-        rows = torch.stack([importance for _, importance in self.pairs])
-        return (traces[:, None] * rows).sum(0) / traces.sum().clamp_min(1e-30)
-
-
-class Statistics(Mapping[str, SiteStatistics]):
-    """Statistics by site id, read from the cache folder one site at a time. Sites that no product reached are
-    absent."""
-
-    def __init__(self, folder: Path, described: Model):
-        self.folder = folder
-        self._sites = {site.id: site for site in described.weights}
-        self._files = _StatisticsFiles(folder)
-        self._present = [site.id for site in described.weights if self._keys_of(site)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._present)
-
-    def __len__(self) -> int:
-        return len(self._present)
-
-    def __getitem__(self, site_id: str) -> SiteStatistics:
-        site = self._sites[site_id]
-        notes: list[str] = []
-        pairs = []
-        for file, key in self._keys_of(site):
-            hessian, importance, note = self._files.read(file, key)
-            if importance.ndim == 2:  # a layer's: the site's rows, corrected by how its tokens act together
-                squares, together = importance[:, site_rows(site)]
-                importance = squares * (together.sum() / squares.sum().clamp_min(1e-30))
-            pairs.append((hessian, importance))
-            if note:
-                notes.append(note)
-        if not pairs:
-            raise KeyError(site_id)
-        return SiteStatistics(site_id, tuple(pairs), tuple(notes))
-
-    @property
-    def unobserved(self) -> tuple[str, ...]:
-        """Sites without statistics."""
-        return tuple(site_id for site_id in self._sites if site_id not in set(self._present))
-
-    def _keys_of(self, site: WeightSite) -> list[tuple[str, ProductKey]]:
-        key = ProductKey(f"{site.module}.{site.parameter}", -1 if site.expert is None else site.expert)
-        files = [_layer_file(site.layer)] if site.layer is not None else [_HEAD, _LOOKUP]
-        return [(file, key) for file in files if self._files.has(file, key)]
 
 
 def calibrate(
@@ -212,7 +142,7 @@ class _Calibration:
             )
         self._step("embedding", self._lookup, "gradient-0" in states)
         facts = {"tokens": self.token_ids.numel(), "gradient_tokens": self.num_gradient_sequences * self.num_tokens}
-        _write_atomically(self.folder / "complete.json", json.dumps({**facts, **asdict(self.settings)}))
+        write_text(self.folder / "complete.json", json.dumps({**facts, **asdict(self.settings)}))
         shutil.rmtree(self.folder / "scratch")
 
     def _step(self, what: str, do: Callable[[], None], needed: bool) -> None:
@@ -236,7 +166,7 @@ class _Calibration:
     def _forward_layer(self, layer: int) -> None:
         hidden = self.states.open(f"hidden-{layer}", self.num_sequences)
         after = self.states.create(f"hidden-{layer + 1}", self.num_sequences)
-        writer = _MomentWriter(self.folder, _layer_file(layer))
+        writer = MomentWriter(self.folder, layer_file(layer))
         with self.model.layer(layer):
             watched = watched_parameters(self.model, layer)
             sharing = trace_inputs(self.model, layer, watched, hidden[:1])
@@ -290,11 +220,11 @@ class _Calibration:
                     gradient[sequence : sequence + 1, part] = x.grad
                     del logits, x
         self._check_finite(gradient, "the head")
-        writer = _MomentWriter(self.folder, _HEAD)
+        writer = MomentWriter(self.folder, HEAD)
         writer.add({ProductKey(name): moment})
         writer.finish([[ProductKey(name)]])
         tokens = self.num_gradient_sequences * self.num_tokens
-        _save(self.folder / f"{_HEAD}.importance.safetensors", {_text(ProductKey(name)): importance / tokens})
+        save_tensors(self.folder / f"{HEAD}.importance.safetensors", {text_of(ProductKey(name)): importance / tokens})
         self.states.finish(f"gradient-{num_layers}")
         self.states.remove(f"hidden-{num_layers}")
 
@@ -339,8 +269,8 @@ class _Calibration:
                 del output, x
         self._check_finite(below, f"layer {layer}'s gradient")
         tokens = count * self.num_tokens
-        file = self.folder / f"{_layer_file(layer)}.importance.safetensors"
-        _save(file, {_text(key): moment.means(tokens) for key, moment in gradients.items()})
+        file = self.folder / f"{layer_file(layer)}.importance.safetensors"
+        save_tensors(file, {text_of(key): moment.means(tokens) for key, moment in gradients.items()})
         self.states.finish(f"gradient-{layer}")
         self.states.remove(f"gradient-{layer + 1}")
         self.states.remove(f"inputs-{layer}")
@@ -382,11 +312,11 @@ class _Calibration:
             for key in counts:
                 if watched[key.parameter] is watched.get(self.model.input_name):
                     counts[key] = torch.bincount(self.token_ids.flatten(), minlength=len(counts[key]))
-        writer = _MomentWriter(self.folder, _LOOKUP)
+        writer = MomentWriter(self.folder, LOOKUP)
         writer.add(moments)
         writer.finish([[key] for key in moments])
-        frequencies = {_text(key): count.float() / count.sum() for key, count in counts.items() if key in moments}
-        _save(self.folder / f"{_LOOKUP}.importance.safetensors", frequencies)
+        frequencies = {text_of(key): count.float() / count.sum() for key, count in counts.items() if key in moments}
+        save_tensors(self.folder / f"{LOOKUP}.importance.safetensors", frequencies)
 
     def _batches(self, num_sequences: int) -> list[slice]:
         return batches(num_sequences, self.batch)
@@ -398,237 +328,6 @@ class _Calibration:
                     f"{where} of {self.model.described.name!r} gives values that are not finite on the calibration "
                     "text; its weights are damaged, or its dtype overflows (try compute_dtype float32)."
                 )
-
-
-# Moments of one layer; also used by the sequential pass.
-
-
-def batches(num_sequences: int, batch: int) -> list[slice]:
-    return [slice(start, min(start + batch, num_sequences)) for start in range(0, num_sequences, batch)]
-
-
-def watched_parameters(model: StreamedModel, layer: int) -> dict[str, torch.Tensor]:
-    """The materialised parameters that the layer's sites are cut from, by name."""
-    names = dict.fromkeys(f"{site.module}.{site.parameter}" for site in model.layer_sites(layer))
-    return {name: model.module.get_parameter(name) for name in names}
-
-
-def outside_parameter(model: StreamedModel, which: str) -> tuple[str, torch.Tensor]:
-    """Name (under which the site is described) and parameter of the head, materialised."""
-    parameter = model.module.get_output_embeddings().weight
-    for site in model.outside_sites():
-        names = [site.module, *site.tied_modules]
-        if any(f"{name}.weight" == model.head_name for name in names):
-            return f"{site.module}.{site.parameter}", parameter
-    return model.head_name, parameter
-
-
-@torch.no_grad()
-def trace_inputs(
-    model: StreamedModel, layer: int, watched: Mapping[str, torch.Tensor], hidden: torch.Tensor
-) -> InputSharing:
-    """Which of the layer's parameters share an input, from one sequence."""
-    sharing = InputSharing()
-    with ProductObserver(watched, on_input=sharing.see):
-        model.run_layer(layer, hidden)
-    sharing.forget_inputs()
-    return sharing
-
-
-def moment_rounds(
-    sharing: InputSharing, watched: Mapping[str, torch.Tensor], limit_bytes: int, *, one_input_each: bool = False
-) -> Iterator[set[ProductKey]]:
-    """Sets of products, in order of use, whose second moments together stay within the limit (or are one alone).
-
-    With `one_input_each` no set holds two inputs, but for the experts of one stack.
-    """
-    chosen: set[ProductKey] = set()
-    num_bytes = 0
-    for owner in sharing.members:
-        parameter = watched[owner]
-        if chosen and one_input_each:
-            yield chosen
-            chosen, num_bytes = set(), 0
-        for expert in range(parameter.shape[0]) if parameter.ndim == 3 else [-1]:
-            cost = 4 * sharing.in_features[owner] ** 2
-            if chosen and num_bytes + cost > limit_bytes:
-                yield chosen
-                chosen, num_bytes = set(), 0
-            chosen.add(ProductKey(owner, expert))
-            num_bytes += cost
-    if chosen:
-        yield chosen
-
-
-@torch.no_grad()
-def collect_moments(
-    model: StreamedModel,
-    layer: int,
-    watched: Mapping[str, torch.Tensor],
-    keys: set[ProductKey],
-    inputs: Iterable[tuple[slice, torch.Tensor]],
-    outputs: torch.Tensor | None,
-    stop_after: ProductKey | None = None,
-) -> dict[ProductKey, SecondMoment]:
-    """Second moments of these products over all inputs.
-
-    The layer's outputs are written where `outputs` is given; forwards end early once `stop_after` has its input.
-    """
-    moments: dict[ProductKey, SecondMoment] = {}
-
-    def add(key: ProductKey, x: torch.Tensor) -> None:
-        if key in keys:
-            moments.setdefault(key, SecondMoment(x.shape[1])).add(x)
-            if key == stop_after:
-                raise StopForwardError
-
-    for part, hidden in inputs:
-        try:
-            with ProductObserver(watched, on_input=add):
-                result = model.run_layer(layer, hidden)
-        except StopForwardError:
-            continue
-        if outputs is not None:
-            outputs[part] = result
-    return moments
-
-
-def shared_products(sharing: InputSharing, watched: Mapping[str, torch.Tensor]) -> list[list[ProductKey]]:
-    """Products that read the same input, the owner first; one list per expert of a stack."""
-    groups = []
-    for owner, members in sharing.members.items():
-        for expert in range(watched[owner].shape[0]) if watched[owner].ndim == 3 else [-1]:
-            groups.append([ProductKey(name, expert) for name in members])
-    return groups
-
-
-def enough_tokens(in_features: int) -> int:
-    """Tokens below which an expert's own second moment is not used: a quarter of its rank."""
-    return max(1, in_features // 4)
-
-
-class PooledMoment:
-    """Mean of `x x^T` over all experts of a stack, for those that see too few tokens."""
-
-    def __init__(self) -> None:
-        self.sum: torch.Tensor | None = None
-        self.num_tokens = 0
-
-    def add(self, mean: torch.Tensor, num_tokens: int) -> None:
-        if self.sum is None:
-            self.sum = torch.zeros_like(mean)
-        self.sum.add_(mean, alpha=num_tokens)
-        self.num_tokens += num_tokens
-
-    def mean(self) -> torch.Tensor:
-        assert self.sum is not None, "no expert saw a token"
-        return self.sum / self.num_tokens
-
-
-def rare_expert_note(expert: int, num_tokens: int, enough: int) -> str:
-    return (
-        f"expert {expert} saw {num_tokens} calibration tokens, fewer than {enough}: the inputs of all experts stand in"
-    )
-
-
-class _MomentWriter:
-    """Saves means of `x x^T`, one file per round, and an index of products once all are there."""
-
-    def __init__(self, folder: Path, name: str):
-        self._folder, self._name = folder, name
-        self._places: dict[ProductKey, tuple[str, str]] = {}
-        self._num_tokens: dict[ProductKey, int] = {}
-        self._pools: dict[str, PooledMoment] = {}
-        self._num_files = 0
-
-    def add(self, moments: Mapping[ProductKey, SecondMoment]) -> None:
-        tensors = {}
-        for key, moment in moments.items():
-            mean = moment.mean()
-            if key.expert >= 0:
-                self._pools.setdefault(key.parameter, PooledMoment()).add(mean, moment.num_tokens)
-            tensors[_text(key)] = mean
-            self._num_tokens[key] = moment.num_tokens
-        self._write(tensors)
-
-    def finish(self, groups: list[list[ProductKey]]) -> None:
-        """Write the index of these groups of products, each of which reads the moment of its first."""
-        pooled: dict[str, torch.Tensor] = {}
-        index: dict[str, list[Any]] = {}
-        for owner, *others in groups:
-            note = ""
-            pool = self._pools.get(owner.parameter)
-            if pool is not None and pool.sum is not None:
-                enough, seen = enough_tokens(pool.sum.shape[0]), self._num_tokens.get(owner, 0)
-                if seen < enough:
-                    note = rare_expert_note(owner.expert, seen, enough)
-                    pooled[owner.parameter] = pool.sum
-                    self._places[owner] = (f"{self._name}.moments-{self._num_files}", owner.parameter)
-            for key in (owner, *others):
-                index[_text(key)] = [*self._places[owner], note]
-        if pooled:
-            self._write({name: self._pools[name].mean() for name in pooled})
-        _write_atomically(self._folder / f"{self._name}.moments.json", json.dumps(index))
-
-    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
-        name = f"{self._name}.moments-{self._num_files}"
-        _save(self._folder / f"{name}.safetensors", tensors)
-        self._places |= {_key(text): (name, text) for text in tensors}
-        self._num_files += 1
-
-
-class _StatisticsFiles:
-    """The cache folder's files, by layer (or head, or lookup) and product."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._indexes: dict[str, dict[str, list[Any]]] = {}
-
-    def has(self, name: str, key: ProductKey) -> bool:
-        return _text(key) in self._index(name)
-
-    def read(self, name: str, key: ProductKey) -> tuple[torch.Tensor, torch.Tensor, str]:
-        file, tensor, note = self._index(name)[_text(key)]
-        with safe_open(self._folder / f"{file}.safetensors", "pt") as opened:
-            hessian = opened.get_tensor(tensor)
-        with safe_open(self._folder / f"{name}.importance.safetensors", "pt") as opened:
-            if _text(key) in opened.keys():  # noqa: SIM118 (not a dict)
-                return hessian, opened.get_tensor(_text(key)), note
-            others = [n for n in opened.keys() if n.startswith(f"{key.parameter}#")]  # noqa: SIM118
-            unreached = f"expert {key.expert} saw no gradient: the mean over experts stands in"
-            importance = torch.stack([opened.get_tensor(n) for n in others]).mean(0)
-        return hessian, importance, "; ".join(filter(None, [note, unreached]))
-
-    def _index(self, name: str) -> dict[str, list[Any]]:
-        if name not in self._indexes:
-            file = self._folder / f"{name}.moments.json"
-            self._indexes[name] = json.loads(file.read_text()) if file.exists() else {}
-        return self._indexes[name]
-
-
-def _save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    part = file.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(file)
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
-
-
-def _text(key: ProductKey) -> str:
-    return key.parameter if key.expert < 0 else f"{key.parameter}#{key.expert}"
-
-
-def _key(text: str) -> ProductKey:
-    name, _, expert = text.partition("#")
-    return ProductKey(name, int(expert) if expert else -1)
-
-
-def _layer_file(layer: int) -> str:
-    return f"layer-{layer:04d}"
 
 
 def check_token_ids(token_ids: torch.Tensor, described: Model) -> None:

@@ -40,10 +40,16 @@ class CutLoss:
 
     def __call__(self, model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """The mean over the next tokens whose label is not -100, in nats: `labels` `(batch, seq_len)` are the token ids, unshifted."""
-        return _loss(model, labels, self.cut, self.output, inputs)
+        return mean_loss(self.token_losses(model, labels, **inputs), labels[:, 1:])
+
+    def token_losses(self, model: Any, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Each next token's negative log-likelihood, float32 `(batch * (seq_len - 1),)`; 0 where its label is -100."""
+        return _token_losses(model, labels, self.cut, self.output, inputs)
 
 
-def _loss(model: Any, labels: torch.Tensor, cut: CutCrossEntropy, output: HeadOutput, inputs: Any) -> torch.Tensor:
+def _token_losses(
+    model: Any, labels: torch.Tensor, cut: CutCrossEntropy, output: HeadOutput, inputs: Any
+) -> torch.Tensor:
     head = model.get_output_embeddings()
     base = model.base_model
     if base is model:  # its prefix names no module: whatever is there beside the head
@@ -52,7 +58,7 @@ def _loss(model: Any, labels: torch.Tensor, cut: CutCrossEntropy, output: HeadOu
     following = labels[:, 1:].reshape(-1)
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
-    return mean_loss(cut.token_losses(states, weight, following, bias, output), following)
+    return cut.token_losses(states, weight, following, bias, output)
 
 
 def cuts(model: Model) -> bool:
@@ -92,7 +98,8 @@ def _tried(model: Any, family: str) -> HeadOutput:
     labels[0, :4] = -100
     with torch.no_grad():
         expected = model(input_ids=ids, labels=labels, use_cache=False).loss
-        found = _loss(model, labels, CutCrossEntropy(block_elements=64), output, {"input_ids": ids})
+        cut = CutCrossEntropy(block_elements=64)
+        found = mean_loss(_token_losses(model, labels, cut, output, {"input_ids": ids}), labels[:, 1:])
     difference = float((found - expected).abs() / expected.abs())
     if not difference <= TOLERANCE:
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ from haversack.engine.attach import PackedSite, attach
 from haversack.engine.kv_cache import HaversackCache, KVPlan
 from haversack.engine.packed_tensor import PackedMatrix
 from haversack.engine.quiet import quiet_transformers
+from haversack.engine.whole import load_whole
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
 
@@ -39,8 +40,6 @@ class DamageMeter:
     """
 
     def __init__(self, model: Model, token_ids: torch.Tensor, *, chunk_tokens: int = 256):
-        from transformers import AutoModelForCausalLM
-
         from haversack.engine import attention
 
         assert model.folder is not None, "measuring needs weights"
@@ -50,9 +49,7 @@ class DamageMeter:
         self.checkpoint = Checkpoint.open(model.folder)
         self.chunk_tokens = chunk_tokens
         with quiet_transformers():
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                model.folder, dtype="auto", attn_implementation=attention.NAME
-            ).eval()
+            self.model: PreTrainedModel = load_whole(model, attention=attention.NAME).eval()
         if model.weights and any(site.expert is not None for site in model.weights):
             self.model.set_experts_implementation("eager")
         self.use(token_ids)

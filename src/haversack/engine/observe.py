@@ -8,7 +8,7 @@ read the same input (query, key and value) share one second moment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,15 +114,18 @@ class SecondMoment:
         return self.sum.div_(max(1, self.num_tokens))
 
 
+def _exact_bfloat16_products(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """`products_in_bfloat16` where that rounds nothing: values that came as bfloat16."""
+    return products_in_bfloat16() if dtype == torch.bfloat16 else nullcontext()
+
+
 @contextmanager
-def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
-    """Lets oneDNN multiply float32 matrices as bfloat16 with float32 sums, twice as fast (measured with AVX-512 BF16),
-    where that rounds nothing: values that came as bfloat16."""
+def products_in_bfloat16() -> Iterator[None]:
+    """Lets oneDNN multiply float32 matrices as bfloat16 with float32 sums, twice as fast (measured with AVX-512 BF16)."""
     backend: Any = torch.backends.mkldnn
     settings = backend.matmul
     before = settings.fp32_precision
-    if dtype == torch.bfloat16:
-        settings.fp32_precision = "bf16"
+    settings.fp32_precision = "bf16"
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ class RecomputeLayers:
 
     def __init__(self, model: Any, layers: Collection[int]):
         self.model = model
-        blocks = _blocks(model)
+        blocks = decoder_layers(model)
         before = {name: module.gradient_checkpointing for name, module in _switches(model)}
         self._before = before
         with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def _switches(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if hasattr(module, "gradient_checkpointing")]
 
 
-def _blocks(model: nn.Module) -> list[Any]:
+def decoder_layers(model: nn.Module) -> list[Any]:
     """The list of decoder layers; those that were left out of a trace stand in it too."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and any(isinstance(child, GradientCheckpointingLayer) for child in module):

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from haversack.describe.site import WeightSite
-from haversack.engine.calibrate import (
+from haversack.engine.calibrate import check_token_ids
+from haversack.engine.hidden_states import HiddenStates
+from haversack.engine.layers import StreamedModel, matrix_view
+from haversack.engine.moments import (
     PooledMoment,
     batches,
-    check_token_ids,
     collect_moments,
     enough_tokens,
     moment_rounds,
@@ -29,8 +31,6 @@ from haversack.engine.calibrate import (
     trace_inputs,
     watched_parameters,
 )
-from haversack.engine.hidden_states import HiddenStates
-from haversack.engine.layers import StreamedModel, matrix_view
 from haversack.engine.observe import ProductKey
 
 

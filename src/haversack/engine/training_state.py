@@ -1,14 +1,15 @@
 """Everything a training step carries from one step to the next, as named tensors and plain values: what a checkpoint holds.
 
 Names: `model.NAME` of a trained parameter, `master.NAME` of its 32-bit copy, `optimizer.NAME.KEY` of its optimizer states (keys of
-nested states joined by dots), `random.cpu` the state of torch's generator.
+nested states joined by dots), `random.cpu` the state of torch's generator (of other ranks `random.cpu.RANK`). Where a step is spread over
+ranks, each has its rows of all tensors but generators and step counts, which the first rank has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,10 +23,24 @@ MODEL, MASTER, OPTIMIZER, RANDOM = "model", "master", "optimizer", "random.cpu"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """`tensors` are the live ones, not copies: they may not change until they are written."""
+    """`tensors` are the live ones, not copies: they may not change until they are written. `sharded` are the whole shapes of those of which
+    this rank has rows."""
 
     tensors: Mapping[str, torch.Tensor]
     values: Mapping[str, int | float | bool | str | None] = field(default_factory=dict)
+    sharded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class SavedState(Protocol):
+    """What `restore` reads from. `names` are the saved tensors with their shapes, whole; `read` gives one, or some of its rows."""
+
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor: ...
 
 
 def state_of(step: TrainingStep) -> TrainingState:
@@ -42,17 +57,40 @@ def state_of(step: TrainingStep) -> TrainingState:
                 tensors[key] = value
             else:
                 values[key] = value
-    tensors[RANDOM] = torch.get_rng_state()
-    return TrainingState(tensors, values)
+    shards = step.shards
+    tensors[_random_name(step)] = torch.get_rng_state()
+    if shards is None:
+        return TrainingState(tensors, values)
+    whole = {name: tuple(p.shape) for name, p in step.model.named_parameters()}
+    sharded = {key: shape for key, tensor in tensors.items() if (shape := _whole_shape(key, tensor, whole))}
+    if shards.rank:
+        tensors = {key: tensor for key, tensor in tensors.items() if key in sharded or key.startswith(RANDOM)}
+    return TrainingState(tensors, values, sharded)
 
 
-def restore(step: TrainingStep, names: Mapping[str, tuple[int, ...]], values: Mapping[str, Any],
-            read: Callable[[str], torch.Tensor]) -> None:  # fmt: skip
-    """Put a saved state back. `names` are the saved tensors with their shapes; `read` gives one, which is then kept. One
-    tensor is held twice at a time. Raises CheckpointError where the state is of other parameters."""
+def _whole_shape(key: str, tensor: torch.Tensor, whole: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The whole shape of a tensor that has one number for each of its parameter's; None of others."""
+    kind, _, rest = key.partition(".")
+    if kind not in (MODEL, MASTER, OPTIMIZER):
+        return None
+    shape = whole[rest if kind != OPTIMIZER else _owner(rest, whole)]
+    return shape if tensor.ndim == len(shape) and tensor.ndim else None
+
+
+def _random_name(step: TrainingStep) -> str:
+    return RANDOM if step.shards is None or not step.shards.rank else f"{RANDOM}.{step.shards.rank}"
+
+
+def restore(step: TrainingStep, saved: SavedState) -> bool:
+    """Put a saved state back, whatever the number of ranks that saved it; whether random numbers go on as they would have (not where this rank
+    was not there). One tensor is held twice at a time. Raises CheckpointError where the state is of other parameters."""
+    names, values = saved.names, saved.values
     trained, optimized = _trained(step), _optimized(step)
-    wanted = {f"{MODEL}.{name}": tuple(p.shape) for name, p in trained.items()}
-    wanted |= {f"{MASTER}.{name}": tuple(p.shape) for name, (p, is_master) in optimized.items() if is_master}
+    rows, whole = {}, {name: tuple(p.shape) for name, p in step.model.named_parameters()}
+    if step.shards is not None:
+        rows = {name: step.shards.rows(p) for name, p in step.model.named_parameters() if p.ndim}
+    wanted = {f"{MODEL}.{name}": whole[name] for name in trained}
+    wanted |= {f"{MASTER}.{name}": whole[name] for name, (_, is_master) in optimized.items() if is_master}
     found = {name: shape for name, shape in names.items() if name.startswith((f"{MODEL}.", f"{MASTER}."))}
     if wanted != found:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -62,24 +100,28 @@ def restore(step: TrainingStep, names: Mapping[str, tuple[int, ...]], values: Ma
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(read(f"{MODEL}.{name}"))
+            parameter.copy_(saved.read(f"{MODEL}.{name}", rows.get(name)))
         for name, (parameter, is_master) in optimized.items():
             if is_master:
-                parameter.copy_(read(f"{MASTER}.{name}"))
+                parameter.copy_(saved.read(f"{MASTER}.{name}", rows.get(name)))
     by_parameter: dict[str, dict[str, Any]] = {}
     for key in [*names, *values]:
         if key.startswith(f"{OPTIMIZER}."):
             name = _owner(key[len(OPTIMIZER) + 1 :], optimized)
-            value = read(key) if key in names else values[key]
+            own_rows = rows.get(name) if names.get(key) == whole[name] else None
+            value = saved.read(key, own_rows) if key in names else values[key]
             _put(by_parameter.setdefault(name, {}), key[len(OPTIMIZER) + len(name) + 2 :].split("."), value)
     for name, (parameter, _) in optimized.items():
         if name in by_parameter:
             _states(step, parameter).update(by_parameter[name])
-    torch.set_rng_state(read(RANDOM))
+    if (random := _random_name(step)) not in names:
+        return False
+    torch.set_rng_state(saved.read(random))
+    return True
 
 
 def _trained(step: TrainingStep) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in step.model.named_parameters() if p.requires_grad}
+    return {name: step.own(p) for name, p in step.model.named_parameters() if p.requires_grad}
 
 
 def _optimized(step: TrainingStep) -> dict[str, tuple[nn.Parameter, bool]]:

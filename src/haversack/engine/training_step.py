@@ -5,9 +5,11 @@ Everything that decides bytes is the workload's: precision, optimizer, recomputa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,23 @@ from torch import nn
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload, recomputed_layers
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
+from haversack.engine.connections import PartialConnections, connections_of
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
+from haversack.engine.pairs import Pairs
 from haversack.engine.recompute import RecomputeLayers
+from haversack.engine.saved_activations import SaveInEightBits, SaveOnDisk
+from haversack.engine.side_network import SideNetwork, side_parameters
 from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.errors import UsageError
-from haversack.recipes.base import optimizer_option
+from haversack.parts.loss.base import IGNORED
+from haversack.recipes.base import optimizer_option, preference
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from haversack.engine.shards import Shards
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -31,15 +43,20 @@ class TrainingStep:
     """A model made ready for a workload, and its optimizer once it is told to `begin`.
 
     `model` is a causal language model in the workload's `weights_dtype`; it is changed: adapters are put in, layers are told to
-    recompute.
+    recompute. `scratch` is the folder for activations that are kept on disk (the system's, if left out).
     """
 
-    def __init__(self, model: Any, described: Model, workload: TrainingWorkload):
+    def __init__(self, model: Any, described: Model, workload: TrainingWorkload, scratch: Path | None = None):
         self.model = model
         self.workload = workload
         optimizer_option(workload.optimizer)  # a name that there is
+        self.preference = preference(workload.objective) if isinstance(workload, TuneWorkload) else None
+        self.preferred: torch.Tensor | None = None
+        """Of the last batch of pairs, the share whose chosen answer the objective sees preferred."""
         dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
-        if isinstance(workload, TuneWorkload) and workload.method != "full":
+        if isinstance(workload, TuneWorkload) and workload.method == "side":
+            SideNetwork(model, dtype)
+        elif isinstance(workload, TuneWorkload) and workload.method != "full":
             adapt(
                 model,
                 described,
@@ -48,14 +65,36 @@ class TrainingStep:
                 packed=workload.method == "qlora",
                 dtype=dtype,
                 dropout=workload.lora_dropout,
+                kind=PartialConnections if workload.method == "paca" else LowRankAdapter,
             )
         recomputed = recomputed_layers(workload.recompute, described.num_layers)
         if recomputed:
             RecomputeLayers(model, recomputed)
+        if workload.saved == "8bit":
+            SaveInEightBits(model)
+        if workload.saved == "disk":
+            SaveOnDisk(model, scratch or Path(tempfile.gettempdir()))
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
         self.in_backward: UpdateInBackward | None = None
+        self.shards: Shards | None = None
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep this rank's rows of every weight alone; before `begin`. Losses are then shares of all ranks' together. Raises UsageError
+        for an optimizer that needs whole matrices."""
+        from haversack.engine.shards import Shards, check_sharded_optimizer
+
+        check_sharded_optimizer(self.workload.optimizer)
+        if connections_of(self.model) or side_parameters(self.model):
+            raise UsageError("methods paca and side are for one process; choose lora or full.")
+        if self.workload.update == "backward":
+            raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
+        self.shards = Shards(self.model, mesh)
+
+    def own(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What this process holds of one of the model's parameters: all of it, or a rank's rows."""
+        return parameter if self.shards is None else self.shards.own(parameter)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -74,33 +113,85 @@ class TrainingStep:
         ids: torch.Tensor,
         labels: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        pairs: Pairs | None = None,
+        *,
         share: float = 1.0,
     ) -> torch.Tensor:
-        """Loss and gradients of one batch, as `loss` takes it, times `share`: the batch's part of the step's trained tokens. The
-        loss, detached."""
-        loss = self.loss(ids, labels, positions)
+        """Loss and gradients of one batch, as `loss` takes it, times `share`: the batch's part of what the step's loss is a mean
+        over. The loss, detached."""
+        loss = self.loss(ids, labels, positions, pairs)
         if share != 1.0:
             loss = loss * share
         loss.backward()
         return loss.detach()
 
     def loss(
-        self, ids: torch.Tensor, labels: torch.Tensor | None = None, positions: torch.Tensor | None = None
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> torch.Tensor:
-        """The mean negative log-likelihood of the next token, in nats, of token ids `(batch_size, seq_len)` without padding.
+        """The mean negative log-likelihood of the next token, in nats, of token ids `(batch_size, seq_len)` without padding; of
+        pairs of answers, the mean of the objective's loss, and `preferred` is set.
 
         `labels` have -100 where a token is not counted (all are if left out); `positions` begin at 0 with each sample of a row, and
         samples do not see one another.
         """
         labels = ids if labels is None else labels
+        if self.shards is not None:
+            return self.shards.run(self._loss, ids, labels, positions, pairs)
+        return self._loss(ids, labels, positions, pairs)
+
+    def _loss(
+        self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None, pairs: Pairs | None
+    ) -> torch.Tensor:
+        if self.preference is not None:
+            return self._preference_loss(ids, labels, positions, pairs)
         with self._autocast(ids.device.type):
-            mask = {"attention_mask": torch.ones_like(ids)} if positions is None else {"position_ids": positions}
+            inputs = _inputs(ids, positions)
             if self.cut is not None:
-                return self.cut(self.model, labels, input_ids=ids, **mask)
+                return self.cut(self.model, labels, **inputs)
             if self.workload.loss == "fp32":
-                return self.model(input_ids=ids, **mask, labels=labels, use_cache=False).loss
-            logits = self.model(input_ids=ids, **mask, use_cache=False).logits
+                return self.model(**inputs, labels=labels, use_cache=False).loss
+            logits = self.model(**inputs, use_cache=False).logits
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    def log_likelihoods(
+        self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None, pairs: Pairs
+    ) -> torch.Tensor:
+        """Of each pair's answers, in nats over their counted tokens, float32 `(num_pairs, 2)`: chosen, rejected."""
+        if self.shards is not None:
+            return self.shards.run(self._log_likelihoods, ids, labels, positions, pairs)
+        return self._log_likelihoods(ids, labels, positions, pairs)
+
+    def _log_likelihoods(
+        self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None, pairs: Pairs
+    ) -> torch.Tensor:
+        return -pairs.sums(self._token_losses(ids, labels, positions))
+
+    def _preference_loss(
+        self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None, pairs: Pairs | None
+    ) -> torch.Tensor:
+        assert self.preference is not None and pairs is not None, "a loss over pairs needs them"
+        num_tokens = pairs.sums(labels[:, 1:].reshape(-1) != IGNORED)
+        reference = None if pairs.reference is None else pairs.reference.view(-1, 2)
+        found = self._log_likelihoods(ids, labels, positions, pairs)
+        losses, margins = self.preference.pair_losses(found, num_tokens, reference)
+        self.preferred = (margins.detach() > 0).float().mean()
+        return losses.mean()
+
+    def _token_losses(self, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Each next token's negative log-likelihood, float32 `(batch_size * (seq_len - 1),)`; 0 where its label is -100."""
+        with self._autocast(ids.device.type):
+            inputs = _inputs(ids, positions)
+            if self.cut is not None:
+                return self.cut.token_losses(self.model, labels, **inputs)
+            logits = self.model(**inputs, use_cache=False).logits
+            logits = logits.float() if self.workload.loss == "fp32" else logits
+            following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # logits as they are: cutting them would copy them
+            losses = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none", ignore_index=IGNORED)
+            return losses.view(ids.shape)[:, :-1].reshape(-1)
 
     def clip(self, max_norm: float) -> float:
         """Scale all gradients so that their norm together is at most `max_norm` (0: as they are); the norm before. Sums are in 32
@@ -112,8 +203,12 @@ class TrainingStep:
                     "choose update step, or leave gradients as they are (0)."
                 )
             return 0.0
-        grads = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        if self.shards is not None:
+            self.shards.take_gradients(self.trained)
+        grads = [own.grad for own in map(self.own, self.trained) if own.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads])
+        if self.shards is not None:
+            norms = self.shards.sum(norms.square().sum()).sqrt()
         norm = float(torch.linalg.vector_norm(norms))
         if max_norm and norm > max_norm:
             for grad in grads:
@@ -122,31 +217,42 @@ class TrainingStep:
 
     def update(self) -> None:
         """One step of the optimizer; gradients are dropped (there are none if weights were updated during the backward pass)."""
+        if self.shards is not None:
+            self.shards.take_gradients(self.trained)
         self.optimizer.step()
 
-    def run(self, batches: list[torch.Tensor]) -> float:
-        """One step over its micro-batches; the last one's loss."""
+    def run(self, batches: Sequence[Mapping[str, Any]]) -> float:
+        """One step over its micro-batches, each as `loss` takes it; the last one's loss."""
         loss = torch.zeros(())
-        for ids in batches:
-            loss = self.micro_step(ids)
+        for batch in batches:
+            loss = self.micro_step(**batch)
         self.update()
         return float(loss)
 
     def residents(self) -> dict[str, list[torch.Tensor]]:
         """What stays from step to step, by owner."""
-        adapters = [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
+        adapters: list[torch.Tensor] = []
+        adapters += [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
+        adapters += [t for m in connections_of(self.model).values() for t in (m.weight, m.columns)]
+        adapters += side_parameters(self.model).values()
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
         packed += packed_tensors(self.model)
         own |= {id(tensor) for tensor in (*packed, *packed_parameters(self.model))}
+        masters: list[torch.Tensor] = []
+        if isinstance(self.optimizer, MasterWeights):
+            masters += self.optimizer.masters
         rows = {
             "weights": [p for p in self.model.parameters() if id(p) not in own]
             + [b for b in self.model.buffers() if id(b) not in own],
             "packed weights": packed,
             "adapters": adapters,
-            "master weights": self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else [],
+            "master weights": masters,
             "optimizer states": self.optimizer.state_tensors(),
         }
+        if self.shards is not None:
+            held: dict[int, torch.Tensor] = {id(p): self.own(p) for p in self.model.parameters()}
+            rows = {owner: [held.get(id(tensor), tensor) for tensor in tensors] for owner, tensors in rows.items()}
         return {owner: tensors for owner, tensors in rows.items() if tensors}
 
     def _autocast(self, device: str) -> AbstractContextManager[Any]:
@@ -155,7 +261,8 @@ class TrainingStep:
         return torch.autocast(device, dtype=torch.bfloat16)
 
     def _make_optimizer(self, described: Model) -> Stepper:
-        return self.optimizer_over(self.trained, inner_matrices(self.model, described))
+        matrices = [self.own(parameter) for parameter in inner_matrices(self.model, described)]
+        return self.optimizer_over([self.own(parameter) for parameter in self.trained], matrices)
 
     def optimizer_over(self, trained: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
         """The workload's optimizer over some weights, of which `matrices` are those inside the layers."""
@@ -169,6 +276,11 @@ class TrainingStep:
             return make_optimizer(name, masters, inner)
 
         return MasterWeights(trained, make)
+
+
+def _inputs(ids: torch.Tensor, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    own = {"attention_mask": torch.ones_like(ids)} if positions is None else {"position_ids": positions}
+    return {"input_ids": ids, **own}
 
 
 def inner_matrices(model: nn.Module, described: Model) -> list[nn.Parameter]:

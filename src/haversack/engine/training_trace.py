@@ -23,6 +23,7 @@ from haversack.describe.model import Model
 from haversack.describe.skeleton import build_skeleton
 from haversack.describe.workload import TrainingWorkload, recomputed_layers
 from haversack.engine.adapters import PackedLinear
+from haversack.engine.pairs import Pairs
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
@@ -298,7 +299,7 @@ def _one_step(
         handles.append(layers[layer].register_forward_pre_hook(_on_input(layer, enter), with_kwargs=True))
     handles.append(layers[shown[-1]].register_forward_hook(_on_output(finish, entered)))
     live.owner = EMBED
-    loss = step.loss(ids, positions=ids if step.workload.samples_apart else None)
+    loss = step.loss(ids, positions=ids if step.workload.samples_apart else None, pairs=_pairs(step, ids))
     live.cut(LOSS)
     if loss.requires_grad:
         loss.backward()
@@ -314,6 +315,14 @@ def _one_step(
     else:  # a frozen embedding: the first layer's input asks for no gradient
         name = f"{BACKWARD} {shown[0]}"
     live.cut(name)
+
+
+def _pairs(step: TrainingStep, ids: torch.Tensor) -> Pairs | None:
+    """One pair in each row, where answers are compared."""
+    if step.preference is None:
+        return None
+    reference = torch.zeros(2 * len(ids)) if step.preference.uses_reference else None
+    return Pairs(ids, len(ids), reference)
 
 
 def _end_forward(live: OwnedBytes, entered: Sequence[int], shown: Sequence[int]) -> None:

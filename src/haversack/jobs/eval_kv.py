@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from haversack import data
+from haversack.describe.checkpoint import holds_weights
 from haversack.describe.model import Model, describe_model
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
@@ -117,7 +118,7 @@ def _open(folder: str | Path) -> _Opened:
         described, plan = packed.described, packed.kv_plan
         return _Opened(path, plan.sites, plan.dtype, described.max_positions, plan.options, lambda: load(path))
     described = describe_model(folder)
-    if described.folder is None or not list(described.folder.glob("*.safetensors")):
+    if described.folder is None or not holds_weights(described.folder):
         raise PlanError(f"{folder} has no weights; probes need a model folder with them.")
     _check_reachable(described)
     return _Opened(
@@ -146,17 +147,13 @@ def _check_reachable(model: Model) -> None:
 
 
 def _load_plain(described: Model) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from haversack.engine import attention
     from haversack.engine.quiet import quiet_transformers
+    from haversack.engine.whole import load_whole
 
     attention.register()
-    assert described.folder is not None
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(
-            described.folder, dtype="auto", attn_implementation=attention.NAME
-        ).eval()
+        return load_whole(described, attention=attention.NAME).eval()
 
 
 def _context(asked: int | None, opened: _Opened) -> int:

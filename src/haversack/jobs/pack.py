@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from haversack.describe.assemble import read_parameter, read_site
+from haversack.describe.assemble import read_codes, read_parameter, read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
-from haversack.engine.calibrate import Statistics
 from haversack.engine.load import LAYOUTS
+from haversack.engine.site_statistics import Statistics
 from haversack.errors import CheckpointError, InterruptedJobError, OutputError, PlanError
 from haversack.formats.packed_folder import PackedFolder, PackedFolderWriter, PackedSite, partial_path, unfinished_plan
 from haversack.formats.safetensors_file import explained
@@ -74,6 +74,8 @@ def pack(
                     writer.write_site(site.id, {"weight": weight})
                 else:
                     task = WeightTask(weight.float())
+                    if option.keeps_codes:
+                        task.stored = read_codes(checkpoint, site)
                     if statistics is not None and site.id in statistics:
                         task.hessian = statistics[site.id].hessian
                     writer.write_site(site.id, option.encode(task))

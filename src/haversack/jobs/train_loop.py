@@ -11,16 +11,19 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from haversack.describe.training_settings import TrainingSettings
+from haversack.engine.pairs import Pairs
 from haversack.engine.schedules import learning_rate_factor
 from haversack.engine.training_state import state_of
 from haversack.engine.training_step import TrainingStep
 from haversack.errors import DoesNotFitError, HaversackError
 from haversack.jobs import memory
 from haversack.jobs.checkpoint_writer import CheckpointWriter
+from haversack.jobs.ranks import ALONE, Ranks
 from haversack.jobs.training_log import TrainingLog
 from haversack.samples.packing import PackedRows, RowArrays, rows_of_step
 
@@ -35,7 +38,8 @@ class LossError(HaversackError, ArithmeticError):
 class TrainingLoop:
     """A run: a step made ready, rows to train on and rows held back, and where its checkpoints and figures go.
 
-    `progress` is told (steps done, steps in all, loss) after each step; `stopped` says whether to save and stop.
+    `reference` are all answers' log-likelihoods before tuning, where answers are compared with them. `progress` is told (steps done, steps in all, loss) after each step; `stopped` says whether to save and stop.
+    Of several `ranks` each takes its part of a step's rows; losses and norms are all ranks' together.
     """
 
     step: TrainingStep
@@ -47,15 +51,18 @@ class TrainingLoop:
     log: TrainingLog
     progress: Callable[[int, int, float], None] = lambda done, total, loss: None
     stopped: Callable[[], bool] = lambda: False
+    reference: torch.Tensor | None = None
+    ranks: Ranks = ALONE
     micro_batch: int = 1
     seconds_per_step: list[float] = field(default_factory=list)
 
     def run(self, first_step: int) -> int:
         """Train from `first_step` (the number of steps that are done) on; the number done in the end. Raises LossError."""
         self.micro_batch = self.step.workload.batch_size
+        self._preferred: dict[str, float] = {}
         self._base_rates = [group["lr"] for group in self._groups()]
         done, save_after = first_step, first_step + self.settings.save_every_steps
-        while done < self.settings.num_steps and not self.stopped():
+        while done < self.settings.num_steps and not self.ranks.any(self.stopped()):
             started = time.perf_counter()
             numbers = self._rows_of(done)
             self._set_rates(done)
@@ -69,10 +76,10 @@ class TrainingLoop:
             self.step.update()
             done += 1
             self.seconds_per_step.append(time.perf_counter() - started)
-            self.log.step(done, loss=loss, grad_norm=norm, learning_rate=self._groups()[0]["lr"],
+            self.log.step(done, loss=loss, **self._preferred, grad_norm=norm, learning_rate=self._groups()[0]["lr"],
                           seconds=self.seconds_per_step[-1], private_bytes=memory.private_bytes())  # fmt: skip
             if self.held_rows and done % self.settings.evaluate_every_steps == 0:
-                self.log.step(done, eval_loss=self.evaluate())
+                self.log.step(done, **self.evaluate())
             if done >= save_after and done < self.settings.num_steps:
                 self.writer.begin(done, state_of(self.step))
                 save_after = done + self.settings.save_every_steps
@@ -80,18 +87,36 @@ class TrainingLoop:
         self._save_last(done)
         return done
 
-    def evaluate(self) -> float:
-        """Nats per trained token of the rows held back. In micro-batches as they are trained in, without what a backward pass
-        needs, so that its peak lies below a step's."""
+    def evaluate(self) -> dict[str, float]:
+        """`eval_loss` of the rows held back, in nats per trained token; of pairs their mean loss, and `eval_preferred`. In
+        micro-batches as they are trained in, without what a backward pass needs, so that its peak lies below a step's."""
         self.step.model.eval()
-        nats, count = 0.0, 0
+        nats = preferred = count = 0.0
+        together = self.micro_batch * self.ranks.size
         with torch.no_grad():
-            for start in range(0, len(self.held_rows), self.micro_batch):
-                batch = self.rows.rows(self.held_rows[start : start + self.micro_batch])
-                nats += float(self.step.loss(*_tensors(batch))) * batch.num_trained
-                count += batch.num_trained
+            for start in range(0, len(self.held_rows), together):
+                numbers = self.held_rows[start : start + together][self.ranks.rank :: self.ranks.size]
+                batch = self.rows.rows(numbers or self.held_rows[:1])  # a rank without a row computes with the others
+                weight = batch.num_averaged if numbers else 0
+                loss = float(self.step.loss(**self._inputs(batch)))
+                nats += loss * weight if weight else 0.0
+                if self.step.preferred is not None:
+                    preferred += float(self.step.preferred) * weight
+                count += weight
+        nats, preferred, count = self.ranks.sums([nats, preferred, count])
         self.step.model.train()
-        return nats / max(1, count)
+        found = {"eval_loss": nats / max(1, count)}
+        return found if self.step.preferred is None else {**found, "eval_preferred": preferred / max(1, count)}
+
+    def _inputs(self, batch: RowArrays) -> dict[str, Any]:
+        """Rows as a step takes them."""
+        inputs: dict[str, Any] = {"ids": torch.from_numpy(batch.ids), "labels": torch.from_numpy(batch.labels)}
+        if batch.positions is not None:
+            inputs["positions"] = torch.from_numpy(batch.positions)
+        if batch.sequences is not None and batch.samples is not None:
+            reference = None if self.reference is None else self.reference[torch.from_numpy(batch.samples)]
+            inputs["pairs"] = Pairs(torch.from_numpy(batch.sequences), batch.num_averaged, reference)
+        return inputs
 
     def _rows_of(self, done: int) -> list[int]:
         chosen = rows_of_step(done, self.settings.rows_per_step, len(self.train_rows), self.settings.seed)
@@ -103,21 +128,33 @@ class TrainingLoop:
             try:
                 return self._accumulate(done, numbers)
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error) or self.step.in_backward:
-                    raise  # weights that are half updated can't go on
+                if not memory.is_out_of_memory(error) or self.step.in_backward or self.ranks.are_several:
+                    raise  # weights that are half updated can't go on, nor can one rank alone do otherwise
                 self._degrade(done)
 
     def _accumulate(self, done: int, numbers: Sequence[int]) -> float:
-        batches = [numbers[start : start + self.micro_batch] for start in range(0, len(numbers), self.micro_batch)]
-        counts = [self.rows.rows(batch).num_trained for batch in batches]
-        total = 0.0
+        own = self.ranks.part(numbers)
+        batches = [own[start : start + self.micro_batch] for start in range(0, len(own), self.micro_batch)]
+        counts = [self.rows.rows(batch).num_averaged for batch in batches]
+        (whole,) = self.ranks.sums([sum(counts)])
+        total = preferred = 0.0
         for batch, count in zip(batches, counts, strict=True):
-            if count == 0:
+            if count == 0 and not self.ranks.are_several:
                 continue
-            loss = float(self.step.micro_step(*_tensors(self.rows.rows(batch)), share=count / sum(counts)))
-            if not math.isfinite(loss):
+            share = count / whole if whole else 0.0
+            inputs = self._inputs(self.rows.rows(batch))
+            if count == 0:  # other ranks wait for this one's part of each weight
+                inputs["labels"] = inputs["ids"]
+            loss = float(self.step.micro_step(**inputs, share=share))
+            if not math.isfinite(loss) and not self.ranks.are_several:
                 self._refuse("loss", loss, done, batch)
             total += loss
+            if self.step.preferred is not None:
+                preferred += float(self.step.preferred) * share
+        total, preferred = self.ranks.sums([total, preferred])
+        if not math.isfinite(total):
+            self._refuse("loss", total, done, numbers)
+        self._preferred = {} if self.step.preferred is None else {"preferred": preferred}
         return total
 
     def _degrade(self, done: int) -> None:
@@ -145,7 +182,8 @@ class TrainingLoop:
         self.writer.wait()
         origins = [name for number in numbers for name in self.rows.origins(number)]
         shown = ", ".join(origins[:4]) + (f" and {len(origins) - 4} more" if len(origins) > 4 else "")
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.step.trained)
+        own = [self.step.own(parameter) for parameter in self.step.trained]
+        finite = not self.ranks.any(not all(bool(torch.isfinite(parameter).all()) for parameter in own))
         last = self.writer.last_saved
         if last is None:
             good = "no checkpoint was written before"
@@ -170,7 +208,7 @@ class TrainingLoop:
     def _save_last(self, done: int) -> None:
         """The state where a run ends or is told to stop; a full disk is given some seconds. Raises OutputError."""
         problem = self.writer.wait()
-        for _ in range(LAST_SAVE_TRIES):
+        for _ in range(LAST_SAVE_TRIES):  # every rank alike
             if self.writer.last_saved == done:
                 return
             if problem is not None:
@@ -179,8 +217,3 @@ class TrainingLoop:
             problem = self.writer.wait()
         if problem is not None:
             self.log.event(done, f"the last checkpoint could not be written: {problem}")
-
-
-def _tensors(batch: RowArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    positions = None if batch.positions is None else torch.from_numpy(batch.positions)
-    return torch.from_numpy(batch.ids), torch.from_numpy(batch.labels), positions

@@ -66,8 +66,8 @@ def measure_tensors(source: str | dict[str, Any], workload: TrainingWorkload) ->
         step, batches = _prepare(source, workload)
         for number in range(MEASURED_STEPS):
             marks[f"step {number}"] = time.time_ns()
-            for ids in batches:
-                step.micro_step(ids)
+            for batch in batches:
+                step.micro_step(**batch)
             marks[f"update {number}"] = time.time_ns()
             step.update()
         marks["evaluate"] = time.time_ns()
@@ -91,8 +91,8 @@ def measure_tensors(source: str | dict[str, Any], workload: TrainingWorkload) ->
     }
 
 
-def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[Any, list[torch.Tensor]]:
-    """The training step, and the seeded random batches of one step."""
+def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[Any, list[dict[str, Any]]]:
+    """The training step, and the seeded random batches of one step; where answers are compared, each row is a pair."""
     import torch
 
     from haversack.describe.model import describe_model
@@ -102,10 +102,26 @@ def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[
     model = open_model(described, DTYPES[workload.weights_dtype], workload.attention)
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, workload.seq_len)
-    batches = [
-        torch.randint(described.vocab_size, shape, generator=generator) for _ in range(workload.accumulation_steps)
-    ]
-    return TrainingStep(model, described, workload).begin(described), batches
+    step = TrainingStep(model, described, workload).begin(described)
+    batches: list[dict[str, Any]] = []
+    for _ in range(workload.accumulation_steps):
+        ids = torch.randint(described.vocab_size, shape, generator=generator)
+        batches.append({"ids": ids, **({} if step.preference is None else _pair_in_each_row(ids))})
+    return step, batches
+
+
+def _pair_in_each_row(ids: torch.Tensor) -> dict[str, Any]:
+    """Half of each row is one answer, the rest the other; nothing was preferred before."""
+    import torch
+
+    from haversack.engine.pairs import Pairs
+
+    rows, length = ids.shape
+    place = torch.arange(length)
+    half = (place >= length // 2).long()
+    positions = (place - half * (length // 2)).repeat(rows, 1)
+    sequences = half + 2 * torch.arange(rows)[:, None]
+    return {"positions": positions, "pairs": Pairs(sequences, rows, torch.zeros(2 * rows))}
 
 
 def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int = 0) -> Any:
@@ -114,9 +130,12 @@ def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int 
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from haversack.describe.checkpoint import holds_weights
+    from haversack.engine.whole import load_whole
+
     torch.manual_seed(seed)
-    if described.folder is not None and any(described.folder.glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(described.folder, dtype=dtype, attn_implementation=attention)
+    if holds_weights(described.folder):
+        return load_whole(described, dtype=dtype, attention=attention)
     config = CONFIG_MAPPING[described.model_type].from_dict(dict(described.config))
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 

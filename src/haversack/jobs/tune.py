@@ -16,17 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe.checkpoint import Checkpoint, torch_dtype
+from haversack.describe.checkpoint import Checkpoint, holds_weights, torch_dtype
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.training_settings import DEFAULT_LEARNING_RATES, TrainingSettings
-from haversack.describe.workload import TrainWorkload, TuneWorkload
+from haversack.describe.workload import LIKELIHOOD, TrainWorkload, TuneWorkload
 from haversack.errors import CheckpointError, InterruptedJobError, OutputError, UsageError
 from haversack.formats.checkpoints import newest_intact, remove_unfinished
 from haversack.formats.output import write_whole
 from haversack.jobs import memory
 from haversack.jobs.interrupt import stoppable
+from haversack.jobs.ranks import ALONE, Ranks, joined
 from haversack.jobs.training_log import TrainingLog
 from haversack.parts.optimizer.adamw import AdamW
 from haversack.plan.fit_training import fit_training
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from haversack.jobs.checkpoint_writer import CheckpointWriter
 
 DEFAULT_SEQ_LEN = 1024
+DEFAULT_OBJECTIVE = "dpo"
+"""Of data with pairs of answers."""
 SEQ_LEN_MULTIPLE = 64
 MIN_SEQ_LEN = 8
 
@@ -61,6 +64,10 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     result = property(lambda self: self.path / "result.json")
     curves = property(lambda self: self.path / "curves.html")
+
+    def metrics_of(self, rank: int) -> Path:
+        """The run's log is the first rank's; others keep one of their own beside it."""
+        return self.metrics if rank == 0 else self.path / f"metrics-rank-{rank}.jsonl"
 
     @property
     def is_unplanned(self) -> bool:
@@ -89,6 +96,7 @@ class TrainingRequest:
     base_bytes: Mapping[str, int] | None = None
     cap_bytes: int | None = None
     resume_anyway: bool = False
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         if self.workload.update == "backward" and self.settings.clip_norm:
@@ -111,7 +119,7 @@ class TrainingRequest:
         """Of the model (with its weights), the data, and what was asked."""
         model = hashlib.sha256(self.model.fingerprint.encode())
         for folder in (self.model.folder, self.adapter):
-            if folder is not None and any(folder.glob("*.safetensors")):
+            if folder is not None and holds_weights(folder):
                 model.update(Checkpoint.open(folder).fingerprint().encode())
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (file := self.tokenizer_source / name).is_file():
@@ -151,6 +159,7 @@ class TrainingResult:
     seconds_per_step: float | None
     residents: Mapping[str, int]
     notes: list[str] = field(default_factory=list)
+    peak_bytes_by_rank: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: predicted beside measured."""
@@ -167,6 +176,7 @@ class TrainingResult:
             "settings": plan.settings,
             "budget_bytes": plan.budget_bytes,
             "peak_bytes": {"predicted": plan.peak_bytes, "measured": self.peak_bytes},
+            "peak_bytes_by_rank": self.peak_bytes_by_rank,
             "seconds_per_step": {"predicted": plan.seconds_per_step, "measured": self.seconds_per_step},
             "resident_bytes": {
                 owner: {"predicted": plan.resident_bytes.get(owner, 0), "measured": num_bytes}
@@ -183,15 +193,26 @@ def run_training(request: TrainingRequest, watch: Watchers | None = None) -> Tra
     watch = watch or Watchers()
     memory.return_freed_memory()
     folder = RunFolder(request.output)
-    with memory.PeakSampler() as sampler:
-        known = _earlier_plan(request, folder)
-        watch.stage("reading the data")
-        store = _tokens(request, folder, watch)
-        watch.stage("choosing how it fits")
-        plan = known or _plan(request, folder, store)
+    with memory.PeakSampler() as sampler, joined(request.ranks):
+        if request.ranks.is_first:
+            store, plan = _prepared(request, folder, watch)
+        request.ranks.wait()
+        if not request.ranks.is_first:
+            store, plan = _tokens(request, folder, watch), TrainingPlan.read(folder.plan)
         watch.stage("")
         watch.planned(plan)
         return _train(request, folder, store, plan, watch, sampler)
+
+
+def _prepared(request: TrainingRequest, folder: RunFolder, watch: Watchers) -> tuple[TokenStore, TrainingPlan]:
+    """The data read, and the plan written: this run's own if it was begun before, fitted anew for another number of ranks."""
+    known = _earlier_plan(request, folder)
+    watch.stage("reading the data")
+    store = _tokens(request, folder, watch)
+    watch.stage("choosing how it fits")
+    if known is not None and known.num_ranks == request.ranks.size:
+        return store, known
+    return store, _plan(request, folder, store) if known is None else _replan(request, folder, known)
 
 
 def _earlier_plan(request: TrainingRequest, folder: RunFolder) -> TrainingPlan | None:
@@ -268,33 +289,12 @@ def _tokens(request: TrainingRequest, folder: RunFolder, watch: Watchers) -> Tok
 
 
 def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> TrainingPlan:
-    """Choose how it fits, write it down, before anything loads. What the runtime takes is what this process holds now."""
-    from haversack.jobs.training_run import runtime_private_bytes
-
+    """Choose how it fits, write it down, before anything loads."""
     seq_len = request.seq_len or _seq_len(store, request.model)
     rows = PackedRows(store, seq_len, 0)
-    workload: Any = type(request.workload)(
-        **{
-            **{k: v for k, v in request.workload.to_dict().items() if k != "task"},
-            "seq_len": seq_len,
-            "samples_apart": rows.apart,
-        }
-    )
-    rates = request.machine.rates
-    if request.budget_kind == "process":
-        rates = dataclasses.replace(rates, training_private_bytes=runtime_private_bytes(request.workload))
-    fit = fit_training(
-        TrainingQuestion(
-            request.model,
-            workload,
-            dataclasses.replace(request.machine, rates=rates),
-            Parallelism(),
-            request.budget_bytes,
-            request.budget_kind,
-            request.base_bytes,
-        ),
-        request.pinned,
-    )
+    found: dict[str, Any] = {"seq_len": seq_len, "samples_apart": rows.apart, **_objective(request, store)}
+    workload = dataclasses.replace(request.workload, **found)
+    fit = fit_training(_question(request, workload), request.pinned, clips=request.settings.clip_norm > 0)
     num_train = len(rows) - _num_held(len(rows), request.settings)
     settings = request.settings.resolved(num_train, _default_rate(fit.workload))
     plan = TrainingPlan.of(fit, settings, fingerprints=request.fingerprints, asked=request.asked())
@@ -302,11 +302,81 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
     return plan
 
 
+def _replan(request: TrainingRequest, folder: RunFolder, known: TrainingPlan) -> TrainingPlan:
+    """The same run on another number of ranks: what it trains and how stays, what fits a rank is chosen anew."""
+    before = known.training_workload
+    workload = dataclasses.replace(before, batch_size=known.training_settings.rows_per_step, accumulation_steps=1)
+    names = {field.name for field in dataclasses.fields(before)} - {"batch_size", "accumulation_steps", "seq_len"}
+    free = {"recompute", "loss"} - request.pinned
+    settings = known.training_settings
+    fit = fit_training(_question(request, workload), names - free, clips=settings.clip_norm > 0)
+    plan = TrainingPlan.of(fit, settings, fingerprints=known.fingerprints, asked=known.asked)
+    plan = plan.model_copy(update={"given_up": known.given_up})
+    plan = plan.model_copy(update={"prediction_hash": plan.computed_hash()})
+    write_whole(folder.plan, plan.to_json())
+    return plan
+
+
+def _question(request: TrainingRequest, workload: TuneWorkload | TrainWorkload) -> TrainingQuestion:
+    """Whether it fits one rank, which takes its part of a step's rows. Raises UsageError where ranks don't divide them."""
+    ranks = request.ranks.size
+    if workload.batch_size % ranks:
+        raise UsageError(
+            f"{ranks} ranks don't divide the {workload.batch_size} rows of a step; choose a multiple with --batch."
+        )
+    if ranks > 1:
+        from haversack.engine.shards import check_sharded_optimizer
+
+        check_sharded_optimizer(workload.optimizer)
+        if request.base_bytes is not None:
+            raise UsageError("a packed base is tuned by one process; name the unpacked model, or leave torchrun out.")
+        workload = dataclasses.replace(workload, batch_size=workload.batch_size // ranks)
+    from haversack.jobs.training_run import runtime_private_bytes
+
+    machine = request.machine
+    if request.budget_kind == "process":  # what the runtime takes is what this process holds now
+        rates = dataclasses.replace(machine.rates, training_private_bytes=runtime_private_bytes(request.workload))
+        machine = dataclasses.replace(machine, rates=rates)
+    return TrainingQuestion(
+        request.model,
+        workload,
+        machine,
+        Parallelism(data=ranks, zero=3 if ranks > 1 else 0),
+        request.budget_bytes,
+        request.budget_kind,
+        request.base_bytes,
+        whole_at_ends=ranks > 1,
+    )
+
+
+def _objective(request: TrainingRequest, store: TokenStore) -> dict[str, str]:
+    """What is learned, as the data says: of pairs of answers to prefer the chosen one. Raises UsageError where something else was
+    asked."""
+    if not isinstance(request.workload, TuneWorkload):
+        if store.is_pairs:
+            raise UsageError(
+                "the data has pairs of a chosen and a rejected answer, which tune a model; training begins with text."
+            )
+        return {}
+    asked = request.workload.objective if "objective" in request.pinned else None
+    if store.is_pairs and asked == LIKELIHOOD:
+        raise UsageError(f"the loss {asked} learns from one answer, but the data has pairs of them; leave --loss out.")
+    if not store.is_pairs and asked not in (None, LIKELIHOOD):
+        raise UsageError(
+            f"the loss {asked} compares a chosen with a rejected answer, but the data is {store.form}; give rows of prompt, chosen and "
+            "rejected, or leave --loss out."
+        )
+    return {"objective": asked or (DEFAULT_OBJECTIVE if store.is_pairs else LIKELIHOOD)}
+
+
 def _default_rate(workload: TuneWorkload | TrainWorkload) -> float:
     """The method's under AdamW's rule, in whatever form its states are kept; the rule's own elsewhere."""
     rule = optimizer_option(workload.optimizer).rule
     if isinstance(rule, AdamW):
-        return DEFAULT_LEARNING_RATES[workload.method if isinstance(workload, TuneWorkload) else "train"]
+        if not isinstance(workload, TuneWorkload):
+            return DEFAULT_LEARNING_RATES["train"]
+        pairs = "" if workload.objective == LIKELIHOOD else " on pairs"
+        return DEFAULT_LEARNING_RATES[workload.method + pairs]
     return rule.lr
 
 
@@ -331,18 +401,23 @@ def _train(
 ) -> TrainingResult:
     from haversack.engine.quiet import quiet_transformers
     from haversack.jobs.checkpoint_writer import CheckpointWriter
+    from haversack.jobs.reference_answers import reference_answers
     from haversack.jobs.train_loop import TrainingLoop
 
     settings, workload = plan.training_settings, plan.training_workload
-    log = TrainingLog(folder.metrics, lambda rows: watch.rows(plan, rows))
+    log = TrainingLog(folder.metrics_of(request.ranks.rank), lambda rows: watch.rows(plan, rows))
     watch.stage("loading the model")
     if request.cap_bytes is not None:
         memory.set_cap(request.cap_bytes)
     with quiet_transformers():
         step = _step(request, workload, settings)
-        writer = CheckpointWriter(folder.checkpoints, plan.fingerprints)
-        first, notes = _resume(request, folder, step, writer, log)
         rows = PackedRows(store, workload.seq_len, _padding(step.model))
+        reference = None
+        if step.preference is not None and step.preference.uses_reference:
+            watch.stage("asking the model before it is tuned")
+            reference = reference_answers(folder.path, step, rows, request.fingerprints, request.ranks, watch.progress)
+        writer = CheckpointWriter(folder.checkpoints, plan.fingerprints, request.ranks)
+        first, notes = _resume(request, folder, step, writer, log)
         held = _num_held(len(rows), settings)
         loop = TrainingLoop(
             step,
@@ -353,6 +428,8 @@ def _train(
             writer=writer,
             log=log,
             progress=watch.stepped,
+            reference=reference,
+            ranks=request.ranks,
         )
         watch.stage("")
         with stoppable() as stopped:
@@ -366,8 +443,8 @@ def _train(
                 f"stopped after step {done} of {settings.num_steps}, which is saved in {folder.checkpoints}; run the same command again to go on."
             )
         residents = _resident_bytes(step)
-        peak = sampler.finish()
         exported = _export(request, step, folder)
+        peak = sampler.finish()
     notes += log.events
     result = TrainingResult(
         folder.path,
@@ -382,8 +459,10 @@ def _train(
         _median(loop.seconds_per_step),
         residents,
         notes,
+        request.ranks.each(peak) if request.ranks.are_several else [],
     )
-    write_whole(folder.result, json.dumps(result.to_dict(), indent=1))
+    if request.ranks.is_first:
+        write_whole(folder.result, json.dumps(result.to_dict(), indent=1))
     return result
 
 
@@ -403,9 +482,12 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
     if request.base_bytes is not None:
         freeze_packed(model, workload.attention)
-    step = TrainingStep(model, request.model, workload)
+    step = TrainingStep(model, request.model, workload, request.output)
     if request.adapter is not None:
         load_adapter(model, request.adapter)
+    if request.ranks.are_several:
+        step.shard(request.ranks.mesh())
+        torch.manual_seed(settings.seed + request.ranks.rank)  # of what is dropped at random
     step.begin(request.model)
     groups = [group for optimizer in step.optimizer.optimizers for group in optimizer.param_groups]
     assert settings.learning_rate is not None, "settings are resolved before a run"
@@ -419,9 +501,12 @@ def _resume(
     request: TrainingRequest, folder: RunFolder, step: TrainingStep, writer: CheckpointWriter, log: TrainingLog
 ) -> tuple[int, list[str]]:
     """Put the newest intact checkpoint back; the steps that are done, and notes. Raises UsageError for a checkpoint of another run."""
+    from haversack.engine.recompute import has_dropout
     from haversack.engine.training_state import restore
 
-    remove_unfinished(folder.checkpoints)
+    if request.ranks.is_first:
+        remove_unfinished(folder.checkpoints)
+    request.ranks.wait()
     saved, damaged = newest_intact(folder.checkpoints)
     notes = [f"{sentence.rstrip('.')}; the one before it was used" for sentence in damaged]
     if saved is None:
@@ -436,9 +521,13 @@ def _resume(
         raise UsageError(
             f"{saved.path} is of another run: its {', '.join(changed)} differ; say --resume-anyway to use it."
         )
-    tensors = Checkpoint.open(saved.path)
-    shapes = {name: tensor.shape for name, tensor in saved.tensors.items()}
-    restore(step, shapes, saved.values, tensors.read)
+    goes_on = restore(step, saved)
+    if not goes_on:
+        import torch
+
+        torch.manual_seed(request.settings.seed + saved.step + request.ranks.rank)
+    if request.ranks.any(not goes_on) and has_dropout(step.model.config):
+        notes.append("the ranks were not as many before, so that what is dropped at random is drawn anew")
     writer.last_saved = saved.step
     log.go_back_to(saved.step)
     for note in notes:
@@ -459,20 +548,29 @@ def _resident_bytes(step: TrainingStep) -> dict[str, int]:
 
 
 def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> Path:
-    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, else `model/`. Optimizer states are dropped first, so
-    that writing can't be the peak."""
+    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, `side/` for a side network, else `model/`. Optimizer
+    states are dropped first, so that writing can't be the peak."""
+    from haversack.engine.connections import release
     from haversack.engine.optimizers import Stepper
     from haversack.engine.peft_format import adapters_of, save_adapter
+    from haversack.engine.side_network import save_side_network, side_parameters
 
     step.optimizer = Stepper([])
-    is_adapter = bool(adapters_of(step.model))
-    final = folder.path / ("adapter" if is_adapter else "model")
+    kind = "adapter" if adapters_of(step.model) else "side" if side_parameters(step.model) else "model"
+    final = folder.path / kind
     partial = final.with_name(final.name + ".partial")
+    release(step.model)
+    whole = None if step.shards is None else step.shards.gather()
+    if not request.ranks.is_first:
+        return final
     shutil.rmtree(partial, ignore_errors=True)
-    if is_adapter:
-        save_adapter(step.model, partial, str(request.model.folder or request.model.name))
+    base = str(request.model.folder or request.model.name)
+    if kind == "adapter":
+        save_adapter(step.model, partial, base)
+    elif kind == "side":
+        save_side_network(step.model, partial, base)
     else:
-        step.model.save_pretrained(partial)
+        step.model.save_pretrained(partial, state_dict=whole)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
                  "merges.txt", "tokenizer.model"):  # fmt: skip
         if (file := request.tokenizer_source / name).is_file():
@@ -483,10 +581,10 @@ def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> 
 
 
 def _last_figures(log: TrainingLog) -> dict[str, float]:
-    """The last loss, and the last evaluation where there was one."""
+    """The last loss, and the last evaluation where there was one; of pairs also the share that is preferred."""
     found: dict[str, float] = {}
     for row in log.rows:
-        found |= {name: row[name] for name in ("loss", "eval_loss") if name in row}
+        found |= {name: row[name] for name in ("loss", "preferred", "eval_loss", "eval_preferred") if name in row}
     return found
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from haversack.kernels.format import WHOLE_ROW, PackedFormat
+from haversack.kernels.format import WHOLE_ROW, PackedFormat, PlaneFormat
 
 
-def rounded_activations(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+def rounded_activations(x: torch.Tensor, fmt: PackedFormat | PlaneFormat) -> torch.Tensor:
     """`(tokens, in)` float32: each group of columns rounded to 255 levels."""
     group_size = fmt.in_features if fmt.group_size == WHOLE_ROW else fmt.group_size
     padded = F.pad(x.float(), (0, fmt.padded_columns - fmt.in_features))
@@ -22,6 +22,6 @@ def rounded_activations(x: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     return levels.mul_(scale).view(x.shape[0], -1)[:, : fmt.in_features]
 
 
-def rounding_bytes(fmt: PackedFormat, num_tokens: int) -> int:
+def rounding_bytes(fmt: PackedFormat | PlaneFormat, num_tokens: int) -> int:
     """The most bytes `rounded_activations` holds at one time, its result included."""
     return num_tokens * (4 * fmt.in_features + 3 * 4 * fmt.padded_columns + 8 * fmt.num_groups)

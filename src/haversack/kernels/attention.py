@@ -14,14 +14,18 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from haversack.errors import UsageError
 from haversack.kernels.ir_attention import JOB, MAX_ROWS, TENSORS, AttentionCase, attention_text, supports
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
+from haversack.kernels.registry import has_triton
 from haversack.kernels.threads import parallel_address
+
+if TYPE_CHECKING:
+    from haversack.kernels.triton_attention import TritonAttention
 
 NAME = "llvm-attention"
 
@@ -49,8 +53,14 @@ class CacheForm:
     group_size: int = 64
 
     def is_supported(self, device_type: str = "cpu", target: Target | None = None) -> bool:
-        """Whether `DecodeAttention` attends to it: rows of whole vectors of sixteen channels, in every plane."""
+        """Whether there is a kernel for it: on a CPU for rows of whole vectors of sixteen channels, in every plane; on
+        a GPU where triton is installed, for rows of whole bytes."""
         dims = (self.key_head_dim, self.value_head_dim)
+        if device_type != "cpu":
+            whole = all(d * bits % 8 == 0 for d, bits in zip(dims, (self.key_bits, self.value_bits), strict=True))
+            known = _name(self.dtype) in ("float32", "bfloat16", "float16")
+            both = (self.key_bits > 0) == (self.value_bits > 0)
+            return device_type == "cuda" and has_triton() and whole and known and both
         packed = (self.key_bits, self.value_bits, self.group_size)
         return device_type == "cpu" and supports(*dims, _name(self.dtype), *packed, target or host_target())
 
@@ -84,6 +94,17 @@ class CacheForm:
         threads = threads or torch.get_num_threads()
         states = batch_size * self.num_heads // self.rows * self.splits(batch_size, threads)
         return states * self.case().state_bytes + 4 * batch_size * self.num_heads
+
+
+def decode_attention(
+    form: CacheForm, tensors: Mapping[str, torch.Tensor], **settings: Any
+) -> DecodeAttention | TritonAttention:
+    """The kernel for slabs on their device; see `DecodeAttention` for `settings`."""
+    if tensors["keys"].device.type == "cpu":
+        return DecodeAttention(form, tensors, **settings)
+    from haversack.kernels.triton_attention import TritonAttention
+
+    return TritonAttention(form, tensors, **settings)
 
 
 class DecodeAttention:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_matmul import MatmulCase
 from haversack.kernels.ir_team import SMALLEST_TURN_BYTES
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
-from haversack.kernels.threads import parallel_address
+from haversack.kernels.threads import parallel_address, team_threads
 
 ROUND_TOKENS = (1, 2, 4)
 """Tokens multiplied with a row while it is read once; other numbers are padded to the next, more run in rounds over
@@ -49,11 +49,11 @@ _DEQUANTIZE = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, ctypes.c_int64, cty
 
 @dataclass(frozen=True)
 class CompiledMatvec:
-    """Dot products straight from packed codes, by one scheme, for at most `max_tokens` tokens."""
+    """Dot products straight from packed codes, by one scheme, for at most `most_tokens` tokens."""
 
     scheme: type[DotScheme]
     target: Target
-    max_tokens: int
+    most_tokens: int
 
     @property
     def NAME(self) -> str:
@@ -67,7 +67,7 @@ class CompiledMatvec:
     def supports(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> bool:
         scheme = self.scheme(fmt, self.target)
         return (
-            num_tokens <= self.max_tokens
+            num_tokens <= self.most_tokens
             and scheme.activation_bits in (activation_bits, 16)
             and scheme.holds_table
             and ir_matmul.supports(fmt, scheme)
@@ -80,6 +80,10 @@ class CompiledMatvec:
         converted = 4 * num_tokens * (fmt.in_features + out_features) if dtype == torch.float16 else 0
         rounding = rounding_bytes(fmt, num_tokens) if activation_bits < self.scheme.activation_bits else 0
         return case.workspace_bytes(num_tokens) + converted + rounding
+
+    def widened(self) -> CompiledMatvec:
+        """The same for four times as many tokens: where a machine may be found to compute them faster so than by tiles."""
+        return replace(self, most_tokens=4 * self.most_tokens)
 
     def matvec(self, fmt: PackedFormat, num_tokens: int, dtype: torch.dtype) -> Matvec:
         """The compiled code for activations of `dtype`, float32 or bfloat16."""
@@ -113,7 +117,7 @@ class Matvec:
         self._run = _FUNCTION(module.address("run"))
 
     def call_words(self, num_rows: int, num_tokens: int, threads: int) -> dict[str, int]:
-        """Arguments of the entry `run`, by name, that follow from the number of rows of all its matrices."""
+        """Arguments of the entry `run`, by name, that follow from the number of rows of all its matrices and the most threads."""
         threads = max(1, min(threads, num_rows * self._row_bytes // SMALLEST_TURN_BYTES))
         return {"tokens": num_tokens, "parallel": parallel_address(), "threads": threads}
 
@@ -270,7 +274,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _num_threads(packed_bytes: int) -> int:
     """torch's threads, but one where there is less than a turn of work for each."""
-    return max(1, min(torch.get_num_threads(), packed_bytes // SMALLEST_TURN_BYTES))
+    return team_threads(packed_bytes // SMALLEST_TURN_BYTES)
 
 
 def _widest_vectors(target: Target) -> str:

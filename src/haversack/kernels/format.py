@@ -1,4 +1,4 @@
-"""How a packed matrix is laid out: what every kernel needs to know besides the tensors. Needs no torch."""
+"""How packed matrices and matrices of bit planes are laid out: what kernels need to know besides the tensors. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from haversack.codecs import bitplanes
 from haversack.codecs.bitpack import PACKED_BITS, UNIT_COLUMNS, packed_row_bytes
 from haversack.errors import UsageError
 
@@ -77,3 +78,55 @@ class PackedFormat:
     @cached_property
     def scale_row_bytes(self) -> int:
         return SCALE_BYTES[self.scales] * self.num_groups
+
+
+PLANE_GROUP_SIZES = (32, 64, 128)
+"""Columns of a group of bit planes: whole units."""
+
+
+@dataclass(frozen=True)
+class PlaneFormat:
+    """A matrix of signs in planes, in layout `planes-v1`: bit 1 of a plane stands for +1, bit 0 for -1.
+
+    The value of a weight is the sum over its planes of sign times scale. With `bases`, every plane of a group has a scale of
+    its own; without, plane p of a group has 2^p times the group's one, which makes code q stand for `(2 q - (2^bits - 1)) *
+    scale`. Scales are float16 `(blocks, groups, 1 or bits, 16)`: those of sixteen rows side by side.
+    """
+
+    bits: int
+    group_size: int
+    in_features: int
+    bases: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= bitplanes.MAX_PLANES:
+            raise UsageError(f"matrices of bit planes have 1 to {bitplanes.MAX_PLANES} of them, asked for {self.bits}")
+        if self.in_features < 1:
+            raise UsageError(f"a matrix of bit planes needs at least one column, asked for {self.in_features}")
+        if self.group_size not in PLANE_GROUP_SIZES:
+            sizes = ", ".join(map(str, PLANE_GROUP_SIZES))
+            raise UsageError(f"groups of bit planes have one of {sizes} columns, asked for {self.group_size}")
+
+    @cached_property
+    def num_groups(self) -> int:
+        return -(-self.in_features // self.group_size)
+
+    @cached_property
+    def padded_columns(self) -> int:
+        return self.num_groups * self.group_size
+
+    @property
+    def group_units(self) -> int:
+        return self.group_size // bitplanes.UNIT_COLUMNS
+
+    @cached_property
+    def block_bytes(self) -> int:
+        return bitplanes.block_bytes(self.padded_columns, self.bits)
+
+    @property
+    def scales_per_group(self) -> int:
+        return self.bits if self.bases else 1
+
+    @property
+    def scale_block_bytes(self) -> int:
+        return 2 * bitplanes.BLOCK_ROWS * self.num_groups * self.scales_per_group

@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from haversack.kernels import ir_packed_tokens
 from haversack.kernels.dot_schemes import multiply_add
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
 from haversack.kernels.ir_float import bits_of, converts_half, floats_of, half_to_float
+from haversack.kernels.ir_packed_tokens import ChunkForm
 from haversack.kernels.llvm import Target
 
 _F16 = "<16 x float>"
@@ -77,6 +79,18 @@ class AttentionCase:
     def value_groups(self) -> int:
         """Groups of channels with a scale of their own."""
         return -(-self.value_head_dim // self.group_size)
+
+    @property
+    def key_chunks(self) -> ChunkForm | None:
+        """How packed keys are read sixty-four bytes at a time; None where a token's row is read piece by piece."""
+        form = ChunkForm(self.key_bits, self.key_head_dim, self.group_size)
+        return form if form.is_supported(self.target) else None
+
+    @property
+    def value_chunks(self) -> ChunkForm | None:
+        """The same for packed values."""
+        form = ChunkForm(self.value_bits, self.value_head_dim, self.group_size)
+        return form if form.is_supported(self.target) else None
 
     @property
     def state_bytes(self) -> int:
@@ -181,7 +195,9 @@ def _add_unit(module: Module, case: AttentionCase) -> None:
     size = _float_bytes(case.dtype)
     state = f.offset(_word(f, job, "partials"), f.times(number, case.state_bytes))
     _clear_state(f, case, state)
-    query = f.value("ptr", f"alloca [{case.rows * case.key_head_dim} x float], align 64")
+    query_bytes = 4 * case.rows * case.key_head_dim
+    ordered_bytes = 0 if case.key_chunks is None else case.rows * case.key_chunks.ordered_bytes
+    query = f.value("ptr", f"alloca [{query_bytes + ordered_bytes} x i8], align 64")  # as it is, and as chunks want it
     source = f.offset(_word(f, job, "query"), f.binary("mul", row, _word(f, job, "query_stride")))
     source = f.offset(source, f.times(first_head, case.key_head_dim * size))
     scaling = f.splat(_word(f, job, "scaling"), 16)
@@ -192,6 +208,8 @@ def _add_unit(module: Module, case: AttentionCase) -> None:
         return []
 
     f.loop(case.rows * case.key_head_dim, [], scale, step=16)
+    if case.key_chunks is not None:
+        ir_packed_tokens.order_query(f, case.key_chunks, query, f.offset(query, query_bytes), case.rows)
 
     slab = f.binary("add", f.binary("mul", row, _word(f, job, "num_kv_heads")), kv_head)  # of all slabs' heads
     sinks, ring = _word(f, job, "sink_tokens"), _word(f, job, "ring_tokens")
@@ -418,18 +436,27 @@ def _add_block(module: Module, case: AttentionCase, block: _Block, name: str) ->
     a, rows, size = f.arguments, range(case.rows), block.tokens
     first = a["skip"] if packed else Value("i64", "0")
     count = Value("i64", str(size)) if packed else a["count"]
-    folded, constants = a["query"], [Value("float", "0.0")] * case.rows
+    score_bytes = 4 * case.rows * size
+    scores = f.value("ptr", f"alloca [{score_bytes} x i8], align 64")
     if packed:
-        folded = f.value(
-            "ptr", f"alloca [{case.rows * case.key_head_dim} x float], align 64"
-        )  # queries times key scales
-        constants = _fold_keys(f, case, folded)
-    scores = f.value("ptr", f"alloca [{case.rows * size} x float], align 64")
-    weights = scores
-    if packed:
-        weights = f.value("ptr", f"alloca [{case.rows * block.value_groups * size} x float], align 64")
-    _write_scores(f, case, block, folded, scores, first, count)
-    group_weights: list[list[Value]] = []
+        key_chunks, value_chunks = case.key_chunks, case.value_chunks
+        query_bytes = 4 * case.rows * case.key_head_dim
+        folded_bytes = query_bytes if key_chunks is None else case.rows * key_chunks.ordered_bytes
+        folded = f.value("ptr", f"alloca [{folded_bytes} x i8], align 64")  # queries times key scales
+        weights = f.value("ptr", f"alloca [{score_bytes * block.value_groups} x i8], align 64")
+        expanded_bytes = 0 if value_chunks is None else value_chunks.expanded_bytes(case.rows, size)
+        expanded = f.value("ptr", f"alloca [{expanded_bytes} x i8], align 64")
+        constants = _key_constants(f, case)
+        if key_chunks is None:
+            _fold_keys(f, case, folded)
+            _write_scores(f, case, block, folded, scores, first, count)
+        else:
+            ordered = f.offset(a["query"], query_bytes)
+            ir_packed_tokens.fold_key_scales(f, key_chunks, ordered, a["key_scales"], folded, case.rows, case.target)
+            ir_packed_tokens.write_scores(f, key_chunks, folded, a["key_codes"], scores, case.rows, size, first)
+    else:
+        weights, value_chunks, constants = scores, None, [Value("float", "0.0")] * case.rows
+        _write_scores(f, case, block, a["query"], scores, first, count)
     for r in rows:
         row = f.offset(scores, 4 * size * r)
         tops, totals = f.offset(a["state"], 4 * r), f.offset(a["state"], 32 + 4 * r)
@@ -438,30 +465,46 @@ def _add_block(module: Module, case: AttentionCase, block: _Block, name: str) ->
         )
         f.store(top, tops, 4)
         f.store(total, totals, 4)
-        group_weights.append(_fold_values(f, case, block, row, weights, r, shrink))
-    _add_values(f, case, block, weights, group_weights, first, count)
+        _fold_values(f, case, block, row, weights, r, shrink)
+    if value_chunks is None:
+        _add_values(f, case, block, weights, first, count)
+    else:
+        ir_packed_tokens.expand_weights(f, value_chunks, weights, expanded, case.rows, block.value_groups, size)
+        outputs = f.offset(a["state"], 64)
+        ir_packed_tokens.add_values(f, value_chunks, expanded, a["value_codes"], outputs, case.rows, size)
     f.end()
 
 
-def _fold_keys(f: Function, case: AttentionCase, folded: Value) -> list[Value]:
-    """Queries times the group's key scales into `folded`; per row the sum of queries times key zeros."""
+def _key_constants(f: Function, case: AttentionCase) -> list[Value]:
+    """Per row the sum of queries times the group's key zeros."""
     a = f.arguments
 
-    def fold(i: Value, carried: list[Value]) -> list[Value]:
+    def add(i: Value, carried: list[Value]) -> list[Value]:
         """Channels i ... i + 15."""
-        half = f.times(i, 2)
-        scale = half_to_float(f, f.load("<16 x i16>", f.offset(a["key_scales"], half), 2), case.target)
-        zero = half_to_float(f, f.load("<16 x i16>", f.offset(a["key_zeros"], half), 2), case.target)
-        result = []
+        zero = half_to_float(f, f.load("<16 x i16>", f.offset(a["key_zeros"], f.times(i, 2)), 2), case.target)
+        return [
+            multiply_add(f, f.load(_F16, f.offset(a["query"], f.binary("add", f.times(i, 4), at)), 64), zero, total)
+            for at, total in zip(range(0, 4 * case.rows * case.key_head_dim, 4 * case.key_head_dim), carried)
+        ]
+
+    sums = f.loop(case.key_head_dim, [zeros(_F16)] * case.rows, add, step=16)
+    return [_sum(f, s) for s in sums]
+
+
+def _fold_keys(f: Function, case: AttentionCase, folded: Value) -> None:
+    """Queries times the group's key scales into `folded`."""
+
+    def fold(i: Value, _: list[Value]) -> list[Value]:
+        """Channels i ... i + 15."""
+        bits = f.load("<16 x i16>", f.offset(f.arguments["key_scales"], f.times(i, 2)), 2)
+        scale = half_to_float(f, bits, case.target)
         for r in range(case.rows):
             where = f.binary("add", f.times(i, 4), 4 * r * case.key_head_dim)
-            q = f.load(_F16, f.offset(a["query"], where), 64)
+            q = f.load(_F16, f.offset(f.arguments["query"], where), 64)
             f.store(f.binary("fmul", q, scale), f.offset(folded, where), 64)
-            result.append(multiply_add(f, q, zero, carried[r]))
-        return result
+        return []
 
-    sums = f.loop(case.key_head_dim, [zeros(_F16)] * case.rows, fold, step=16)
-    return [_sum(f, s) for s in sums]
+    f.loop(case.key_head_dim, [], fold, step=16)
 
 
 def _write_scores(
@@ -471,18 +514,44 @@ def _write_scores(
     for i in range(0, case.rows * block.tokens, 16):
         f.store(splat_constant(_F16, "0xFFF0000000000000"), f.offset(scores, 4 * i), 64)
     row_bytes = _row_bytes(block.key, case.key_head_dim)
+    abreast = 16  # tokens whose sums are kept in registers
+    while abreast > 1 and abreast * case.rows > ir_packed_tokens.MAX_SUMS:
+        abreast //= 2
 
-    def token(t: Value, _: list[Value]) -> list[Value]:
-        sums = [zeros(_F16)] * case.rows
-        for channel, numbers in _numbers(f, case, block.key, _token_row(f, "key_codes", t, row_bytes), row_bytes):
+    def sums_of(tokens: list[Value]) -> list[list[Value]]:
+        """Per row and token, sixteen lanes that are still to be added."""
+        sums = [[zeros(_F16)] * len(tokens) for _ in range(case.rows)]
+        parts = [_numbers(f, case, block.key, _token_row(f, "key_codes", t, row_bytes), row_bytes) for t in tokens]
+        for same in zip(*parts, strict=True):
             for r in range(case.rows):
-                q = f.load(_F16, f.offset(folded, 4 * (r * case.key_head_dim + channel)), 64)
-                sums[r] = multiply_add(f, numbers, q, sums[r])
-        for r in range(case.rows):
-            f.store(_sum(f, sums[r]), f.offset(f.offset(scores, 4 * block.tokens * r), f.times(t, 4)), 4)
+                q = f.load(_F16, f.offset(folded, 4 * (r * case.key_head_dim + same[0][0])), 64)
+                sums[r] = [multiply_add(f, numbers, q, s) for (_, numbers), s in zip(same, sums[r], strict=True)]
+        return sums
+
+    def place(r: int, t: Value) -> Value:
+        return f.offset(f.offset(scores, 4 * block.tokens * r), f.times(t, 4))
+
+    def sixteen(t: Value, _: list[Value]) -> list[Value]:
+        by_row: list[list[Value]] = [[] for _ in range(case.rows)]
+        for start in range(0, 16, abreast):
+            found = sums_of([f.binary("add", t, start + i) for i in range(abreast)])
+            for row, more in zip(by_row, found, strict=True):
+                row += more
+        for r, vectors in enumerate(by_row):
+            f.store(ir_packed_tokens.merged_sums(f, vectors, 1), place(r, t), 4)
         return []
 
-    f.loop(count, [], token, first=first)
+    def token(t: Value, _: list[Value]) -> list[Value]:
+        for r, (lanes,) in enumerate(
+            sums_of([t])
+        ):  # added as those of sixteen are: a token's score is the same anywhere
+            total = ir_packed_tokens.merged_sums(f, [lanes], 1)
+            f.store(f.value("float", f"extractelement {total}, i32 0"), place(r, t), 4)
+        return []
+
+    f.loop(f.binary("sub", count, 15), [], sixteen, first=first, step=16)
+    whole = f.binary("and", _at_least(f, f.binary("sub", count, first), 0), -16)
+    f.loop(count, [], token, first=f.binary("add", first, whole))
 
 
 def _softmax_row(
@@ -513,8 +582,8 @@ def _softmax_row(
 
 def _fold_values(
     f: Function, case: AttentionCase, block: _Block, row: Value, weights: Value, r: int, shrink: Value
-) -> list[Value]:
-    """Probabilities times value scales into `weights`; shrink the output so far; per group of channels what its zeros add.
+) -> None:
+    """Probabilities times value scales into `weights`; shrink the output so far, and add what zeros add to it.
 
     The zeros' part is the sum over tokens of probability times zero: one number for all channels of the group.
     """
@@ -537,7 +606,6 @@ def _fold_values(
         place = f.offset(v["state"], 64 + 4 * (r * case.value_head_dim + c))
         group = c // case.group_size if packed else 0
         f.store(multiply_add(f, f.load(_F16, place, 4), spread, totals[group]), place, 4)
-    return totals
 
 
 def _add_values(
@@ -545,25 +613,33 @@ def _add_values(
     case: AttentionCase,
     block: _Block,
     weights: Value,
-    totals: list[list[Value]],
     first: Value,
     count: Value,
 ) -> None:
-    """Output rows plus weights times the block's values, sixteen bytes of every token's row at a time."""
+    """Output rows plus weights times the block's values, as much of every token's row at a time as registers hold."""
     size, groups, packed = block.tokens, block.value_groups, block.value.isdigit()
     row_bytes = _row_bytes(block.value, case.value_head_dim)
     base = f.arguments["value_codes"]
     step = 16 if packed else 16 * _float_bytes(block.value)
-    for piece in range(0, row_bytes, step):
-        channels = [c for c, _ in _numbers(None, case, block.value, base, row_bytes, piece)]
+    pieces = [
+        (piece, [c for c, _ in _numbers(None, case, block.value, base, row_bytes, piece)])
+        for piece in range(0, row_bytes, step)
+    ]
+    per_pass = max(1, ir_packed_tokens.MAX_SUMS // (case.rows * len(pieces[0][1])))
+    for begin in range(0, len(pieces), per_pass):
+        taken = pieces[begin : begin + per_pass]
+        channels = [c for _, of_piece in taken for c in of_piece]
         places = [
             f.offset(f.arguments["state"], 64 + 4 * (r * case.value_head_dim + c))
             for r in range(case.rows)
             for c in channels
         ]
 
-        def token(t: Value, sums: list[Value], piece: int = piece, channels: list[int] = channels) -> list[Value]:
-            numbers = _numbers(f, case, block.value, _token_row(f, "value_codes", t, row_bytes), row_bytes, piece)
+        def token(
+            t: Value, sums: list[Value], taken: list[tuple[int, list[int]]] = taken, channels: list[int] = channels
+        ) -> list[Value]:
+            row = _token_row(f, "value_codes", t, row_bytes)
+            numbers = [n for piece, _ in taken for n in _numbers(f, case, block.value, row, row_bytes, piece)]
             result = []
             for r in range(case.rows):
                 for k, (channel, values) in enumerate(numbers):

@@ -14,7 +14,8 @@ import torch
 from haversack.errors import UsageError
 from haversack.kernels import compiled, generic, ir_dequantize
 from haversack.kernels.format import PackedFormat
-from haversack.kernels.registry import choose_kernel
+from haversack.kernels.registry import choose
+from haversack.kernels.threads import at_most
 
 _LIBRARY = torch.library.Library("haversack", "FRAGMENT")
 _LIBRARY.define(
@@ -50,8 +51,9 @@ def _matmul(
     if num_tokens == 0 or codes.shape[0] == 0:
         return x.new_zeros(out_shape)
     rows = x.reshape(num_tokens, in_features).contiguous()
-    kernel = choose_kernel(fmt, num_tokens, x.dtype, activation_bits, codes.device.type)
-    return kernel.matmul(rows, codes, scales, zeros, fmt, activation_bits).view(out_shape)
+    chosen = choose(fmt, num_tokens, codes.shape[0], x.dtype, activation_bits, codes.device.type)
+    with at_most(chosen.threads):
+        return chosen.kernel.matmul(rows, codes, scales, zeros, fmt, activation_bits).view(out_shape)
 
 
 def _rows(

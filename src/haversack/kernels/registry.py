@@ -4,20 +4,26 @@
     packed_rows     some rows of a packed matrix: an embedding lookup
 
 A kernel declares what it supports and the workspace it allocates, and the first that supports a case computes it, in
-the order fast to general. `kernel_name` tells which; nothing falls back without that name changing. The operators
+the order fast to general, unless a measurement on this machine has chosen another (`choices.py`). `kernel_name` tells
+which; nothing falls back without that name changing. Matrices of bit planes have kernels of their own. The operators
 themselves (`torch.ops.haversack.*`) are registered when first used, so that asking for names and bytes stays cheap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from haversack.errors import UsageError
-from haversack.kernels.format import PackedFormat
+from haversack.kernels.format import PackedFormat, PlaneFormat
 
 if TYPE_CHECKING:
     import torch
+
+    from haversack.kernels.choices import Choice
+    from haversack.kernels.planes import CompiledPlanes, CompiledPlaneTiles
 
 
 class PackedKernel(Protocol):
@@ -106,7 +112,7 @@ def kernel_name(
     import torch
 
     fmt = PackedFormat(bits, group_size, in_features, symmetric, table, scales)
-    return choose_kernel(fmt, num_tokens, dtype or torch.float32, activation_bits).NAME
+    return choose(fmt, num_tokens, out_features, dtype or torch.float32, activation_bits).name
 
 
 def workspace_bytes(
@@ -127,7 +133,7 @@ def workspace_bytes(
 
     dtype = dtype or torch.float32
     fmt = PackedFormat(bits, group_size, in_features, symmetric, table, scales)
-    kernel = choose_kernel(fmt, num_tokens, dtype, activation_bits)
+    kernel = choose_kernel(fmt, num_tokens, dtype, activation_bits)  # a measured one takes no more
     return kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
 
 
@@ -150,32 +156,191 @@ def rows_bytes(
     return 4 * num_rows * in_features + generic.rows_workspace_bytes(fmt, num_rows)
 
 
-@lru_cache(maxsize=4096)
+@dataclass(frozen=True)
+class Chosen:
+    """A kernel, the most threads it should take (None: all), and whether a measurement on this machine chose them."""
+
+    kernel: Any
+    threads: int | None = None
+    measured: bool = False
+
+    @property
+    def name(self) -> str:
+        """For `verify` and tables: a measured choice says so."""
+        if not self.measured:
+            return str(self.kernel.NAME)
+        return f"{self.kernel.NAME} (measured{f', at most {self.threads} threads' if self.threads else ''})"
+
+
 def choose_kernel(
-    fmt: PackedFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
-) -> PackedKernel:
-    """The first kernel, fast to general, that supports the case. Compiled kernels are for the CPU.
+    fmt: PackedFormat | PlaneFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str = "cpu"
+) -> Any:
+    """The kernel of `choose`, for a matrix of whatever number of rows: no measurement is asked. A `PackedKernel`, or one of
+    `planes.py`."""
+    return choose(fmt, num_tokens, None, dtype, activation_bits, device_type).kernel
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    fmt: PackedFormat | PlaneFormat,
+    num_tokens: int,
+    out_features: int | None,
+    dtype: torch.dtype,
+    activation_bits: int,
+    device_type: str = "cpu",
+) -> Chosen:
+    """The first kernel, fast to general, that supports the case; or the one that a measurement on this machine chose
+    (`choices.py`), unless it would take more workspace than the first. Compiled kernels are for the CPU.
 
     For 8-bit activations a kernel with int8 dot products comes before those that round and multiply floats.
     """
+    able = _contenders(fmt, num_tokens, dtype, activation_bits, device_type)
+    first = able[0]
+    if device_type != "cpu" or out_features is None:
+        return Chosen(first)
+    from haversack.kernels import choices
+
+    kept = choices.kept(choices.case_key(fmt, num_tokens, _name(dtype), activation_bits))
+    if kept is None:
+        return Chosen(first)
+    most = first.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
+    for kernel in (*able, *_widened(fmt, num_tokens, dtype, activation_bits)):
+        bytes_ = kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, activation_bits)
+        if kept.kernel == kernel.NAME and bytes_ <= most:
+            return Chosen(kernel, kept.threads, True)
+    return Chosen(first)
+
+
+def measure_choice(
+    fmt: PackedFormat | PlaneFormat, num_tokens: int, out_features: int, dtype: torch.dtype, activation_bits: int
+) -> tuple[str, Choice]:
+    """Time the contenders of a case on random weights; its key and the choice, for `choices.keep`.
+
+    Weights are pieces of the matrix, of `MEASURED_BYTES` at most, in copies that rotate over `ROTATED_BYTES`: so much is
+    allocated, and freed.
+    """
+    import torch
+
+    from haversack.kernels import choices
+    from haversack.kernels.threads import at_most
+
+    contest = _contest(fmt, out_features)
+    x = torch.randn(num_tokens, fmt.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    able = _contenders(fmt, num_tokens, dtype, activation_bits, "cpu")
+    able += _widened(fmt, num_tokens, dtype, activation_bits)
+    sizes = [k.workspace_bytes(fmt, num_tokens, contest.num_rows, dtype, activation_bits) for k in able]
+    by_name = {k.NAME: k for k, size in zip(able, sizes, strict=True) if size <= sizes[0]}
+
+    def run(name: str, threads: int, copy: int) -> None:
+        with at_most(threads):
+            contest.run(by_name[name], x, copy, activation_bits)
+
+    found = choices.fastest(list(by_name), run, contest.num_copies, torch.get_num_threads())
+    return choices.case_key(fmt, num_tokens, _name(dtype), activation_bits), found
+
+
+def forget_choices() -> None:
+    """Ask the file of measured choices again: it was written, or the cache's folder is another."""
+    from haversack.kernels import choices
+
+    choices.forget()
+    choose.cache_clear()
+
+
+MEASURED_BYTES, ROTATED_BYTES = 4 << 20, 48 << 20
+"""Of one matrix that contenders are timed on, and of all its copies: more than the caches of common machines hold."""
+
+
+class _Contest(NamedTuple):
+    num_rows: int
+    num_copies: int
+    run: Callable[[Any, torch.Tensor, int, int], object]
+
+
+def _contest(fmt: PackedFormat | PlaneFormat, out_features: int) -> _Contest:
+    """Random weights of a format, and how a kernel computes from a copy of them."""
+    import torch
+
+    def random_bytes(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    if isinstance(fmt, PlaneFormat):
+        num_blocks = max(1, min(-(-out_features // 16), MEASURED_BYTES // fmt.block_bytes))
+        copies = max(1, ROTATED_BYTES // (num_blocks * fmt.block_bytes))
+        codes = random_bytes(copies, num_blocks, fmt.block_bytes)
+        scales = torch.full((num_blocks, fmt.num_groups, fmt.scales_per_group, 16), 0.01, dtype=torch.float16)
+        rows = 16 * num_blocks
+        return _Contest(rows, copies, lambda k, x, i, bits: k.matmul(x, codes[i], scales, rows, fmt, bits))
+    rows = max(1, min(out_features, MEASURED_BYTES // fmt.row_bytes))
+    copies = max(1, ROTATED_BYTES // (rows * fmt.row_bytes))
+    codes = random_bytes(copies, rows, fmt.row_bytes)
+    groups = (rows, fmt.num_groups)
+    scales = torch.full(groups, 0.01, dtype=torch.float16)
+    zeros = None if fmt.symmetric else torch.full(groups, 1, dtype=torch.uint8)
+    if fmt.scales == "e8m0":
+        scales = torch.full(groups, 120, dtype=torch.uint8)
+    return _Contest(rows, copies, lambda k, x, i, bits: k.matmul(x, codes[i], scales, zeros, fmt, bits))
+
+
+def _widened(fmt: PackedFormat | PlaneFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> list[Any]:
+    """Kernels for few tokens that could compute more than they are taken for without a measurement."""
+    case = (fmt, num_tokens, dtype, activation_bits)
+    few = [k for k in _every(fmt) if hasattr(k, "widened") and not k.supports(*case)]
+    return [wider for wider in [k.widened() for k in few] if wider.supports(*case)]
+
+
+def _every(fmt: PackedFormat | PlaneFormat, device_type: str = "cpu") -> tuple[Any, ...]:
+    return plane_kernels() if isinstance(fmt, PlaneFormat) else kernels(device_type)
+
+
+def _contenders(
+    fmt: PackedFormat | PlaneFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int, device_type: str
+) -> list[Any]:
+    """Kernels that support the case, the one to take without a measurement first."""
     if activation_bits not in (8, 16):
         raise UsageError(f"activation_bits is 16 (as they are) or 8 (quantized per group), got {activation_bits}")
-    able = [k for k in kernels(device_type) if k.supports(fmt, num_tokens, dtype, activation_bits)]
-    for kernel in able:
-        if kernel.activation_bits == activation_bits:
-            return kernel
-    for kernel in able:
-        return kernel
-    raise AssertionError("the generic kernel supports everything")
+    able = [k for k in _every(fmt, device_type) if k.supports(fmt, num_tokens, dtype, activation_bits)]
+    return sorted(able, key=lambda k: k.activation_bits != activation_bits)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @cache
 def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
-    """All kernels for a device of this machine, fast to general."""
+    """All kernels of packed matrices for a device of this machine, fast to general."""
     from haversack.kernels import compiled, generic
     from haversack.kernels.llvm import host_target
 
     if device_type != "cpu":
-        return (generic,)
+        return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
     return (*compiled.matvecs(target), compiled.CompiledTiles(target), generic)
+
+
+@cache
+def triton_kernels() -> tuple[PackedKernel, ...]:
+    """Triton's, fast to general; none where it is not installed (`pip install 'haversack[gpu]'`)."""
+    if not has_triton():
+        return ()
+    from haversack.kernels.triton_matmul import TritonKernel
+
+    return (TritonKernel(tiles=False), TritonKernel(tiles=True))
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton can be imported. On a CPU its kernels run in its interpreter alone, to be tested."""
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+@cache
+def plane_kernels() -> tuple[CompiledPlanes | CompiledPlaneTiles, ...]:
+    """All kernels of bit planes for this machine's CPU, fast to general."""
+    from haversack.kernels import planes
+    from haversack.kernels.llvm import host_target
+
+    return planes.plane_kernels(host_target())

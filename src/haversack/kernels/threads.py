@@ -7,9 +7,14 @@ Where there is none (macOS, Windows), kernels run in one thread, and `team_name`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+
+_LIMIT: ContextVar[int | None] = ContextVar("most threads of a team", default=None)
 
 
 @cache
@@ -24,6 +29,25 @@ def parallel_address() -> int:
             continue
         return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
+
+
+@contextlib.contextmanager
+def at_most(threads: int | None) -> Iterator[None]:
+    """Compiled kernels called inside take no more threads than that; None leaves them torch's."""
+    before = _LIMIT.set(threads)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(before)
+
+
+def team_threads(num_turns: int) -> int:
+    """Threads for work of so many turns: torch's, or fewer where `at_most` says so, and one at least."""
+    import torch
+
+    limit = _LIMIT.get()
+    threads = torch.get_num_threads()
+    return max(1, min(threads if limit is None else min(threads, limit), num_turns))
 
 
 def team_name() -> str:

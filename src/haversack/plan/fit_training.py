@@ -1,7 +1,7 @@
 """How a run fits: of what changes no result the fastest that fits, and only where nothing does, what is rounded or trains less.
 
-Choices come in rungs. The first gives what was asked, in 32-bit states: micro-batch and accumulation, and recomputation, are
-chosen freely. Each further rung gives something up, says so, and has the same free choices.
+Choices come in rungs. The first gives what was asked, in 32-bit states: micro-batch and accumulation, recomputation, and whether weights are
+updated during the backward pass, are chosen freely. Each further rung gives something up, says so, and has the same free choices.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ class TrainingFit:
         return self.answer.question.workload
 
 
-def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> TrainingFit:
+def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset(), *, clips: bool = True) -> TrainingFit:
     """The fastest choice of the first rung that has one. `question.workload` says what is asked, with the rows of a step as
-    its batch; fields in `pinned` stay as they are. Raises DoesNotFitError with the cheapest change where nothing fits."""
+    its batch; fields in `pinned` stay as they are. `clips` says that gradients are clipped by their norm together, which updates during
+    the backward pass can't; without, these give the same result and are used where a step's gradients don't fit. Raises DoesNotFitError
+    with the cheapest change where nothing fits."""
     rows = question.workload.batch_size * question.workload.accumulation_steps
     micro_batches = [n for n in range(1, rows + 1) if rows % n == 0]
     if "accumulation_steps" in pinned:
@@ -55,22 +57,32 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset()) -> 
     ways = _ways(question, pinned)
     weigh = _Weighing(question, rows)
     best_effort: TrainingAnswer | None = None
+    in_backward = question.workload.update == "step" and not pinned & {"update", "accumulation_steps"}
+    if question.parallel.ranks > 1:
+        in_backward = False
+        pinned = pinned | {"optimizer"}  # those of fewer states work on whole matrices, or on blocks of them
     for given_up, fields in _rungs(question.workload, pinned):
         least = weigh(fields, ways[-1], micro_batches[0])
-        if least.fits:
-            answer = min(_fitting(weigh, fields, ways, micro_batches), key=weigh.seconds)
-            if "recompute" not in pinned:
+        some = [*_fitting(weigh, fields, ways, micro_batches)] if least.fits else []
+        if not some and in_backward and not clips:
+            some = [*_fitting(weigh, {**fields, "update": "backward"}, ways, [rows])]
+        if some:
+            answer = min(some, key=weigh.seconds)
+            if "recompute" not in pinned and question.parallel.ranks == 1:
                 answer = weigh.fewer_layers(answer)
             return TrainingFit(answer, weigh.seconds(answer), given_up, weigh.num_weighed)
         if best_effort is None or least.shortfall_bytes < best_effort.shortfall_bytes:
             best_effort = least
     assert best_effort is not None
+    change = _cheapest_change(best_effort)
+    if in_backward and clips and any(_fitting(weigh, {"update": "backward"}, ways, [rows])):
+        change = "It would fit with --clip 0: weights are then updated during the backward pass, and gradients never held together."
     raise DoesNotFitError(
         f"even with {_settings(best_effort)} {best_effort.problem}",
         budget_bytes=question.budget_bytes or 0,
         shortfall_bytes=best_effort.shortfall_bytes,
         owners=best_effort.ledger.owners_at(best_effort.ledger.peak()[0]),
-        cheapest_change=_cheapest_change(best_effort),
+        cheapest_change=change,
     )
 
 
@@ -91,7 +103,9 @@ def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQue
 
 def _ways(question: TrainingQuestion, pinned: Set[str]) -> list[dict[str, str]]:
     """Recomputation and loss, from the fastest to the one that holds the least; all give the same result."""
-    recomputations = (question.workload.recompute,) if "recompute" in pinned else RECOMPUTATIONS
+    keeps_nothing = isinstance(question.workload, TuneWorkload) and question.workload.method == "side"
+    fixed = "recompute" in pinned or question.workload.saved != "exact" or keeps_nothing
+    recomputations = (question.workload.recompute,) if fixed else RECOMPUTATIONS
     losses: tuple[str, ...] = (question.workload.loss,)
     if "loss" not in pinned and question.workload.loss == "fp32" and cuts(question.model):
         losses = ("fp32", "cut")

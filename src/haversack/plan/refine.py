@@ -21,7 +21,7 @@ import torch
 from haversack.cost.calibrated import Calibration
 from haversack.cost.damage import Damage
 from haversack.cost.serving import ServingProblem
-from haversack.describe.assemble import read_site
+from haversack.describe.assemble import read_codes, read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.site import WeightSite
 from haversack.engine.measure import DamageMeter
@@ -143,6 +143,8 @@ class PlanMeter:
         key = (site.id, option)
         if key not in self._encoded:
             task = WeightTask(read_site(self._checkpoint, site).float())
+            if option.keeps_codes:
+                task.stored = read_codes(self._checkpoint, site)
             if site.id in self.calibration.statistics:
                 task.hessian = self.calibration.statistics[site.id].hessian
             tensors = option.encode(task)

@@ -20,7 +20,7 @@ from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
 from haversack.plan.recompute import choose_recomputation
 from haversack.plan.search import largest_that
-from haversack.recipes.base import optimizer_option
+from haversack.recipes.base import optimizer_option, preference
 from haversack.units import format_bytes
 
 LARGEST = ("batch", "context")
@@ -30,7 +30,8 @@ _MAX_TRIES = 12
 @dataclass(frozen=True)
 class TrainingQuestion:
     """What is asked: a model, a workload and a machine, within `budget_bytes` on each rank (None: not limited). `base_bytes`
-    are, by owner, what the weights of a base hold that is packed already."""
+    are, by owner, what the weights of a base hold that is packed already; `whole_at_ends` says that each rank loads and exports whole
+    weights, as our runs do."""
 
     model: Model
     workload: TuneWorkload | TrainWorkload
@@ -39,6 +40,7 @@ class TrainingQuestion:
     budget_bytes: int | None
     budget_kind: Literal["process", "tensor"] = "process"
     base_bytes: Mapping[str, int] | None = None
+    whole_at_ends: bool = False
 
     @property
     def runtime_bytes(self) -> int:
@@ -101,6 +103,8 @@ def predict_training(question: TrainingQuestion) -> TrainingAnswer:
     """Whether exactly this fits. Raises UsageError for an unknown optimizer, sequences beyond the
     model's positions and degrees that don't divide."""
     optimizer_option(question.workload.optimizer)
+    if isinstance(question.workload, TuneWorkload):
+        preference(question.workload.objective)
     check_positions(question.workload, question.model.max_positions, question.model.name)
     return _answer(question)
 
@@ -147,6 +151,7 @@ def _answer(question: TrainingQuestion) -> TrainingAnswer:
         question.parallel,
         runtime_bytes=question.runtime_bytes,
         base_bytes=question.base_bytes,
+        whole_at_ends=question.whole_at_ends,
     )
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]
@@ -187,7 +192,7 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
     if workload.loss != "cut" and cuts(question.model):
         sparing["loss"] = "cut"
         yield "loss=cut (the same result in about the same time)", changed(**sparing)
-    if workload.recompute == "none":
+    if workload.recompute == "none" and workload.saved == "exact" and not _keeps_nothing(workload):
         some = _some_layers(question, sparing)
         if some is not None:
             yield f"{_words({**sparing, **some})} (the same result, those layers run twice)", changed(**sparing, **some)
@@ -209,6 +214,11 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         if workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")
+
+
+def _keeps_nothing(workload: TuneWorkload | TrainWorkload) -> bool:
+    """Whether the model's own layers keep nothing for a backward pass."""
+    return isinstance(workload, TuneWorkload) and workload.method == "side"
 
 
 def _some_layers(question: TrainingQuestion, sparing: Mapping[str, object]) -> dict[str, object] | None:

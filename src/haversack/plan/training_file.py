@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from haversack.cost.parallel import sharded_bytes
 from haversack.describe.training_settings import TrainingSettings
 from haversack.describe.workload import TrainWorkload, TuneWorkload, workload_from_dict
 from haversack.errors import HaversackError, PlanError
@@ -32,6 +33,7 @@ class TrainingPlan(BaseModel):
     budget_kind: str
     given_up: tuple[str, ...]
     num_weighed: int
+    num_ranks: int = 1
     timeline: dict[str, Any]
     peak_bytes: int
     peak_time_point: str
@@ -64,7 +66,11 @@ class TrainingPlan(BaseModel):
             timeline=answer.ledger.to_dict(),
             peak_bytes=peak,
             peak_time_point=point,
-            resident_bytes=dict(answer.cost.staying),
+            num_ranks=answer.question.parallel.ranks,
+            resident_bytes={
+                owner: sharded_bytes(num_bytes, owner, answer.question.parallel)
+                for owner, num_bytes in answer.cost.staying.items()
+            },
             seconds_per_step=fit.seconds_per_step,
         )
         return plan.model_copy(update={"prediction_hash": plan.computed_hash()})

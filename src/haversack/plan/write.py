@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from haversack._version import __version__
+from haversack.cost.as_stored import stored_options
 from haversack.cost.candidates import (
     ASSUMED_DISK_BYTES_PER_SECOND,
     ASSUMED_READ_BYTES_PER_SECOND,
@@ -16,7 +17,7 @@ from haversack.cost.candidates import (
 )
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
-from haversack.describe import mxfp4
+from haversack.describe.checkpoint import pickled_weights
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.plan.question import DEFAULT_RUNTIME_BYTES, Answer, Question
@@ -223,8 +224,18 @@ def _notes(question: Question) -> tuple[str, ...]:
         notes.append(
             "whether a code holds a matrix only the weights themselves say: `pack`, or `plan --calibrate`, read them"
         )
-    if (question.model.config.get("quantization_config") or {}).get("quant_method") == mxfp4.METHOD:
-        notes.append("the checkpoint stores its experts in MXFP4 (4.25 bits); `as is` means them as bfloat16, exactly")
+    if question.model.folder is not None and (pickles := pickled_weights(question.model.folder)):
+        notes.append(f"the weights are pickled ({pickles[0]}), which `pack` refuses: convert them to safetensors first")
+    for title, num_bytes in question.model.quantized.items():
+        notes.append(
+            f"the checkpoint stores {format_bytes(num_bytes)} as {title}; `as is` means what they stand for, in 16 bits"
+        )
+    if question.model.quantized and not (kept := len(stored_options(question.model))):
+        notes.append("nothing of it lies on a grid that kernels read, so that no codes can be kept as stored")
+    elif question.model.quantized:
+        notes.append(
+            f"`as-stored` keeps the checkpoint's own codes, which {kept} of {len(question.model.weights)} matrices have"
+        )
     if question.machine.read_rate() is None:
         notes.append(
             f"seconds assume {ASSUMED_READ_BYTES_PER_SECOND / 1e9:g} GB/s of memory reads: not measured (`haversack machine --measure`)"

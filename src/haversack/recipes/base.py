@@ -16,8 +16,10 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from haversack.describe.workload import LIKELIHOOD
 from haversack.errors import UsageError
 from haversack.parts.base import Part, Source, all_parts
+from haversack.parts.loss.preference import Preference
 from haversack.parts.optimizer.base import OptimizerOption
 
 if TYPE_CHECKING:
@@ -88,6 +90,27 @@ def optimizer_option(name: str) -> OptimizerOption:
         raise UsageError(f"optimizer is {name!r}, but must be one of {', '.join(names)}.")
     (option,) = all_recipes()[name].options()
     return option
+
+
+@cache
+def preferences() -> dict[str, Preference]:
+    """Losses over pairs of answers, by the recipe that a workload's `objective` may name."""
+    found: dict[str, Preference] = {}
+    for recipe in all_recipes().values():
+        if recipe.resident == "loss":
+            for option in recipe.options():
+                if isinstance(option, Preference):
+                    found[recipe.id] = option
+    return found
+
+
+def preference(objective: str) -> Preference | None:
+    """The loss over pairs that an `objective` names; None where tokens are predicted. Raises UsageError naming all there are."""
+    if objective == LIKELIHOOD:
+        return None
+    if objective not in preferences():
+        raise UsageError(f"the loss is {objective!r}, but must be one of {', '.join([LIKELIHOOD, *preferences()])}.")
+    return preferences()[objective]
 
 
 def any_named(resident: str, recipes: Sequence[str]) -> bool:

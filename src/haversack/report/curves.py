@@ -57,12 +57,16 @@ class CurvesPage:
         )
 
     def _charts(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+        pairs = any("preferred" in row for row in rows)
         charts = [
             (
-                "Loss, nats per token",
+                "Loss per pair" if pairs else "Loss, nats per token",
                 line_chart("Loss", [_line(rows, "loss", "training"), _line(rows, "eval_loss", "held back")]),
             )
         ]
+        if pairs:
+            shares = [_line(rows, "preferred", "training"), _line(rows, "eval_preferred", "held back")]
+            charts.append(("Share of pairs whose chosen answer is preferred", line_chart("Preferred", shares)))
         charts.append(
             ("Gradient norm before clipping", line_chart("Gradient norm", [_line(rows, "grad_norm", "gradient norm")]))
         )

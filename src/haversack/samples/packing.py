@@ -21,16 +21,24 @@ NOT_TRAINED = -100
 @dataclass(frozen=True)
 class RowArrays:
     """Rows side by side, int64 `(rows, seq_len)`: token ids, labels (`NOT_TRAINED` where nothing is learned), and positions,
-    which begin at 0 with every sample. `positions` is None where each row is one sequence."""
+    which begin at 0 with every sample. `positions` is None where each row is one sequence. Of pairs, `samples` are the store's numbers of
+    all samples in these rows, chosen and rejected by turns, and `sequences` says of each token which of them it belongs to."""
 
     ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray | None
+    sequences: np.ndarray | None = None
+    samples: np.ndarray | None = None
 
     @property
     def num_trained(self) -> int:
         """Tokens that are predicted: labels behind the first of each row."""
         return int((self.labels[:, 1:] != NOT_TRAINED).sum())
+
+    @property
+    def num_averaged(self) -> int:
+        """What a loss is the mean over: pairs, or tokens that are predicted."""
+        return self.num_trained if self.samples is None else len(self.samples) // 2
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,11 @@ class PackedRows:
     def __post_init__(self) -> None:
         members: Sequence[Sequence[int]] = ()
         if not self.store.is_stream:
-            lengths = np.diff(self.store.arrays["ends"], prepend=0)
+            ends = self.store.arrays["ends"]
+            lengths = np.diff(ends[1::2] if self.store.is_pairs else ends, prepend=0)
             members = best_fit(lengths, self.seq_len) if self.together else [[i] for i in range(len(lengths))]
+            if self.store.is_pairs:
+                members = [[sample for pair in row for sample in (2 * pair, 2 * pair + 1)] for row in members]
         object.__setattr__(self, "members", tuple(tuple(row) for row in members))
 
     def __len__(self) -> int:
@@ -59,7 +70,7 @@ class PackedRows:
     @property
     def apart(self) -> bool:
         """Whether rows hold several samples that must not see one another."""
-        return not self.store.is_stream and self.together
+        return not self.store.is_stream and (self.together or self.store.is_pairs)
 
     @property
     def fill(self) -> float:
@@ -72,6 +83,8 @@ class PackedRows:
         ids = np.full((len(numbers), self.seq_len), self.padding_id, np.int64)
         labels = np.full((len(numbers), self.seq_len), NOT_TRAINED, np.int64)
         positions = np.zeros((len(numbers), self.seq_len), np.int64)
+        sequences = np.zeros((len(numbers), self.seq_len), np.int64)
+        counted = 0
         tokens, trained = self.store.arrays["tokens"], self.store.arrays["trained"]
         for at, number in enumerate(numbers):
             place = 0
@@ -83,8 +96,13 @@ class PackedRows:
                 if not self.store.is_stream:
                     labels[at, place] = NOT_TRAINED  # nothing of its own stands before it
                 positions[at, inside] = np.arange(count)
+                sequences[at, inside] = counted
+                counted += 1
                 place += count
             positions[at, place:] = np.arange(self.seq_len - place)  # padding is a sample of its own
+        if self.store.is_pairs:
+            samples = np.array([sample for number in numbers for sample in self.members[number]], np.int64)
+            return RowArrays(ids, labels, positions, sequences, samples)
         return RowArrays(ids, labels, positions if self.apart else None)
 
     def origins(self, number: int) -> list[str]:

@@ -1,7 +1,8 @@
 """Tokens of a data set in one safetensors file, mapped while training: its pages are the page cache's, not the process's.
 
 Tensors: `tokens` (tokens,) I32; `trained` (tokens,) U8; `ends` (samples,) I64, where each sample ends; `rows` (samples,)
-I64, its row in the data; `files` (samples,) I32. Text is one stream: its documents follow one another.
+I64, its row in the data; `files` (samples,) I32. Text is one stream: its documents follow one another. A row with a chosen and a
+rejected answer gives two samples, in this order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from haversack.formats.output import write_whole
 from haversack.formats.safetensors_file import PIECE_BYTES, SafetensorsWriter, explained
 from haversack.ledger import StoredTensor
 from haversack.samples.read import BadRow, DataError, read_rows
-from haversack.samples.tokens import TEXT, Sample, Tokenizing
+from haversack.samples.tokens import PAIRS, TEXT, Sample, Tokenizing
 
 TOKENS_NAME, FACTS_NAME, BAD_ROWS_NAME = "tokens.safetensors", "data.json", "bad-rows.jsonl"
 _DTYPES = {"tokens": "I32", "trained": "U8", "ends": "I64", "rows": "I64", "files": "I32"}
@@ -45,6 +46,11 @@ class TokenStore:
     def is_stream(self) -> bool:
         """Whether documents follow one another and are cut anywhere."""
         return self.form == TEXT
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether samples come in twos: a chosen answer, then a rejected one to the same prompt."""
+        return self.form == PAIRS
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -167,38 +173,44 @@ def _tokenize(
     position = seen = 0
     index = {str(file): number for number, file in enumerate(files)}
     for row in read_rows(files):
-        sample: Sample | BadRow = row if isinstance(row, BadRow) else tokenizing.sample(row)
-        if isinstance(sample, Sample):
-            sample = _checked(sample, row.file, row.number, tokenizing.form == TEXT, max_tokens)
-        if isinstance(sample, BadRow):
+        samples: tuple[Sample, ...] | BadRow = row if isinstance(row, BadRow) else tokenizing.samples(row)
+        if not isinstance(samples, BadRow):
+            samples = _checked(samples, row.file, row.number, tokenizing.form == TEXT, max_tokens)
+        if isinstance(samples, BadRow):
             counted.num_bad += 1
-            counted.first_bad = counted.first_bad or sample
-            bad.write(json.dumps({"file": sample.file, "row": sample.number, "reason": sample.reason}) + "\n")
+            counted.first_bad = counted.first_bad or samples
+            bad.write(json.dumps({"file": samples.file, "row": samples.number, "reason": samples.reason}) + "\n")
             continue
-        if not sample.ids:
+        num_tokens = sum(len(sample.ids) for sample in samples)
+        if not num_tokens:
             continue  # the rest of a text that ended with the piece before
-        position += len(sample.ids)
         counted.num_samples += 1
-        counted.longest = max(counted.longest, len(sample.ids))
-        seen += 4 * len(sample.ids)
-        values = {"tokens": sample.ids, "trained": sample.trained, "ends": [position], "rows": [row.number],
-                  "files": [index[row.file]]}  # fmt: skip
-        with explained(Path(opened["tokens"].name), position * 5):
-            for name, numbers in values.items():
-                opened[name].write(np.asarray(numbers, _NUMPY[_DTYPES[name]]).tobytes())
+        counted.longest = max(counted.longest, num_tokens)
+        seen += 4 * num_tokens
+        for sample in samples:
+            position += len(sample.ids)
+            values = {"tokens": sample.ids, "trained": sample.trained, "ends": [position], "rows": [row.number],
+                      "files": [index[row.file]]}  # fmt: skip
+            with explained(Path(opened["tokens"].name), position * 5):
+                for name, numbers in values.items():
+                    opened[name].write(np.asarray(numbers, _NUMPY[_DTYPES[name]]).tobytes())
         if counted.num_samples % 64 == 0:
             progress(seen)
     return counted
 
 
-def _checked(sample: Sample, file: str, number: int, is_text: bool, max_tokens: int | None) -> Sample | BadRow:
+def _checked(
+    samples: tuple[Sample, ...], file: str, number: int, is_text: bool, max_tokens: int | None
+) -> tuple[Sample, ...] | BadRow:
     if is_text:
-        return sample
-    if not any(sample.trained[1:]):
+        return samples
+    if not all(any(sample.trained[1:]) for sample in samples):
         return BadRow(file, number, "it has no token to train on")
-    if max_tokens is not None and len(sample.ids) > max_tokens:
-        return BadRow(file, number, f"it has {len(sample.ids)} tokens, but a row holds {max_tokens}")
-    return sample
+    num_tokens = sum(len(sample.ids) for sample in samples)
+    if max_tokens is not None and num_tokens > max_tokens:
+        both = " in both answers with their prompts" if len(samples) > 1 else ""
+        return BadRow(file, number, f"it has {num_tokens} tokens{both}, but a row holds {max_tokens}")
+    return samples
 
 
 class _opened:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from haversack.samples.read import BadRow, DataError, Row
 
-TEXT, COMPLETION, CHAT = "text", "prompt and completion", "chat"
+TEXT, COMPLETION, CHAT, PAIRS = "text", "prompt and completion", "chat", "chosen and rejected"
 FORMS = {
     TEXT: "plain text, or rows with `text`",
     COMPLETION: "rows with `prompt` and `completion`",
     CHAT: "rows with `messages`, each with `role` and `content`",
+    PAIRS: "rows with `prompt`, `chosen` and `rejected`",
 }
 """What a file may hold. All its rows have one form: the first good row's."""
 
@@ -41,8 +43,8 @@ class Tokenizing:
         self.name = name
         self.form: str | None = None
 
-    def sample(self, row: Row) -> Sample | BadRow:
-        """A row's sample, or what is wrong with it."""
+    def samples(self, row: Row) -> tuple[Sample, ...] | BadRow:
+        """A row's sample, of a pair the chosen and the rejected one, or what is wrong with it."""
         try:
             form = _form_of(row.value)
             if self.form is None:
@@ -50,7 +52,9 @@ class Tokenizing:
                 self.form = form
             if form != self.form:
                 raise BadSample(f"it is a row of {form} in data of {self.form}")
-            return getattr(self, _METHODS[form])(row)
+            if form == PAIRS:
+                return self.pair(row)
+            return (getattr(self, _METHODS[form])(row),)
         except BadSample as error:
             return BadRow(row.file, row.number, str(error))
 
@@ -68,12 +72,28 @@ class Tokenizing:
     def completion(self, row: Row) -> Sample:
         """Prompt and completion as they are, one after the other; the completion and the end token are trained on."""
         prompt, completion = row.value["prompt"], row.value["completion"]  # type: ignore[index]
+        return self._completion(prompt, completion, "completion")
+
+    def pair(self, row: Row) -> tuple[Sample, ...]:
+        """The prompt with the chosen answer, and with the rejected one; what is counted of both is the answer. Chats may leave the
+        prompt out: it is what both begin with."""
+        prompt, chosen, rejected = (row.value.get(name) for name in ("prompt", "chosen", "rejected"))  # type: ignore[union-attr]
+        if chosen == rejected:
+            raise BadSample("its chosen and its rejected answer are the same")
+        if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
+            same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+            prompt, chosen, rejected = chosen[:same], chosen[same:], rejected[same:]
+        return tuple(
+            self._completion(prompt, answer, name) for name, answer in (("chosen", chosen), ("rejected", rejected))
+        )
+
+    def _completion(self, prompt: Any, completion: Any, name: str) -> Sample:
         if not isinstance(prompt, str) or not isinstance(completion, str):
             if isinstance(prompt, list) and isinstance(completion, list):
                 return self._chat([*prompt, *completion], first=len(prompt))
-            raise BadSample("`prompt` and `completion` must both be text, or both be lists of messages")
+            raise BadSample(f"`prompt` and `{name}` must both be text, or both be lists of messages")
         if not completion.strip():
-            raise BadSample("its completion is empty")
+            raise BadSample(f"its {name} is empty" if name == "completion" else f"its {name} answer is empty")
         before = self._ids(prompt) if prompt else []
         begin = self.tokenizer.bos_token_id
         if not before and begin is not None:
@@ -123,7 +143,7 @@ class Tokenizing:
         return list(self.tokenizer(text)["input_ids"])
 
     def _check_form(self, form: str) -> None:
-        if form == COMPLETION and self.tokenizer.eos_token_id is None:
+        if form in (COMPLETION, PAIRS) and self.tokenizer.eos_token_id is None:
             raise DataError(
                 f"the tokenizer of {self.name} has no end token, so that a tuned model would never stop; set `eos_token` in its "
                 "tokenizer_config.json."
@@ -146,6 +166,8 @@ _NO_TEMPLATE = (
 def _form_of(value: str | dict[str, Any]) -> str:
     if isinstance(value, str):
         return TEXT
+    if "chosen" in value and "rejected" in value:
+        return PAIRS
     if "messages" in value:
         return CHAT
     if "prompt" in value and "completion" in value:
@@ -155,7 +177,9 @@ def _form_of(value: str | dict[str, Any]) -> str:
             raise BadSample(f"its text is {_kind(value['text'])}, not text")
         return TEXT
     found = ", ".join(sorted(map(str, value))[:6]) or "none"
-    raise BadSample(f"its fields ({found}) are none of: text; prompt and completion; messages")
+    raise BadSample(
+        f"its fields ({found}) are none of: text; prompt and completion; messages; prompt, chosen and rejected"
+    )
 
 
 def _check_messages(messages: Any) -> None:

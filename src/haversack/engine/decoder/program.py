@@ -21,12 +21,14 @@ from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
 from haversack.errors import UnsupportedModelError
 from haversack.kernels import ir_run
+from haversack.kernels.attention import DecodeAttention
 from haversack.kernels.compiled import CompiledMatvec, Matvec
+from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_float import converts_half
 from haversack.kernels.ir_rows import RECORD, RowStep, rows_text
 from haversack.kernels.ir_tape import APPEND_RECORD, tape_text
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
-from haversack.kernels.registry import choose_kernel
+from haversack.kernels.registry import Chosen, choose
 from haversack.kernels.threads import parallel_address
 from haversack.parts.kv.layer import RingLayer
 
@@ -207,7 +209,9 @@ class StepProgram:
             self._keep.append(tensors)
             words += [tensors["codes"].data_ptr(), tensors["scales"].data_ptr()]
             words += [0 if zeros is None else zeros.data_ptr(), out, matrix.out_features]
-        given = kernel.call_words(sum(m.out_features for m, _ in group), self.batch_size, self._threads)
+        limits = [_chosen(m, kernel.case.fmt, self.batch_size, x.dtype).threads for m, _ in group]
+        threads = min([self._threads, *(limit for limit in limits if limit is not None)])
+        given = kernel.call_words(sum(m.out_features for m, _ in group), self.batch_size, threads)
         given |= {
             "x": x.data_ptr(),
             "workspace": self._workspace.data_ptr(),
@@ -227,7 +231,7 @@ class StepProgram:
         sinks = None if node.facts["sinks"] is None else _constant(node.facts["sinks"])
         decoder = layer.store.decoder(node.facts["softcap"])
         by_head = query.stride(3) == 1 and query.stride(1) == query.shape[3]
-        if decoder is None or not by_head or keys.stride(3) != 1 or values.stride(3) != 1:
+        if not isinstance(decoder, DecodeAttention) or not by_head or keys.stride(3) != 1 or values.stride(3) != 1:
             facts = {"scaling": node.facts["scaling"], "softcap": node.facts["softcap"], "sinks": sinks}
 
             def attend() -> None:
@@ -282,7 +286,7 @@ class StepProgram:
             if planned.site.window_tokens != node.facts["window"]:
                 raise UnsupportedModelError(f"{planned.site.id}: it attends with a window of {node.facts['window']}")
             decoder = store.decoder(node.facts["softcap"])
-            if decoder is not None:
+            if isinstance(decoder, DecodeAttention):
                 needed = decoder.form.workspace_bytes(self.batch_size, self._threads)
                 if needed > self._workspace.nbytes:
                     self._workspace = torch.empty(needed, dtype=torch.uint8)
@@ -371,10 +375,15 @@ def _compiled_kernel(matrix: PackedMatrix, batch_size: int, dtype: torch.dtype) 
         return None
     if dtype == torch.float16:  # the kernels behind it convert their input first
         return None
-    kernel = choose_kernel(fmt, batch_size, dtype, option.grid.activation_bits)
+    kernel = _chosen(matrix, fmt, batch_size, dtype).kernel
     if not isinstance(kernel, CompiledMatvec) or option.grid.activation_bits < kernel.activation_bits:
         return None
     return kernel.matvec(fmt, batch_size, dtype)
+
+
+def _chosen(matrix: PackedMatrix, fmt: PackedFormat, batch_size: int, dtype: torch.dtype) -> Chosen:
+    assert matrix.option.grid is not None
+    return choose(fmt, batch_size, matrix.out_features, dtype, matrix.option.grid.activation_bits)
 
 
 def _product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], Any]:

@@ -133,7 +133,8 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
     model.set_attn_implementation(TRACE_ATTENTION)
     _ACTIVE.append(recorder)
     try:
-        with torch.no_grad(), _Functions(recorder), recorder:
+        # in inference mode operations would arrive in other words
+        with torch.inference_mode(False), torch.no_grad(), _Functions(recorder), recorder:
             # a mask, or transformers would look into the positions for packed sequences, which `meta` has no values for
             given = {"input_ids": tokens, "attention_mask": ones, "position_ids": positions}
             output = model(**given, use_cache=False, logits_to_keep=1)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from haversack.kernels.attention import DecodeAttention
+    from haversack.kernels.triton_attention import TritonAttention
     from haversack.parts.kv.attention import Block
 
 
@@ -55,7 +56,9 @@ class RingLayer(KVLayer):
         self.counts = [0] * batch_size  # real tokens seen, by row
         self.packed_until = [0] * batch_size  # ordinals below are in the packed groups, or dropped
         self.real_since_padding = 0  # columns that were real in every row: how far a crop may go
-        self._decoders: dict[float | None, DecodeAttention | None] = {}  # compiled attention by softcap
+        self._decoders: dict[
+            float | None, DecodeAttention | TritonAttention | None
+        ] = {}  # compiled attention by softcap
 
     # What is held
 
@@ -212,22 +215,22 @@ class RingLayer(KVLayer):
             sinks=how.sinks,
         )
 
-    def decoder(self, softcap: float | None = None) -> DecodeAttention | None:
+    def decoder(self, softcap: float | None = None) -> DecodeAttention | TritonAttention | None:
         """Compiled attention of one query per sequence to this layer; None where blocks are attended to one by one."""
         if softcap not in self._decoders:
             self._decoders[softcap] = self._make_decoder(softcap)
         return self._decoders[softcap]
 
-    def _make_decoder(self, softcap: float | None) -> DecodeAttention | None:
+    def _make_decoder(self, softcap: float | None) -> DecodeAttention | TritonAttention | None:
         slab = self.tensors["keys"]
         bits = (0, 0) if self.packed is None else self.packed.code_bits
         size = 64 if self.packed is None else self.packed.group_tokens
         form = None if bits is None else decode_form(self.site, slab.dtype, *bits, size, slab.device.type)
         if form is None:
             return None
-        from haversack.kernels.attention import DecodeAttention
+        from haversack.kernels.attention import decode_attention
 
-        return DecodeAttention(
+        return decode_attention(
             form,
             self.tensors,
             sink_tokens=self.regions.sink_tokens,

@@ -23,22 +23,26 @@ from haversack.parts.base import Part, part_from_dict
 if TYPE_CHECKING:
     import torch
 
-    from haversack.kernels.format import PackedFormat
+    from haversack.describe.stored_form import StoredCodes
+    from haversack.kernels.format import PackedFormat, PlaneFormat
 
 
 @dataclass
 class WeightTask:
     """Working state of one site while it is packed; all in float32.
 
+    Parts put other tensors in the place of these, and never write into them: many tasks share one `hessian`.
     `weight` is `(out_features, in_features)`: what remains to be represented. `hessian` is `(in, in)`, the mean of
     `x x^T` over calibration tokens (None without calibration). `row_importance` is `(out,)` or None. `notes` collects
-    what had to be changed (damping raised, a group padded); they end up in the pack log, never silently.
+    what had to be changed (damping raised, a group padded); they end up in the pack log, never silently. `stored` holds
+    the integers that the checkpoint stores the matrix as, where it does.
     """
 
     weight: torch.Tensor
     hessian: torch.Tensor | None = None
     row_importance: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
+    stored: StoredCodes | None = None
 
 
 class WeightPart(Part):
@@ -194,6 +198,10 @@ class Grid(WeightPart):
         """The stored tensors in the kernels' words, where `codes` and `scales` (and `zeros`) are all that they read."""
         return None
 
+    def kernel_format(self, in_features: int) -> PackedFormat | PlaneFormat | None:
+        """What the registry chooses a kernel by; None where rows are decoded."""
+        return self.packed_format(in_features)
+
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
         reads."""
@@ -321,8 +329,14 @@ class WeightOption:
 
     @property
     def lossless(self) -> bool:
-        """Whether every bit of the matrix is kept."""
-        return self.grid is None
+        """Whether everything that the checkpoint says of the matrix is kept."""
+        return self.grid is None or self.keeps_codes
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the checkpoint's own codes are kept on their grid: encoding needs them beside the matrix."""
+        alone = not self.transforms and not self.corrections
+        return alone and self.rounding is not None and self.rounding.lossless
 
     @property
     def is_neutral(self) -> bool:

@@ -191,10 +191,13 @@ class CodebookGrid(DecodedGrid):
         return f"{name} under superscales" if self._has_superscales else name
 
     def packed_format(self, in_features: int) -> PackedFormat | None:
-        if self._has_superscales or not self._has_kernels:
+        return None if self._has_superscales else self.kernel_format(in_features)
+
+    def kernel_format(self, in_features: int) -> PackedFormat | None:
+        if not self._has_kernels:
             return None
         table = tuple(codebook(self.values).table.tolist())
-        return PackedFormat(self.bits, self.group_size, in_features, True, table, self.scales)
+        return PackedFormat(self.bits, self.group_size, in_features, True, table, self._kernel_scales)
 
     def decode_seconds(self, num_weights: int) -> float:
         if not self._has_kernels:
