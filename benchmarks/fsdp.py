@@ -49,7 +49,7 @@ def measure_rank(rank: int, store: str, workload: TrainingWorkload) -> dict[str,
     described = describe_model(CONFIG)
     import_runtime(workload)
     imported = memory.private_bytes()
-    with memory.PeakSampler() as sampler:
+    with memory.PeakSampler(files_stay=True) as sampler:
         model = open_model(described, DTYPES[workload.weights_dtype], workload.attention)
         step = TrainingStep(model, described, workload)
         inside = {id(parameter) for parameter in inner_matrices(model, described)}
