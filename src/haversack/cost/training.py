@@ -40,9 +40,9 @@ SLACK_FRACTION = 0.02
 """Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
 them (`jobs/memory.py`). With glibc's own thresholds it is 14 to 34%."""
 
-DEFAULT_TRAINING_RUNTIME_BYTES = 420 * 2**20
-"""Private bytes of a process that trains (torch 2.13 for CPUs, transformers 5.23; the optimizers import torch's compiler): a guess
-on the safe side. Two measured processes held 293 and 341 MiB."""
+DEFAULT_TRAINING_RUNTIME_BYTES = 320 * 2**20
+"""Private bytes of a process about to train (torch 2.13 for CPUs, transformers 5.23), where this machine's own were not measured
+(`describe/runtime.py`): between 281 and 341 MiB were, with what else the process had read."""
 
 
 @dataclass(frozen=True)
