@@ -91,6 +91,12 @@ def _decode(figures: Any, batch: int, context: int, cache: str) -> dict[str, Any
     )
 
 
+def _over_peers(figures: Any, case: str, ours: str, limit: float, theirs: str = "") -> Reading:
+    """Ours over the fastest of the contenders whose names begin with `theirs`, by ratios paired by round."""
+    rows = [row for row in figures if row["case"] == case and row["contender"].startswith(theirs)]
+    return at_least([row["ours_over_it"][ours]["median"] for row in rows if "ours_over_it" in row], limit)
+
+
 def _first_token(figures: Any, which: str, limit: float) -> Reading:
     steps = figures["first_token"][which]
     seconds = sum(steps[name] for name in ("load", "decoder", "first token"))
@@ -148,6 +154,25 @@ GOALS = (
         "at least 0.7",
         "decode",
         lambda figures: at_least([_decode(figures, 1, 64, "16")["fraction_of_bound"]], 0.7),
+    ),
+    *(
+        Goal(what, f"at least {limit}", "decode_peers", lambda f, given=given: _over_peers(f, *given))  # type: ignore[misc]
+        for what, limit, given in (
+            ("decode, one sequence, over the fastest other tool", 1.3, ("batch 1", "haversack int4", 1.3)),
+            ("decode, eight sequences, over the fastest other tool", 1.2, ("batch 8", "haversack int4", 1.2)),
+            ("prefill of 512 tokens over the fastest other tool", 1.0, ("prefill", "haversack int4", 1.0)),
+            ("the same over llama.cpp", 2.0, ("prefill", "haversack int4", 2.0, "llama.cpp")),
+            (
+                "decode after 8,192 tokens, 4-bit cache, over llama.cpp's smaller caches",
+                1.0,
+                ("context 8192", "haversack int4, 4-bit cache", 1.0, "llama.cpp Q4_0, q"),
+            ),
+            (
+                "the same, 2-bit cache",
+                1.0,
+                ("context 8192", "haversack int4, 2-bit cache", 1.0, "llama.cpp Q4_0, q"),
+            ),
+        )
     ),
     Goal("time to first token, cold", "under 20 s", "decode", lambda f: _first_token(f, "cold", 20)),
     Goal("with the kernel cache", "under 1 s", "decode", lambda f: _first_token(f, "with the kernel cache", 1)),

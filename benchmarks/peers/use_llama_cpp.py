@@ -27,8 +27,8 @@ MATRICES = {
 def write_model(config, form, path):
     """A GGUF file of random weights in a Llama's shape; the same matrices for every format."""
     import gguf
-    import llama_cpp
     import numpy as np
+    from llama_cpp import _ggml
 
     kinds = gguf.GGMLQuantizationType
     hidden, feed, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -41,7 +41,7 @@ def write_model(config, form, path):
         "up": (feed, hidden),
         "down": (hidden, feed),
     }
-    quantize = llama_cpp.llama_cpp._ggml.libggml.ggml_quantize_chunk
+    quantize = _ggml.libggml.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     rng = np.random.default_rng(0)

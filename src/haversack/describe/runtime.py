@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -35,10 +36,8 @@ def with_runtimes(machine: Machine) -> Machine:
     kept = _read(path)
     if kept is None:
         kept = {"serve": _serving_bytes(), "train": _training_bytes()}
-        try:
+        with contextlib.suppress(OutputError):  # measured again next time
             keep(path, json.dumps(kept))
-        except OutputError:
-            pass  # measured again next time
     rates = machine.rates
     return dataclasses.replace(
         machine,

@@ -76,7 +76,7 @@ PRECISIONS = {
     "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
 }
 ATTENTIONS = ("sdpa", "eager")
-METHODS = ("full", "lora", "qlora", "paca")
+METHODS = ("full", "lora", "qlora", "paca", "side")
 ADAPTED = ("query-value", "attention", "linear")
 LOSSES = {
     "fp32": "logits widened to 32 bits, as transformers does",
@@ -227,8 +227,8 @@ class TrainWorkload(TrainingWorkload):
 
 @dataclass(frozen=True)
 class TuneWorkload(TrainingWorkload):
-    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`), or `lora_rank`
-    columns of each matrix (`paca`).
+    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`), `lora_rank`
+    columns of each matrix (`paca`), or a side network that reads its hidden states (`side`).
 
     `objective` is what is learned: `LIKELIHOOD`, or the recipe of a loss over pairs of answers. `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
     alone. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
@@ -246,6 +246,10 @@ class TuneWorkload(TrainingWorkload):
         _check_choice("method", self.method, METHODS)
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
+        if self.method == "side" and (self.recompute != "none" or self.saved != "exact"):
+            raise UsageError(
+                f"method is 'side' with recompute {self.recompute} and saved {self.saved}, but the model's layers keep nothing; leave both out."
+            )
 
     @property
     def has_master_weights(self) -> bool:

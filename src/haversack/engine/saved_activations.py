@@ -74,14 +74,15 @@ class ActivationFile:
         """Write a tensor. Raises OutputError where the disk is full."""
         if not self.num_kept:
             self.end_bytes = 0
-        order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
+        strides = tensor.stride()
+        order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
         laid = tensor.detach().permute(order)  # as it lies in memory, so that products add up in the same order again
         kept = ActivationOnDisk(self, self.end_bytes, laid.shape, tuple(order), tensor.dtype)
         self.num_kept += 1
         weakref.finalize(kept, self._forget)
         self.end_bytes += tensor.nbytes
         if not isinstance(tensor, FakeTensor):
-            raw = memoryview(laid.contiguous().reshape(-1).view(torch.uint8).numpy())
+            raw = memoryview(laid.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             with explained(self.folder, tensor.nbytes):
                 done = 0
                 while done < len(raw):
@@ -90,7 +91,7 @@ class ActivationFile:
 
     def read(self, start: int, tensor: torch.Tensor) -> None:
         """Fill a contiguous tensor from a place in the file."""
-        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         done = 0
         while done < len(raw):
             done += os.preadv(self._file.fileno(), [raw[done:]], start + done)

@@ -25,6 +25,7 @@ from haversack.engine.packed_tensor import packed_parameters, packed_tensors
 from haversack.engine.pairs import Pairs
 from haversack.engine.recompute import RecomputeLayers
 from haversack.engine.saved_activations import SaveInEightBits, SaveOnDisk
+from haversack.engine.side_network import SideNetwork, side_parameters
 from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.errors import UsageError
 from haversack.parts.loss.base import IGNORED
@@ -53,7 +54,9 @@ class TrainingStep:
         self.preferred: torch.Tensor | None = None
         """Of the last batch of pairs, the share whose chosen answer the objective sees preferred."""
         dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
-        if isinstance(workload, TuneWorkload) and workload.method != "full":
+        if isinstance(workload, TuneWorkload) and workload.method == "side":
+            SideNetwork(model, dtype)
+        elif isinstance(workload, TuneWorkload) and workload.method != "full":
             adapt(
                 model,
                 described,
@@ -82,10 +85,8 @@ class TrainingStep:
         from haversack.engine.shards import Shards, check_sharded_optimizer
 
         check_sharded_optimizer(self.workload.optimizer)
-        if connections_of(self.model):
-            raise UsageError(
-                "method paca writes into whole matrices, but several ranks hold rows of each; choose lora."
-            )
+        if connections_of(self.model) or side_parameters(self.model):
+            raise UsageError("methods paca and side are for one process; choose lora or full.")
         if self.workload.update == "backward":
             raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
         self.shards = Shards(self.model, mesh)
@@ -232,6 +233,7 @@ class TrainingStep:
         adapters: list[torch.Tensor] = []
         adapters += [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
         adapters += [t for m in connections_of(self.model).values() for t in (m.weight, m.columns)]
+        adapters += side_parameters(self.model).values()
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
         packed += packed_tensors(self.model)

@@ -548,23 +548,27 @@ def _resident_bytes(step: TrainingStep) -> dict[str, int]:
 
 
 def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> Path:
-    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, else `model/`. Optimizer states are dropped first, so
-    that writing can't be the peak."""
+    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, `side/` for a side network, else `model/`. Optimizer
+    states are dropped first, so that writing can't be the peak."""
     from haversack.engine.connections import release
     from haversack.engine.optimizers import Stepper
     from haversack.engine.peft_format import adapters_of, save_adapter
+    from haversack.engine.side_network import save_side_network, side_parameters
 
     step.optimizer = Stepper([])
-    is_adapter = bool(adapters_of(step.model))
-    final = folder.path / ("adapter" if is_adapter else "model")
+    kind = "adapter" if adapters_of(step.model) else "side" if side_parameters(step.model) else "model"
+    final = folder.path / kind
     partial = final.with_name(final.name + ".partial")
     release(step.model)
     whole = None if step.shards is None else step.shards.gather()
     if not request.ranks.is_first:
         return final
     shutil.rmtree(partial, ignore_errors=True)
-    if is_adapter:
-        save_adapter(step.model, partial, str(request.model.folder or request.model.name))
+    base = str(request.model.folder or request.model.name)
+    if kind == "adapter":
+        save_adapter(step.model, partial, base)
+    elif kind == "side":
+        save_side_network(step.model, partial, base)
     else:
         step.model.save_pretrained(partial, state_dict=whole)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",

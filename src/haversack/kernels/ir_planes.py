@@ -443,51 +443,53 @@ def plane_tiles_text(fmt: PlaneFormat, dtype: str, target: Target) -> str:
 
     def turn(f: Function, fields: dict[str, Value], number: Value) -> None:
         first, last = rows_of_turn(f, fields, fields["blocks"], number)
-        f.loop(last, [], lambda b, _: _write_tile(f, fmt, dtype, target, fields, b), first=first)
+
+        # All blocks of a unit before the next: what is written lies together, where a block's columns lie far apart.
+        def unit(u: Value, _: list[Value]) -> list[Value]:
+            f.loop(last, [], lambda b, _: _write_unit(f, fmt, dtype, target, fields, b, u), first=first)
+            return []
+
+        f.loop(fmt.padded_columns // UNIT_COLUMNS, [], unit)
 
     add_team_entry(module, "dequantize", TILE_ARGUMENTS, turns, turn)
     return module.text()
 
 
-def _write_tile(
-    f: Function, fmt: PlaneFormat, dtype: str, target: Target, fields: dict[str, Value], b: Value
+def _write_unit(
+    f: Function, fmt: PlaneFormat, dtype: str, target: Target, fields: dict[str, Value], b: Value, u: Value
 ) -> list[Value]:
-    """One block's columns, each a vector of sixteen rows."""
+    """One unit of one block: 32 columns, each a vector of sixteen rows."""
     size = 4 if dtype == "float32" else 2
     codes = f.offset(fields["codes"], f.times(b, fmt.block_bytes))
     scales = f.offset(fields["scales"], f.times(b, fmt.scale_block_bytes))
     column_bytes = f.times(fields["blocks"], BLOCK_ROWS * size)
     out = f.offset(fields["out"], f.times(b, BLOCK_ROWS * size))
+    g = f.binary("udiv", u, fmt.group_units)
+    at = f.offset(scales, f.times(g, 32 * fmt.scales_per_group))
+    stored = [
+        half_to_float(f, f.load("<16 x i16>", f.offset(at, 32 * p), 2), target) for p in range(fmt.scales_per_group)
+    ]
+    if not fmt.bases:
+        stored = [f.binary("fmul", stored[0], splat_constant(_F16, f"{2.0**p:e}")) for p in range(fmt.bits)]
+    sizes = [f.cast("bitcast", scale, _I32) for scale in stored]
+    words = [
+        f.load(_I32, f.offset(codes, f.binary("add", f.times(u, fmt.bits * VECTOR_BYTES), p * VECTOR_BYTES)), 4)
+        for p in range(fmt.bits)
+    ]
+    unset = [f.binary("xor", word, splat_constant(_I32, -1)) for word in words]
+    place = f.offset(out, f.binary("mul", f.times(u, UNIT_COLUMNS), column_bytes))
 
-    def unit(u: Value, _: list[Value]) -> list[Value]:
-        g = f.binary("udiv", u, fmt.group_units)
-        at = f.offset(scales, f.times(g, 32 * fmt.scales_per_group))
-        stored = [
-            half_to_float(f, f.load("<16 x i16>", f.offset(at, 32 * p), 2), target) for p in range(fmt.scales_per_group)
-        ]
-        if not fmt.bases:
-            stored = [f.binary("fmul", stored[0], splat_constant(_F16, f"{2.0**p:e}")) for p in range(fmt.bits)]
-        sizes = [f.cast("bitcast", scale, _I32) for scale in stored]
-        words = [
-            f.load(_I32, f.offset(codes, f.binary("add", f.times(u, fmt.bits * VECTOR_BYTES), p * VECTOR_BYTES)), 4)
-            for p in range(fmt.bits)
-        ]
-        unset = [f.binary("xor", word, splat_constant(_I32, -1)) for word in words]
-
-        def column(c: Value, carried: list[Value]) -> list[Value]:
-            amount = f.splat(f.cast("trunc", f.binary("sub", Value("i64", "31"), c), "i32"), 16)
-            total = None
-            for word, scale in zip(unset, sizes, strict=True):
-                sign = f.binary("and", f.binary("shl", word, amount), splat_constant(_I32, -(1 << 31)))
-                value = f.cast("bitcast", f.binary("xor", scale, sign), _F16)
-                total = value if total is None else f.binary("fadd", total, value)
-            assert total is not None
-            place = f.offset(out, f.binary("mul", f.binary("add", f.times(u, UNIT_COLUMNS), c), column_bytes))
-            f.store(total if dtype == "float32" else bf16_of(f, total, target), place, 16)
-            return []
-
-        f.loop(UNIT_COLUMNS, [], column)
+    def column(c: Value, _: list[Value]) -> list[Value]:
+        amount = f.splat(f.cast("trunc", f.binary("sub", Value("i64", "31"), c), "i32"), 16)
+        total = None
+        for word, scale in zip(unset, sizes, strict=True):
+            sign = f.binary("and", f.binary("shl", word, amount), splat_constant(_I32, -(1 << 31)))
+            value = f.cast("bitcast", f.binary("xor", scale, sign), _F16)
+            total = value if total is None else f.binary("fadd", total, value)
+        assert total is not None
+        bits = total if dtype == "float32" else bf16_of(f, total, target)
+        f.store(bits, f.offset(place, f.binary("mul", c, column_bytes)), 16)
         return []
 
-    f.loop(fmt.padded_columns // UNIT_COLUMNS, [], unit)
+    f.loop(UNIT_COLUMNS, [], column)
     return []

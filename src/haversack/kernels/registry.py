@@ -284,8 +284,9 @@ def _contest(fmt: PackedFormat | PlaneFormat, out_features: int) -> _Contest:
 
 def _widened(fmt: PackedFormat | PlaneFormat, num_tokens: int, dtype: torch.dtype, activation_bits: int) -> list[Any]:
     """Kernels for few tokens that could compute more than they are taken for without a measurement."""
-    wider = [k.widened() for k in _every(fmt) if hasattr(k, "widened") and num_tokens > k.most_tokens]
-    return [k for k in wider if k.supports(fmt, num_tokens, dtype, activation_bits)]
+    case = (fmt, num_tokens, dtype, activation_bits)
+    few = [k for k in _every(fmt) if hasattr(k, "widened") and not k.supports(*case)]
+    return [wider for wider in [k.widened() for k in few] if wider.supports(*case)]
 
 
 def _every(fmt: PackedFormat | PlaneFormat, device_type: str = "cpu") -> tuple[Any, ...]:
