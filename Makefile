@@ -45,7 +45,7 @@ fuzz: env
 # Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures; `make bench-NAME` runs one.
 # bench-quick needs no peers. The total of `make bench` was not timed on a free machine yet: bench-weights packs 53 settings of other tools
 # per model, of which auto-round's take longest.
-bench: bench-quick bench-plans bench-kv_prefill peers bench-weights bench-decode_peers bench-kv
+bench: bench-quick bench-plans bench-kv_prefill peers bench-exports bench-weights bench-decode_peers bench-kv
 
 bench-quick: bench-kernels bench-exact_bytes bench-process_peak bench-streaming
 

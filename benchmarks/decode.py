@@ -22,10 +22,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.results_file import write_results
 from benchmarks.streaming import CONFIG, make_model
+
+if TYPE_CHECKING:
+    import torch
+
+    from haversack.engine.kv_cache import HaversackCache, KVPlan
 
 SHAPE = {**CONFIG, "max_position_embeddings": 16384}
 READ_BYTES = 4 << 30
@@ -106,31 +111,15 @@ def haversack_decode(folder: Path, workload: Workload, loop: str) -> Measured:
     import torch
 
     from haversack.engine.decoder.loop import LOOP, Decoder
-    from haversack.engine.generation import install_kv_plan
-    from haversack.engine.kv_cache import HaversackCache, KVPlan
+    from haversack.engine.kv_cache import HaversackCache
     from haversack.jobs.run import load
     from haversack.kernels.read_bandwidth import read_bytes_per_second
-    from haversack.parts.kv.base import KVOption
-    from haversack.parts.kv.quantized import QuantizedKV
 
     model = load(folder)
-    bits = int(workload.cache)
-    option = KVOption() if bits == 16 else KVOption(None, QuantizedKV(bits, bits, 64, 64))
-    sites = model.haversack.described.attention
-    capacity = workload.context_tokens + (REPEATS + 1) * (STEPS + 2)
-    plan = KVPlan(sites, (option,) * len(sites), workload.batch_size, capacity, "BF16")
-    install_kv_plan(model, plan)
+    plan = one_cache(model, workload.batch_size, workload.context_tokens + (REPEATS + 1) * (STEPS + 2), workload.cache)
     cache = HaversackCache(plan)
     generator = torch.Generator().manual_seed(0)
-    for layer, site in zip(cache.planned, sites):  # through the ordinary append, as a prefill does
-        for start in range(0, workload.context_tokens, 512):
-            shape = (workload.batch_size, site.num_kv_heads, min(512, workload.context_tokens - start))
-            keys = torch.randn(*shape, site.key_head_dim, generator=generator).to(torch.bfloat16)
-            values = torch.randn(*shape, site.value_head_dim, generator=generator).to(torch.bfloat16)
-            if layer.store is None:
-                layer.lazy_initialization(keys, values)
-            layer.store.append(keys, values)
-        layer.columns = workload.context_tokens
+    fill(cache, workload.context_tokens, generator)
     tokens = torch.randint(SHAPE["vocab_size"], (workload.batch_size,), generator=generator)
 
     if loop == LOOP:
@@ -153,7 +142,7 @@ def haversack_decode(folder: Path, workload: Workload, loop: str) -> Measured:
                 tokens = step(tokens)
             if repeat:
                 seconds.append((time.perf_counter() - started) / STEPS)
-    num_bytes = weight_bytes(model, workload.batch_size) + sum(_held_bytes(layer.store) for layer in cache.planned)
+    num_bytes = weight_bytes(model, workload.batch_size) + held_bytes(cache)
     rate, middle = statistics.median(rates), statistics.median(seconds)
     return Measured(
         middle,
@@ -164,6 +153,37 @@ def haversack_decode(folder: Path, workload: Workload, loop: str) -> Measured:
         loop,
         tuple(seconds),
     )
+
+
+def one_cache(model: Any, batch_size: int, capacity_tokens: int, cache: str) -> KVPlan:
+    """A plan, installed, with the same cache in every layer: "16" bits, or keys and values at so many behind a recent window."""
+    from haversack.engine.generation import install_kv_plan
+    from haversack.engine.kv_cache import KVPlan
+    from haversack.parts.kv.base import KVOption
+    from haversack.parts.kv.quantized import QuantizedKV
+
+    bits = int(cache)
+    option = KVOption() if bits == 16 else KVOption(None, QuantizedKV(bits, bits, 64, 64))
+    sites = model.haversack.described.attention
+    plan = KVPlan(sites, (option,) * len(sites), batch_size, capacity_tokens, "BF16")
+    install_kv_plan(model, plan)
+    return plan
+
+
+def fill(cache: HaversackCache, context_tokens: int, generator: torch.Generator) -> None:
+    """Random tokens through the ordinary append, as a prefill does."""
+    import torch
+
+    for layer in cache.planned:
+        site = layer.site
+        for start in range(0, context_tokens, 512):
+            shape = (layer.planned_batch_size, site.num_kv_heads, min(512, context_tokens - start))
+            keys = torch.randn(*shape, site.key_head_dim, generator=generator).to(torch.bfloat16)
+            values = torch.randn(*shape, site.value_head_dim, generator=generator).to(torch.bfloat16)
+            if layer.store is None:
+                layer.lazy_initialization(keys, values)
+            layer.store.append(keys, values)
+        layer.columns = context_tokens
 
 
 def weight_bytes(model: Any, batch_size: int) -> int:
@@ -181,10 +201,10 @@ def weight_bytes(model: Any, batch_size: int) -> int:
     return total
 
 
-def _held_bytes(store: Any) -> int:
-    """Bytes of a layer's cache that hold tokens."""
-    used = [store._used_slots(name) / tensor.shape[2] * tensor.nbytes for name, tensor in store.tensors.items()]
-    return int(sum(used))
+def held_bytes(cache: HaversackCache) -> int:
+    """Bytes of a cache that hold tokens."""
+    stores = [layer.store for layer in cache.planned]
+    return int(sum(s._used_slots(name) / t.shape[2] * t.nbytes for s in stores for name, t in s.tensors.items()))
 
 
 CONTENDERS: dict[str, Callable[[Path, Workload], Measured]] = {

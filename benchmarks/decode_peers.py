@@ -1,32 +1,38 @@
-"""Decoding speed of other tools on the 1.1B Llama shape with random weights, in processes that take turns.
+"""Decoding and prefill of the 1.1B Llama shape with random weights: this project's beside other tools', in processes that take turns.
 
-Contenders are llama.cpp Q4_0 and Q4_K_M, OpenVINO int4, torchao int4 and transformers in bfloat16: tokens/s for one and for eight sequences
-with 64 tokens before them, a prefill of 512 tokens, and one sequence after 8,192 tokens with llama.cpp's smaller caches. Every round runs each
-contender once in a process of its own; a figure is the median over rounds of the medians over steps.
+Contenders are ours at 4 bits; llama.cpp Q4_0 and Q4_K_M, OpenVINO int4, torchao int4 and transformers in bfloat16: tokens/s of one and of eight
+sequences with 64 tokens before them, a prefill of 512 tokens, and one sequence after 8,192 tokens with smaller caches. The processes of a case
+are all open at once; in every round each takes one turn, in an order that moves by one from round to round. A figure is the median over rounds of
+a turn's median step (or its prefill), a ratio the median over rounds of ours over theirs in the same round, with the least and the most.
 
-    python -m benchmarks.decode_peers [--cases NAME ...] [--only CONTENDER ...] [--rounds 3] [--threads 2]
+    python -m benchmarks.decode_peers [--cases NAME ...] [--only CONTENDER ...] [--rounds 7] [--threads 2] [--prepare]
 
-Finished rounds are kept, so that a run may be cut into pieces; what is missing at the end is an error. `measure` runs one round of one
-contender for other benchmarks to alternate with.
+Finished cases are kept: a run that was stopped goes on with the next. A contender that fails is a row that says so. `--prepare` makes what takes
+minutes (models in every format, llama.cpp's long caches) and times nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peer
-from benchmarks.finished_rows import FOLDER, FinishedRows, digest
+from benchmarks.decode import SHAPE, pack_model
+from benchmarks.finished_rows import FOLDER, FinishedRows
 from benchmarks.results_file import busy_share, write_results
 from benchmarks.streaming import CONFIG, make_model
 
 Settings = Mapping[str, Any]
 
 CONTENDERS: dict[str, tuple[str, Settings]] = {
+    "haversack int4": ("haversack", {"cache": "16"}),
+    "haversack int4, 4-bit cache": ("haversack", {"cache": "4"}),
+    "haversack int4, 2-bit cache": ("haversack", {"cache": "2"}),
     "llama.cpp Q4_0": ("llama_cpp", {"format": "Q4_0", "kv": "f16", "flash_attention": True}),
     "llama.cpp Q4_K_M": ("llama_cpp", {"format": "Q4_K_M", "kv": "f16", "flash_attention": True}),
     "OpenVINO int4": ("openvino", {"format": "int4"}),
@@ -38,92 +44,151 @@ CONTENDERS: dict[str, tuple[str, Settings]] = {
 """Name -> peer and settings."""
 
 CASES: dict[str, Settings] = {
-    "batch 1": {"batch": 1, "context": 64, "prefill": 512, "tokens": 24, "repeats": 3},
-    "batch 8": {"batch": 8, "context": 64, "prefill": 0, "tokens": 12, "repeats": 0},
-    "context 8192": {"batch": 1, "context": 8192, "prefill": 0, "tokens": 16, "repeats": 0},
+    "batch 1": {"batch": 1, "context": 64, "prefill": 512, "tokens": 24},
+    "batch 8": {"batch": 8, "context": 64, "prefill": 0, "tokens": 12},
+    "context 8192": {"batch": 1, "context": 8192, "prefill": 0, "tokens": 16},
 }
 
 SHORT = ("llama.cpp Q4_0", "llama.cpp Q4_K_M", "OpenVINO int4", "torchao int4", "transformers bf16")
-RUNS = {
-    "batch 1": SHORT,
-    "batch 8": SHORT,
-    "context 8192": ("llama.cpp Q4_0", "llama.cpp Q4_0, q8_0 cache", "llama.cpp Q4_0, q4_0 cache"),
+RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "batch 1": (("haversack int4",), SHORT),
+    "batch 8": (("haversack int4",), SHORT),
+    "context 8192": (
+        ("haversack int4", "haversack int4, 4-bit cache", "haversack int4, 2-bit cache"),
+        ("llama.cpp Q4_0", "llama.cpp Q4_0, q8_0 cache", "llama.cpp Q4_0, q4_0 cache"),
+    ),
 }
-"""Which contenders run a case."""
+"""Ours and theirs, by case."""
 
-
-def measure(contender: str, case: str, num_threads: int, folder: Path = Path("build/llama-1b")) -> dict[str, Any]:
-    """One round: the peer's answer, with how busy others kept the machine. Raises PeerError."""
-    name, settings = CONTENDERS[contender]
-    config = {**CONFIG, "rope_theta": CONFIG["rope_parameters"]["rope_theta"]}
-    request = {
-        "task": "speed",
-        "model": str(make_model(folder, CONFIG).resolve()),
-        "folder": str(FOLDER.resolve()),
-        "config": config,
-        "num_threads": num_threads,
-        "settings": {**CASES[case], **settings},
-    }
-    (answer,) = peer.run_peer(name, [request], num_threads=num_threads)
-    return {**answer, "load_average": os.getloadavg()[0]}
+GOALS = {"batch 1": 1.3, "batch 8": 1.2, "prefill": 1.0, "context 8192": 1.0}
+"""Ours over the fastest of theirs, at least; prefill also twice llama.cpp."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=list(CASES))
-    parser.add_argument("--only", nargs="+", default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prepare", action="store_true", help="make models and long caches, time nothing")
     arguments = parser.parse_args()
     rows = FinishedRows("decode_peers")
+    figures: list[dict[str, Any]] = []
+    for case in arguments.cases:
+        names = [name for names in RUNS[case] for name in names if name in arguments.only]
+        if arguments.prepare:
+            take_turns(case, names, rounds=0, num_threads=arguments.threads)
+            continue
+        prints = {name: [peer.fingerprint(CONTENDERS[name][0]), dict(CONTENDERS[name][1])] for name in names}
+        key = [case, dict(CASES[case]), prints, SHAPE, arguments.rounds, arguments.threads]
+        figures += rows.get(key, lambda case=case, names=names: compare(case, names, arguments))  # type: ignore[misc]
+    if not arguments.prepare:
+        print(write_results("decode_peers", figures, tables=[table(figures, arguments.threads)]))
 
-    def key(contender: str, case: str, turn: int) -> list[Any]:
-        name, settings = CONTENDERS[contender]
-        return [peer.fingerprint(name), dict(settings), CASES[case], CONFIG, arguments.threads, turn]
 
-    for turn in range(arguments.rounds):
-        for case in arguments.cases:
-            for contender in RUNS[case]:
-                if contender in arguments.only and key(contender, case, turn) not in rows:
-                    answer = measure(contender, case, arguments.threads)
-                    rows.put(key(contender, case, turn), {**answer, "busy": round(busy_share(), 2)})
-                    step = statistics.median(answer["step_seconds"])
-                    print(f"{case}: {contender}, {CASES[case]['batch'] / step:.2f} tokens/s", flush=True)
-    figures, table = [], []
-    for case, contenders in RUNS.items():
-        for contender in contenders:
-            keys = [key(contender, case, turn) for turn in range(arguments.rounds)]
-            done = [rows.rows[digest(found)] for found in keys if found in rows]
-            if len(done) < arguments.rounds:
-                print(f"{case}: {contender} has {len(done)} of {arguments.rounds} rounds; no results written")
+def compare(case: str, names: Sequence[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per contender and measure of a case."""
+    answers = take_turns(case, names, rounds=arguments.rounds, num_threads=arguments.threads)
+    busy, ours = round(busy_share(), 2), [name for name in RUNS[case][0] if name in names]
+    found = []
+    for measure in ("decode", "prefill") if CASES[case]["prefill"] else ("decode",):
+        rates = {name: _rates(of, case, measure) for name, of in answers.items() if not isinstance(of, str)}
+        for name in names:
+            row = {"case": case if measure == "decode" else measure, "contender": name, "busy": busy}
+            row["settings"] = {**CASES[case], **CONTENDERS[name][1]}
+            answer = answers[name]
+            if isinstance(answer, str):
+                found.append({**row, "failed": answer})
+                continue
+            row |= {k: answer[0][k] for k in ("versions", "weight_bytes")}
+            row |= {"tokens_per_second": statistics.median(rates[name]), "by_round": rates[name]}
+            if name not in ours:
+                row["ours_over_it"] = {own: _paired(rates[own], rates[name]) for own in ours if own in rates}
+            found.append(row)
+    return found
+
+
+def take_turns(
+    case: str, names: Sequence[str], *, rounds: int, num_threads: int
+) -> dict[str, list[dict[str, Any]] | str]:
+    """Per contender its answers by round, after a turn that is not counted; or what it said when it failed."""
+    found: dict[str, list[dict[str, Any]] | str] = {name: [] for name in names}
+    with ExitStack() as stack:
+        processes: dict[str, peer.PeerProcess] = {}
+
+        def turn(name: str, *, counts: bool) -> None:
+            if isinstance(found[name], str):
                 return
-            figures.append(summary(contender, case, done))
-            row = figures[-1]
-            prefill = f"{row['prefill_tokens_per_second']:.1f}" if "prefill_tokens_per_second" in row else ""
-            gigabytes = f"{row['weight_bytes'] / 1e9:.3f}"
-            table.append([case, contender, f"{row['tokens_per_second']:.2f}", prefill, gigabytes])
-    columns = ["case", "contender", "tokens/s", "prefill tokens/s", "weights, GB"]
-    title = f"1.1B Llama shape, {arguments.threads} threads"
-    print(write_results("decode_peers", figures, tables=[{"title": title, "columns": columns, "rows": table}]))
+            started = time.monotonic()
+            try:
+                if name not in processes:
+                    process = peer.PeerProcess(CONTENDERS[name][0], num_threads=num_threads)
+                    processes[name] = stack.enter_context(process)
+                answer = processes[name].ask(request(name, case, rounds + 1, num_threads))
+            except peer.PeerError as error:
+                found[name] = str(error)
+                print(f"{case}: {name} failed: {error}", flush=True)
+                return
+            if counts:
+                found[name].append(answer)  # type: ignore[union-attr]
+            else:
+                print(f"{case}: {name} is ready after {time.monotonic() - started:.0f} s", flush=True)
+
+        for name in names:
+            turn(name, counts=False)
+        for number in range(rounds):
+            first = number % len(names)
+            for name in (*names[first:], *names[:first]):
+                turn(name, counts=True)
+            done = {name: of[-1] for name, of in found.items() if not isinstance(of, str)}
+            steps = {name: 1e3 * statistics.median(answer["step_seconds"]) for name, answer in done.items()}
+            said = ", ".join(f"{name} {step:.1f}" for name, step in steps.items())
+            print(f"{case}, round {number + 1}, ms per step: {said}", flush=True)
+    return found
 
 
-def summary(contender: str, case: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over rounds, and what was counted."""
-    steps = [statistics.median(row["step_seconds"]) for row in rounds]
-    prefills = [statistics.median(row["prefill_seconds"]) for row in rounds if row["prefill_seconds"]]
-    figure = {
-        "case": case,
-        "contender": contender,
-        "settings": dict(CONTENDERS[contender][1]) | dict(CASES[case]),
-        "versions": rounds[0]["versions"],
-        "weight_bytes": rounds[0]["weight_bytes"],
-        "step_seconds_by_round": steps,
-        "tokens_per_second": CASES[case]["batch"] / statistics.median(steps),
-        "busy_by_round": [row["busy"] for row in rounds],
+def request(name: str, case: str, turns: int, num_threads: int) -> dict[str, Any]:
+    """One turn of a contender."""
+    source = make_model(Path("build/llama-1b"), CONFIG).resolve()
+    return {
+        "task": "speed",
+        "model": str(source),
+        "packed": str(pack_model(Path("build/decode-1b")).resolve()),
+        "folder": str(FOLDER.resolve()),
+        "config": {**CONFIG, "rope_theta": CONFIG["rope_parameters"]["rope_theta"]},
+        "num_threads": num_threads,
+        "settings": {**CASES[case], "turns": turns, **CONTENDERS[name][1]},
     }
-    if prefills:
-        figure["prefill_tokens_per_second"] = CASES[case]["prefill"] / statistics.median(prefills)
-    return figure
+
+
+def _rates(answers: list[dict[str, Any]], case: str, measure: str) -> list[float]:
+    """Tokens/s by round."""
+    if measure == "prefill":
+        return [CASES[case]["prefill"] / answer["prefill_seconds"][0] for answer in answers]
+    return [CASES[case]["batch"] / statistics.median(answer["step_seconds"]) for answer in answers]
+
+
+def _paired(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def table(figures: list[dict[str, Any]], num_threads: int) -> dict[str, Any]:
+    """What the documentation shows."""
+    rows = []
+    for row in figures:
+        if "failed" in row:
+            rows.append([row["case"], row["contender"], "failed", "", row["failed"].splitlines()[-1][:80], ""])
+            continue
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        over = "; ".join(
+            f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+            for ratio in row.get("ours_over_it", {}).values()
+        )
+        rate, gigabytes = f"{row['tokens_per_second']:.1f}", f"{row['weight_bytes'] / 1e9:.3f}"
+        rows.append([row["case"], row["contender"], rate, over, gigabytes, versions])
+    columns = ["case", "contender", "tokens/s", "ours over it", "weights, GB", "versions"]
+    return {"title": f"1.1B Llama shape, {num_threads} threads", "columns": columns, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -91,10 +91,36 @@ def _decode(figures: Any, batch: int, context: int, cache: str) -> dict[str, Any
     )
 
 
+def _over_peers(figures: Any, case: str, ours: str, limit: float, theirs: str = "") -> Reading:
+    """Ours over the fastest of the contenders whose names begin with `theirs`, by ratios paired by round."""
+    rows = [row for row in figures if row["case"] == case and row["contender"].startswith(theirs)]
+    return at_least([row["ours_over_it"][ours]["median"] for row in rows if "ours_over_it" in row], limit)
+
+
 def _first_token(figures: Any, which: str, limit: float) -> Reading:
     steps = figures["first_token"][which]
     seconds = sum(steps[name] for name in ("load", "decoder", "first token"))
     return f"{seconds:.2f} s", seconds < limit
+
+
+def _tied_or_best(field: str, ours: str) -> Callable[[Any], Reading]:
+    """Rows of others whose paired interval, theirs minus ours, does not lie below zero."""
+
+    def read(rows: Any) -> Reading:
+        others = [row for row in rows if row["contender"] != ours]
+        kept = [row for row in others if row[field][1] >= 0]
+        return f"{len(kept)} of {len(others)}", len(kept) == len(others)
+
+    return read
+
+
+def _agreeing(kind: str, share: float) -> Callable[[Any], Reading]:
+    def read(rows: Any) -> Reading:
+        scored = [row for row in rows if row["kind"] == kind]
+        agreeing = [row for row in scored if row["agrees"]]
+        return f"{len(agreeing)} of {len(scored)}", len(agreeing) >= share * len(scored)
+
+    return read
 
 
 GOALS = (
@@ -129,6 +155,25 @@ GOALS = (
         "decode",
         lambda figures: at_least([_decode(figures, 1, 64, "16")["fraction_of_bound"]], 0.7),
     ),
+    *(
+        Goal(what, f"at least {limit}", "decode_peers", lambda f, given=given: _over_peers(f, *given))  # type: ignore[misc]
+        for what, limit, given in (
+            ("decode, one sequence, over the fastest other tool", 1.3, ("batch 1", "haversack int4", 1.3)),
+            ("decode, eight sequences, over the fastest other tool", 1.2, ("batch 8", "haversack int4", 1.2)),
+            ("prefill of 512 tokens over the fastest other tool", 1.0, ("prefill", "haversack int4", 1.0)),
+            ("the same over llama.cpp", 2.0, ("prefill", "haversack int4", 2.0, "llama.cpp")),
+            (
+                "decode after 8,192 tokens, 4-bit cache, over llama.cpp's smaller caches",
+                1.0,
+                ("context 8192", "haversack int4, 4-bit cache", 1.0, "llama.cpp Q4_0, q"),
+            ),
+            (
+                "the same, 2-bit cache",
+                1.0,
+                ("context 8192", "haversack int4, 2-bit cache", 1.0, "llama.cpp Q4_0, q"),
+            ),
+        )
+    ),
     Goal("time to first token, cold", "under 20 s", "decode", lambda f: _first_token(f, "cold", 20)),
     Goal("with the kernel cache", "under 1 s", "decode", lambda f: _first_token(f, "with the kernel cache", 1)),
     Goal(
@@ -142,6 +187,55 @@ GOALS = (
         "at most 3%",
         "prediction",
         lambda f: share_at_most([f["summary"]["tensor_95th"]], 0.03),
+    ),
+    Goal("published formulas", "exact", "published", _agreeing("formula", 1.0)),
+    Goal("published runs of torch and transformers within 10%", "at least 80%", "published", _agreeing("torch", 0.8)),
+    Goal(
+        "two ranks that share their states (FSDP2), per rank",
+        "within 5%",
+        "fsdp",
+        lambda rows: share_at_most([abs(row["error"]) for row in rows], 0.05),
+    ),
+    Goal(
+        "whole models and linears at equal bytes: others' damage lower than ours",
+        "never",
+        "weights",
+        _tied_or_best("minus_ours_95", "ours"),
+    ),
+    Goal(
+        "packing a 1.1B shape by second-order feedback, minutes",
+        "under 15",
+        "packing",
+        lambda f: at_most([f["seconds_of_the_whole"]["total"] / 60], 15),
+    ),
+    Goal(
+        "its peak over the baseline, GiB",
+        "under 3",
+        "packing",
+        lambda f: at_most([f["peak_bytes_over_baseline"] / 2**30], 3),
+    ),
+    Goal("caches at equal bytes: others' damage lower than ours", "never", "kv", _tied_or_best("minus_planner_95", "planner")),
+    Goal(
+        "peak of the cache during an 8,192-token prefill",
+        "within 3%",
+        "kv_prefill",
+        lambda rows: share_at_most([abs(row["error"]) for row in rows], 0.03),
+    ),
+    Goal(
+        "loss layer, 256,000 tokens: extra bytes over the logits'",
+        "at most 1%",
+        "loss",
+        lambda f: share_at_most([f["share_of_logits"]], 0.01),
+    ),
+    Goal("its time over torch's", "at most 1.2", "loss", lambda f: at_most([f["ratio_of_fastest"]], 1.2)),
+    *(
+        Goal(
+            f"whole step with {name} over torch's AdamW",
+            f"at most {limit}",
+            "optimizers",
+            lambda f, name=name, limit=limit: at_most([f["rows"][name]["ratio_of_step_seconds"]], limit),  # type: ignore[misc]
+        )
+        for name, limit in (("adamw8bit", 1.1), ("galore", 1.25))
     ),
     Goal(
         "runs killed at random moments and resumed: bit-equal",
@@ -158,5 +252,5 @@ def readings() -> Iterator[tuple[Goal, Reading | None]]:
         file = RESULTS / f"{goal.benchmark}.json"
         try:
             yield goal, goal.read(json.loads(file.read_text())["figures"])
-        except (FileNotFoundError, KeyError, IndexError, StopIteration, ValueError):
+        except (FileNotFoundError, KeyError, IndexError, StopIteration, ValueError, TypeError):
             yield goal, None

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "peers"
 ENVIRONMENTS = ROOT / ".peers"
+OWN = {"haversack": ROOT / "benchmarks" / "decode_turns.py"}
+"""Scripts of this project's own, asked as peers are, in this environment."""
 
 
 class PeerError(RuntimeError):
@@ -60,8 +63,60 @@ def run_peer(
             raise PeerError(f"peer {name} ended with code {process.returncode} at {request}:\n{said}")
 
 
+class PeerProcess:
+    """A process of a peer that stays between requests, so that several can take turns; to be used in a `with`."""
+
+    def __init__(self, name: str, *, num_threads: int = 2):
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory()
+        self._answer, self._log = (Path(self._folder.name) / file for file in ("answer.json", "log"))
+        command = [str(interpreter(name)), str(script(name)), "-", str(self._answer)]
+        with self._log.open("w") as output:
+            self._process = subprocess.Popen(
+                command,
+                env=environment(num_threads, name),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                text=True,
+            )
+        self._given = 0
+
+    def ask(self, request: Mapping[str, Any], *, timeout_seconds: float = 600) -> dict[str, Any]:
+        """The answer to one more request. Raises PeerError where the process failed or is too slow."""
+        assert self._process.stdin is not None
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            self._process.stdin.write(json.dumps(dict(request)) + "\n")
+            self._process.stdin.flush()
+            while time.monotonic() < deadline:
+                ended = self._process.poll() is not None
+                answers = json.loads(self._answer.read_text()) if self._answer.exists() else []
+                if len(answers) > self._given:
+                    self._given = len(answers)
+                    return answers[-1]
+                if ended:
+                    break
+                time.sleep(0.05)
+        except BrokenPipeError:
+            pass
+        said = "\n".join(self._log.read_text(errors="replace").strip().splitlines()[-15:])
+        how = "is too slow" if self._process.poll() is None else f"ended with code {self._process.returncode}"
+        raise PeerError(f"peer {self.name} {how} at {dict(request)}:\n{said}")
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
+
+
 def interpreter(name: str) -> Path:
     """The Python of a peer's environment. Raises PeerError where it was not built."""
+    if name in OWN:
+        return Path(sys.executable)
     python = ENVIRONMENTS / name / "bin" / "python"
     if not (ENVIRONMENTS / name / ".stamp").exists():
         raise PeerError(
@@ -71,14 +126,16 @@ def interpreter(name: str) -> Path:
 
 
 def script(name: str) -> Path:
-    return SCRIPTS / f"use_{name}.py"
+    return OWN[name] if name in OWN else SCRIPTS / f"use_{name}.py"
 
 
-def environment(num_threads: int) -> dict[str, str]:
+def environment(num_threads: int, name: str = "") -> dict[str, str]:
     """Environment variables of a peer's process: no network, as many threads as said, no site packages but its own."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    own = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT, SCRIPTS)))} if name in OWN else {}
     return {
         **kept,
+        **own,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(num_threads),
@@ -88,8 +145,9 @@ def environment(num_threads: int) -> dict[str, str]:
 
 
 def fingerprint(name: str) -> str:
-    """Changes with the peer's script, what the scripts share, and its pinned versions."""
+    """Changes with the peer's script, what the scripts share, and its pinned versions; this project's own, with its code."""
     digest = hashlib.sha256()
-    for path in (script(name), SCRIPTS / "exchange.py", SCRIPTS / f"{name}.txt"):
+    pins = sorted((ROOT / "src").rglob("*.py")) if name in OWN else [SCRIPTS / f"{name}.txt"]
+    for path in (script(name), SCRIPTS / "exchange.py", SCRIPTS / "decoding.py", *pins):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

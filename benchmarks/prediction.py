@@ -1,8 +1,9 @@
 """Random training and tuning configurations, predicted before anything is built, against fresh processes.
 
-`python -m benchmarks.prediction [NUMBER] [FOLDER] [FIRST]` resumes where it stopped: each configuration leaves one line in
-FOLDER/prediction.jsonl, so that several such commands, each beginning elsewhere, share the work. The tensor peak is measured by torch's profiler; the process's by the operating system, in a second
-process, where the model's own bytes are at least three times the import baseline.
+`python -m benchmarks.prediction` resumes where it stopped: each configuration leaves one line in `build/prediction/prediction.jsonl`, the last one of a seed
+counts. `--seeds 25,32` runs these again; several such commands share the work. The tensor peak is measured by torch's profiler; the process's by the
+operating system, in a second process, where the model's own bytes are at least three times the import baseline. Few of the 200 are so large, so that seeds from
+1,000 on draw large ones alone, of which only the process is measured.
 
 A fresh process is a fork of one that has imported torch and transformers and started no thread, so that hundreds of
 configurations don't import them hundreds of times; what it holds when it begins is its baseline.
@@ -10,14 +11,14 @@ configurations don't import them hundreds of times; what it holds when it begins
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
 import statistics
-import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from haversack.errors import HaversackError
 
 SIZES = ((128, 4, 2), (256, 4, 4), (384, 6, 6), (512, 8, 8), (768, 12, 12))
 """Hidden size, heads and layers; the last, with its vocabulary, is some 150 million parameters."""
+
+FOLDER = Path("build/prediction")
+
+NUMBER, FIRST_LARGE, NUMBER_LARGE = 200, 1000, 24
 
 BIG_PARAMETERS = 60_000_000
 LIMIT_TOKENS, LIMIT_BIG_TOKENS = 1024, 128
@@ -53,9 +58,10 @@ def draw(seed: int) -> tuple[dict[str, Any], TrainingWorkload]:
             "mixtral",
         ]
     )
-    hidden, heads, layers = r.choices(SIZES, weights=(3, 3, 3, 2, 1))[0]
+    large = seed >= FIRST_LARGE
+    hidden, heads, layers = r.choices(SIZES, weights=(0, 0, 0, 0, 1) if large else (3, 3, 3, 2, 1))[0]
     layers = max(2, layers + r.choice((-1, 0, 1)))
-    vocabulary = r.choice((2000, 8000, 32000, 50257))
+    vocabulary = r.choice((32000, 50257) if large else (2000, 8000, 32000, 50257))
     config = {
         "model_type": family,
         "hidden_size": hidden,
@@ -88,7 +94,7 @@ def draw(seed: int) -> tuple[dict[str, Any], TrainingWorkload]:
         "recompute": r.choice(("none", "none", "full")),
         "attention": "eager" if family == "gemma2" else r.choice(("sdpa", "eager")),
     }
-    task = r.choice(("train", "tune full", "lora", "lora", "qlora"))
+    task = r.choice(("train", "tune full", "lora", "lora", "qlora")[: 2 if large else 5])
     if task in ("train", "tune full") and r.random() < 0.25:
         common["precision"] = "master"
     if task == "train":
@@ -134,10 +140,11 @@ def run_case(seed: int) -> dict[str, Any]:
     row["predicted"] = {"tensor_peak_bytes": cost.tensor_peak_bytes, "point": cost.ledger().peak()[0]}
     row["predicted"]["points"] = {p: cost.ledger().total_bytes(p) for p in cost.ledger().timeline}
     row["predicting_cpu_seconds"] = time.process_time() - began
-    tensors = in_fresh_process(lambda: measure_tensors(config, workload))
-    peak = max(tensors["tensor_peaks"].values())
-    row["measured"] = tensors
-    row["tensor_error"] = cost.tensor_peak_bytes / peak - 1
+    if seed < FIRST_LARGE:
+        tensors = in_fresh_process(lambda: measure_tensors(config, workload))
+        peak = max(tensors["tensor_peaks"].values())
+        row["measured"] = tensors
+        row["tensor_error"] = cost.tensor_peak_bytes / peak - 1
     own = sum(cost.staying.values()) + cost.trace.gradient_bytes
     if own >= 3 * 250 * 2**20:  # close to three baselines: measured, and judged by its own baseline later
         process = in_fresh_process(lambda: measure_process(config, workload))
@@ -177,15 +184,15 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def main(number: int, folder: Path, first: int = 0) -> None:
+def main(seeds: Sequence[int] | None) -> None:
     import torch
     import transformers.models.auto.modeling_auto  # noqa: F401
 
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "prediction.jsonl"
-    for seed in range(first, number):
-        if seed in {row["seed"] for row in _rows(file)}:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file = FOLDER / "prediction.jsonl"
+    for seed in seeds or (*range(NUMBER), *range(FIRST_LARGE, FIRST_LARGE + NUMBER_LARGE)):
+        if seeds is None and seed in {row["seed"] for row in _rows(file)}:
             continue
         try:
             row = run_case(seed)
@@ -197,12 +204,11 @@ def main(number: int, folder: Path, first: int = 0) -> None:
     rows = [row for _, row in sorted({row["seed"]: row for row in _rows(file)}.items())]
     figures = {"summary": summarise(rows), "rows": rows}
     print(json.dumps(figures["summary"], indent=1))
-    print(write_results("prediction", figures))
+    if seeds is None:
+        print(write_results("prediction", figures))
 
 
 if __name__ == "__main__":
-    main(
-        int(sys.argv[1]) if len(sys.argv) > 1 else 200,
-        Path(sys.argv[2] if len(sys.argv) > 2 else "build/prediction"),
-        int(sys.argv[3]) if len(sys.argv) > 3 else 0,
-    )
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    main(parser.parse_args().seeds)

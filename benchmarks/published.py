@@ -92,6 +92,7 @@ def passing_bytes(model: Model, num_tokens: int) -> int:
     skeleton: Any = build_skeleton(model.config, model.name).to(torch.bfloat16)
     ids = torch.zeros(1, num_tokens, dtype=torch.int64, device="meta")
     with torch.no_grad(), LiveBytes() as live:
+        live.leave_out([*skeleton.parameters(), *skeleton.buffers()])
         skeleton(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return live.peak_bytes
 

@@ -308,8 +308,12 @@ def _goals() -> list[str]:
     sys.path.pop(0)
     rows = ["| goal | aim | measured | reached | benchmark |", "|---|---|---|---|---|"]
     for goal, reading in readings():
-        measured, reached = ("not yet", "") if reading is None else (reading[0], "yes" if reading[1] else "**no**")
-        rows.append(_markdown((goal.what, goal.aim, measured, reached, f"[{goal.benchmark}](#{goal.benchmark})")))
+        if reading is None:
+            rows.append(_markdown((goal.what, goal.aim, "not yet", "", goal.benchmark)))
+            continue
+        measured, reached = reading
+        link = f"[{goal.benchmark}](#{goal.benchmark})"
+        rows.append(_markdown((goal.what, goal.aim, measured, "yes" if reached else "**no**", link)))
     return rows
 
 

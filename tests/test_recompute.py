@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tests.describe.families import FAMILIES
 from haversack.cost.training import training_cost
 from haversack.cost.training_seconds import layer_work
 from haversack.describe.model import describe_model
-from haversack.describe.workload import TrainWorkload, name_layers, recomputed_layers
+from haversack.describe.workload import TrainWorkload, TuneWorkload, name_layers, recomputed_layers
 from haversack.engine.recompute import RecomputeLayers
 from haversack.engine.training_step import TrainingStep
 from haversack.errors import UsageError
@@ -64,6 +65,15 @@ def test_the_choice_keeps_its_peak_in_the_real_step() -> None:
     whole = choose_recomputation(model, WORKLOAD, kept)
     assert whole is not None and whole[0] == WORKLOAD
     assert choose_recomputation(model, WORKLOAD, kept // 10) is None
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_beside_a_frozen_embedding(method: str) -> None:
+    """Its backward pass is there only where the first layer recomputes."""
+    model, workload = describe_model(CONFIG), TuneWorkload(4, 48, method=method, lora_rank=4)
+    kept, again = (training_cost(model, replace(workload, recompute=r)) for r in ("none", "full"))
+    found = choose_recomputation(model, workload, (kept.tensor_peak_bytes + again.tensor_peak_bytes) // 2)
+    assert found is not None and 0 < len(recomputed_layers(found[0].recompute, 5)) < 5
 
 
 def test_the_same_result_to_the_bit() -> None:

@@ -12,11 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def serve(tasks, packages):
     """Answer the requests named on the command line, each by the function of its task: a list in, a list out, written after
-    each, so that what is done is kept if a later one fails."""
-    requests = json.loads(Path(sys.argv[1]).read_text())
+    each, so that what is done is kept if a later one fails. With `-` for the requests, they come as lines on standard input, and
+    each is answered before the next is read: processes can so take turns."""
     versions = {name: importlib.metadata.version(name) for name in packages}
     answers = []
-    for request in requests:
+    for request in map(json.loads, sys.stdin) if sys.argv[1] == "-" else json.loads(Path(sys.argv[1]).read_text()):
         started = time.perf_counter()
         answer = tasks[request["task"]](request)
         answers.append({**answer, "seconds": time.perf_counter() - started, "versions": versions})

@@ -1,12 +1,14 @@
 """llama.cpp through llama-cpp-python: decoding speed of random weights in its own formats, and caches of its own types.
 
-Task "speed": format ("Q4_0", "Q4_K_M" or "F16"), kv ("f16", "q8_0" or "q4_0"), batch, context (tokens in the cache before decoding), tokens.
+Task "speed": format ("Q4_0", "Q4_K_M" or "F16"), kv ("f16", "q8_0" or "q4_0"), batch, context (tokens in the cache before decoding), prefill, tokens and
+turns (room is made for so many).
 """
 
 import ctypes
 import time
 from pathlib import Path
 
+from decoding import turns
 from exchange import serve
 
 LONG_CONTEXT = 1024
@@ -25,8 +27,8 @@ MATRICES = {
 def write_model(config, form, path):
     """A GGUF file of random weights in a Llama's shape; the same matrices for every format."""
     import gguf
-    import llama_cpp
     import numpy as np
+    from llama_cpp import _ggml
 
     kinds = gguf.GGMLQuantizationType
     hidden, feed, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -39,7 +41,7 @@ def write_model(config, form, path):
         "up": (feed, hidden),
         "down": (hidden, feed),
     }
-    quantize = llama_cpp.llama_cpp._ggml.libggml.ggml_quantize_chunk
+    quantize = _ggml.libggml.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     rng = np.random.default_rng(0)
@@ -99,7 +101,7 @@ def write_model(config, form, path):
     writer.close()
 
 
-def speed(request):
+def prepare(request):
     import llama_cpp as api
     import numpy as np
 
@@ -116,7 +118,7 @@ def speed(request):
     model_params = api.llama_model_default_params()
     model = api.llama_model_load_from_file(str(path).encode(), model_params)
     params = api.llama_context_default_params()
-    params.n_ctx = batch * (max(context, settings["prefill"]) + tokens + 8)
+    params.n_ctx = batch * (max(context, settings["prefill"]) + settings["turns"] * tokens + 8)
     params.n_batch = params.n_ubatch = 512
     params.n_seq_max = batch
     params.n_threads = params.n_threads_batch = request["num_threads"]
@@ -146,16 +148,15 @@ def speed(request):
             rows[-1] = (*rows[-1][:3], 1)
             decode(rows)
 
-    prefill = []
     memory = api.llama_get_memory(runner)
-    for _ in range(settings["repeats"] if settings["prefill"] else 0):
-        api.llama_memory_clear(memory, True)
-        started = time.perf_counter()
-        fill(0, settings["prefill"])
-        prefill.append(time.perf_counter() - started)
-    api.llama_memory_clear(memory, True)
     saved = path.with_name(f"{settings['format']}-{settings['kv']}-{context}.state")
-    if context > LONG_CONTEXT and batch == 1:
+    state = {"position": -1}
+
+    def fill_context():
+        if context <= LONG_CONTEXT or batch > 1:
+            for sequence in range(batch):
+                fill(sequence, context)
+            return
         # Reading thousands of tokens takes minutes, and timed runs are kept short: the cache is kept in a file.
         ids = (api.llama_token * context)()
         count = ctypes.c_size_t()
@@ -167,18 +168,28 @@ def speed(request):
             partial = saved.with_suffix(".partial")
             assert api.llama_state_seq_save_file(runner, str(partial).encode(), 0, ids, context), "no state was saved"
             partial.rename(saved)
-    else:
-        for sequence in range(batch):
-            fill(sequence, context)
-    steps = []
-    for step in range(tokens):
-        ids = rng.integers(5, config["vocab_size"], batch).tolist()
-        started = time.perf_counter()
-        decode([(t, context + step, sequence, 1) for sequence, t in enumerate(ids)])
-        steps.append(time.perf_counter() - started)
-    return {
-        "step_seconds": steps,
-        "prefill_seconds": prefill,
+
+    def turn():
+        prefill, steps = [], []
+        if settings["prefill"]:  # in the cache's own place: the context is read again
+            api.llama_memory_clear(memory, True)
+            started = time.perf_counter()
+            fill(0, settings["prefill"])
+            prefill.append(time.perf_counter() - started)
+            api.llama_memory_clear(memory, True)
+            state["position"] = -1
+        if state["position"] < 0:
+            fill_context()
+            state["position"] = context
+        for _ in range(tokens):
+            ids = rng.integers(5, config["vocab_size"], batch).tolist()
+            started = time.perf_counter()
+            decode([(t, state["position"], sequence, 1) for sequence, t in enumerate(ids)])
+            steps.append(time.perf_counter() - started)
+            state["position"] += 1
+        return {"step_seconds": steps, "prefill_seconds": prefill}
+
+    return turn, {
         "weight_bytes": int(api.llama_model_size(model)),
         "cache_tokens": int(params.n_ctx),
         "system_info": api.llama_print_system_info().decode(),
@@ -192,4 +203,4 @@ def describe(request):
 
 
 if __name__ == "__main__":
-    serve({"speed": speed, "describe": describe}, ["llama-cpp-python", "gguf"])
+    serve({"speed": turns(prepare), "describe": describe}, ["llama-cpp-python", "gguf"])

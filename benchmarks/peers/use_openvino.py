@@ -1,15 +1,15 @@
 """OpenVINO: a transformers model exported and compressed to 4 bits, run by its own runtime.
 
-Task "speed": format ("int4": symmetric groups of 128, every layer), batch, context, prefill, tokens, repeats.
+Task "speed": format ("int4": symmetric groups of 128, every layer), batch, context, prefill, tokens.
 """
 
 from pathlib import Path
 
-from decoding import seconds
+from decoding import timed_turns, turns
 from exchange import serve
 
 
-def speed(request):
+def prepare(request):
     import numpy as np
     import openvino as ov
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
@@ -36,8 +36,8 @@ def speed(request):
             feed["beam_idx"] = np.arange(batch, dtype=np.int32)
         runner.infer({name: value for name, value in feed.items() if name in inputs})
 
-    times = seconds(step, runner.reset_state, settings, request["config"]["vocab_size"])
-    return {**times, "weight_bytes": (folder / "openvino_model.bin").stat().st_size}
+    turn = timed_turns(step, runner.reset_state, settings, request["config"]["vocab_size"])
+    return turn, {"weight_bytes": (folder / "openvino_model.bin").stat().st_size}
 
 
-serve({"speed": speed}, ["openvino", "nncf", "optimum-intel", "transformers"])
+serve({"speed": turns(prepare)}, ["openvino", "nncf", "optimum-intel", "transformers"])

@@ -1,13 +1,13 @@
 """torchao: weights in 4 or 8 bits inside a transformers model, on a CPU.
 
-Task "speed": format ("int4", its prototype for CPUs, groups of 128 with bfloat16 activations, or "int8"); batch, context, prefill, tokens, repeats.
+Task "speed": format ("int4", its prototype for CPUs, groups of 128 with bfloat16 activations, or "int8"); batch, context, prefill, tokens.
 """
 
-from decoding import seconds
+from decoding import timed_turns, turns
 from exchange import serve
 
 
-def speed(request):
+def prepare(request):
     import torch
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     from transformers import AutoModelForCausalLM, DynamicCache
@@ -25,8 +25,8 @@ def speed(request):
     def step(ids, cache, start):
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    times = seconds(step, lambda: DynamicCache(config=model.config), settings, model.config.vocab_size)
-    return {**times, "weight_bytes": sum(map(stored_bytes, model.parameters()))}
+    turn = timed_turns(step, lambda: DynamicCache(config=model.config), settings, model.config.vocab_size)
+    return turn, {"weight_bytes": sum(map(stored_bytes, model.parameters()))}
 
 
 def stored_bytes(tensor):
@@ -35,4 +35,4 @@ def stored_bytes(tensor):
     return sum(stored_bytes(getattr(tensor, name)) for name in names) if names else tensor.nbytes
 
 
-serve({"speed": speed}, ["torchao", "transformers", "torch"])
+serve({"speed": turns(prepare)}, ["torchao", "transformers", "torch"])

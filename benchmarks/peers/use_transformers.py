@@ -1,6 +1,6 @@
 """transformers as it is: decoding in bfloat16, and its quantized cache.
 
-Task "speed": batch, context, prefill, tokens, repeats. Task "kv": backend ("quanto" or "hqq"), bits, group_size, recent (tokens left as they are), probes.
+Task "speed": batch, context, prefill, tokens. Task "kv": backend ("quanto" or "hqq"), bits, group_size, recent (tokens left as they are), probes.
 """
 
 import contextlib
@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 from cached_answers import compare, distinct_bytes
-from decoding import seconds
+from decoding import timed_turns, turns
 from exchange import serve
 
 
-def speed(request):
+def prepare(request):
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -22,8 +22,8 @@ def speed(request):
     def step(ids, cache, start):
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    times = seconds(step, lambda: DynamicCache(config=model.config), request["settings"], model.config.vocab_size)
-    return {**times, "weight_bytes": sum(parameter.nbytes for parameter in model.parameters())}
+    turn = timed_turns(step, lambda: DynamicCache(config=model.config), request["settings"], model.config.vocab_size)
+    return turn, {"weight_bytes": sum(parameter.nbytes for parameter in model.parameters())}
 
 
 def kv(request):
@@ -67,4 +67,4 @@ def stored(of):
         yield from stored(vars(of))
 
 
-serve({"speed": speed, "kv": kv}, ["transformers", "torch", "optimum-quanto", "hqq"])
+serve({"speed": turns(prepare), "kv": kv}, ["transformers", "torch", "optimum-quanto", "hqq"])

@@ -111,9 +111,9 @@ def test_missing_folders_configs_and_ids(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelNotFoundError, match="adapter"):
         describe_model(tmp_path)
-    (tmp_path / "weights.gguf").write_text("")
+    (tmp_path / "weights.onnx").write_text("")
     with pytest.raises(ModelNotFoundError, match="is a file"):
-        describe_model(tmp_path / "weights.gguf")
+        describe_model(tmp_path / "weights.onnx")
     with pytest.raises(UsageError, match="name one"):
         describe_model("owner/name@a", revision="b")
 

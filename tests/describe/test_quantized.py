@@ -34,7 +34,13 @@ LAYOUTS = {
     "gptq 3": (gptq, {**GPTQ, "bits": 3}, {"bits": 3, "symmetric": False}, StoredGrid(3, 64, False)),
     "gptq 8": (gptq, {**GPTQ, "bits": 8}, {"bits": 8}, StoredGrid(8, 64, True)),
     "gptq, activation order": (gptq, {**GPTQ, "desc_act": True}, {"mixed": True}, None),
-    "gptq, groups of 32": (gptq, {**GPTQ, "group_size": 32}, {"group_size": 32}, None),
+    "gptq, groups of 32": (gptq, {**GPTQ, "group_size": 32}, {"group_size": 32}, StoredGrid(4, 32, True)),
+    "gptq, zero points in groups of 32": (
+        gptq,
+        {**GPTQ, "group_size": 32},
+        {"group_size": 32, "symmetric": False},
+        None,
+    ),
     "awq": (awq, AWQ, {"symmetric": False}, StoredGrid(4, 64, False)),
     "packed 3": (packed_integers, PACKED, {"bits": 3, "symmetric": False}, StoredGrid(3, 64, False)),
     "packed 5": (packed_integers, PACKED, {"bits": 5}, None),
@@ -127,6 +133,30 @@ def test_codes_are_planned_and_packed_as_stored_without_loss(tmp_path: Path) -> 
         tensors = {name: Checkpoint.open(t.file).read(t.name) for name, t in stored.items()}
         dense = option.dense(tensors, site.out_features, site.in_features)
         assert torch.equal(dense, matrices[f"{site.module}.{site.parameter}"].weight.float())
+
+
+def test_whole_models_and_streamed_layers_compute_with_the_same_matrices(tmp_path: Path) -> None:
+    """By transformers without any package for GPTQ: its own code, and matrices that are read here."""
+    from transformers import AutoModelForCausalLM
+
+    from haversack.describe.hub import read_config
+    from haversack.engine.whole import load_whole
+
+    matrices = save_quantized(tmp_path / "m", gptq, GPTQ, mixed=True)
+    tensors = {k: v for k, v in load_file(tmp_path / "m" / "model.safetensors").items() if "_proj" not in k}
+    config = read_config(tmp_path / "m" / "config.json")
+    del config["quantization_config"]
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+    dense = {name: m.weight.float().half() for name, m in matrices.items()}
+    save_file({**tensors, **dense}, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(70, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = load_whole(describe_model(tmp_path / "m"), dtype=torch.float32, attention="eager")(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", dtype=torch.float32, attn_implementation="eager"
+        )
+        assert torch.equal(found, plain(ids).logits)
 
 
 def _broken(change: Callable[[dict], None], tmp_path: Path, pack=gptq, quantization: dict = GPTQ) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +16,9 @@ from tests.describe.families import FAMILIES
 
 from haversack.describe.model import describe_model
 from haversack.describe.workload import TrainWorkload
-from haversack.engine.saved_activations import GROUP, SaveInEightBits, pack
+from haversack.engine.saved_activations import GROUP, ActivationFile, SaveInEightBits, SaveOnDisk, pack
 from haversack.engine.training_trace import compose, trace_training
-from haversack.errors import UsageError
+from haversack.errors import OutputError, UsageError
 from haversack.jobs.training_run import open_model
 
 CONFIG: dict[str, Any] = {**FAMILIES["llama"], "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
@@ -35,14 +39,13 @@ def test_no_number_is_off_by_more_than_half_a_step(rows: int, width: int, scale:
     assert bool((error.view(groups.shape).amax(-1) <= 0.51 * step + 1e-6 * groups.abs().amax(-1)).all())
 
 
-def gradients(eight_bits: bool, family: dict[str, Any]) -> tuple[float, torch.Tensor]:
+def gradients(family: dict[str, Any], keep: Callable[[Any], object] = lambda model: None) -> tuple[float, torch.Tensor]:
     """Loss and all gradients."""
     model = open_model(
         describe_model(family), torch.float32, "eager"
     ).train()  # attention's probabilities are kept, too
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
-    if eight_bits:
-        SaveInEightBits(model)
+    keep(model)
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return float(loss.detach()), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -50,11 +53,39 @@ def gradients(eight_bits: bool, family: dict[str, Any]) -> tuple[float, torch.Te
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_the_forward_pass_is_exact_and_gradients_are_near(family: str) -> None:
-    loss, exact = gradients(False, FAMILIES[family])
-    rounded_loss, rounded = gradients(True, FAMILIES[family])
+    loss, exact = gradients(FAMILIES[family])
+    rounded_loss, rounded = gradients(FAMILIES[family], SaveInEightBits)
     assert rounded_loss == loss
     error = float((rounded - exact).norm() / exact.norm())
     assert 0 < error < 0.02, error  # 8 bits of each number: some thousandths
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_from_a_file_everything_comes_back_as_it_was(family: str, tmp_path: Path) -> None:
+    files: list[SaveOnDisk] = []
+    loss, exact = gradients(FAMILIES[family])
+    found_loss, found = gradients(FAMILIES[family], lambda model: files.append(SaveOnDisk(model, tmp_path)))
+    assert found_loss == loss and torch.equal(found, exact)
+    assert files[0].file.end_bytes > 0 and not list(tmp_path.iterdir())  # a file without a name
+
+
+def test_a_file_is_used_again_when_nothing_of_it_is_needed(tmp_path: Path) -> None:
+    file = ActivationFile(tmp_path)
+    one, other = file.keep(torch.arange(5.0)), file.keep(torch.ones(3, 2, dtype=torch.bfloat16))
+    assert one.unpack().tolist() == [0, 1, 2, 3, 4] and other.unpack().tolist() == [[1, 1]] * 3
+    assert other.start == 20
+    del one, other
+    assert file.keep(torch.zeros(1)).start == 0
+
+
+def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = ActivationFile(tmp_path)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OutputError, match="free some space"):
+        file.keep(torch.zeros(4))
 
 
 def test_the_model_is_given_back() -> None:
@@ -71,9 +102,9 @@ def test_a_plan_knows_the_bytes_and_what_cannot_be() -> None:
             m.owners.get("activations", 0)
             for m in compose(trace_training(described, TrainWorkload(4, 64, precision="fp32", saved=saved)))
         )
-        for saved in ("exact", "8bit")
+        for saved in ("exact", "8bit", "disk")
     }
-    assert kept["8bit"] < 0.45 * kept["exact"], kept
+    assert kept["8bit"] < 0.45 * kept["exact"] and kept["disk"] < 0.2 * kept["exact"], kept
     with pytest.raises(UsageError, match="saved is '4bit'"):
         TrainWorkload(1, 8, saved="4bit")
     with pytest.raises(UsageError, match="autocast"):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from tests.engine.tiny import tiny_config
 
+from haversack.cost.as_stored import stored_options
 from haversack.cost.damage import NONE
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.gguf_file import GgufFile
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.site import WeightSite
@@ -30,6 +32,7 @@ from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.plan.make import make_plan
 from haversack.plan.question import Question
+from haversack.plan.schema import Plan
 
 NEAREST = NearestRounding()
 
@@ -66,17 +69,21 @@ def packed_folder(folder: Path, family: str, choose: Callable[[WeightSite], Weig
                 parameter.copy_(torch.randn(parameter.shape) / 8)
     model.save_pretrained(folder / "model")
     described = describe_model(folder / "model")
+    pack(described, planned(described, choose), folder / "packed")
+    return described, folder / "packed"
+
+
+def planned(model: Model, choose: Callable[[WeightSite], WeightOption]) -> Plan:
     question = Question(
-        model=described,
+        model=model,
         workload=ServeWorkload(24, 9),
         machine=Machine("test", 2, 2**33, 2**33),
         budget_bytes=2**33,
         budget_kind="tensor",
-        weight_damages={site.id: {choose(site): NONE} for site in described.weights},
-        kv_damages={site.id: {KVOption(): NONE} for site in described.attention},
+        weight_damages={site.id: {choose(site): NONE} for site in model.weights},
+        kv_damages={site.id: {KVOption(): NONE} for site in model.attention},
     )
-    pack(described, make_plan(question).require_fit(), folder / "packed")
-    return described, folder / "packed"
+    return make_plan(question).require_fit()
 
 
 def matrices(packed: Path) -> dict[str, torch.Tensor]:
@@ -176,6 +183,45 @@ def test_a_gguf_file_is_planned_with_its_own_bytes(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="not there any more"):
         Checkpoint.open(model.folder)  # type: ignore[arg-type]
     assert describe_model(moved).num_bytes == model.num_bytes
+
+
+def test_blocks_of_a_gguf_file_are_kept_bit_for_bit(tmp_path: Path) -> None:
+    """Also where llama.cpp has rows in pairs: packed as stored and exported again, the blocks are the same bytes."""
+    _, packed = packed_folder(tmp_path, "llama", by_role)
+    export(packed, tmp_path / "out.gguf", "gguf")
+    model = describe_model(tmp_path / "out.gguf")
+    options = stored_options(model)
+    kept = {"query", "output", "up"} | {"key"}
+    assert {site.role for site in model.weights if site.id in options} == kept  # those in Q4_0
+    pack(model, planned(model, lambda site: options.get(site.id, AS_IS)), tmp_path / "again")
+    done = export(tmp_path / "again", tmp_path / "again.gguf", "gguf")
+    assert {change.now.partition(" (")[0] for change in done.changes} == {"the same values in Q4_0"}
+    first, second = GgufFile.open(tmp_path / "out.gguf"), GgufFile.open(tmp_path / "again.gguf")
+    for name, tensor in first.tensors.items():
+        if tensor.block.name == "Q4_0":
+            other = second.tensors[name]
+            assert (
+                first.path.read_bytes()[tensor.start : tensor.stop]
+                == second.path.read_bytes()[other.start : other.stop]
+            )
+
+
+def test_a_tokenizer_beside_a_gguf_file_is_taken_where_it_is_the_files_own(tmp_path: Path) -> None:
+    _, packed = packed_folder(tmp_path, "llama", by_role)
+    model = {"type": "BPE", "vocab": {chr(65 + i): i for i in range(20)}, "merges": []}
+    text = json.dumps({"model": model, "pre_tokenizer": {"type": "ByteLevel", "use_regex": True}, "added_tokens": []})
+    (packed / "tokenizer.json").write_text(text)
+    assert export(packed, tmp_path / "own" / "m.gguf", "gguf").notes == ()
+    (tmp_path / "own" / "tokenizer.json").write_text(text)
+    home = describe_model(tmp_path / "own" / "m.gguf").folder
+    assert home is not None and (home / "tokenizer.json").read_text() == text
+    other = text.replace('"B": 1', '"B": 2').replace('"C": 2', '"C": 1')
+    export(packed, tmp_path / "other" / "m.gguf", "gguf")
+    (tmp_path / "other" / "tokenizer.json").write_text(other)
+    home = describe_model(tmp_path / "other" / "m.gguf").folder
+    assert home is not None and (
+        not (home / "tokenizer.json").exists() or (home / "tokenizer.json").read_text() != other
+    )
 
 
 def test_rows_of_blocks_are_cut_where_heads_are(tmp_path: Path) -> None:

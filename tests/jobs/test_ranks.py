@@ -74,8 +74,8 @@ def test_two_processes_give_the_losses_of_one_and_one_goes_on_from_two(tmp_path:
     deadline = time.monotonic() + 300
     while not list(checkpoints.glob("step-????????")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for one in [process, *psutil.Process(process.pid).children(recursive=True)]:
-        one.kill()
+    for running in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        running.kill()
     process.communicate()
     assert not (tmp_path / "broken" / "result.json").exists()
     saved = sorted(path for path in checkpoints.glob("step-????????"))

@@ -103,6 +103,7 @@ def _same_bits(one: Path, other: Path) -> bool:
         {"method": "lora", "lora_rank": 2},
         {"method": "qlora", "lora_rank": 2, "precision": "autocast"},
         {"method": "paca", "lora_rank": 4},
+        {"method": "side"},
     ],
     ids=lambda w: "-".join(map(str, w.values())) or "master",
 )
@@ -119,6 +120,7 @@ def test_a_stopped_run_gives_the_bits_of_an_unbroken_one(request_of: Any, worklo
     assert _same_bits(whole.folder / last, broken.folder / last)
     lora = workload.get("method") in ("lora", "qlora")
     name = "adapter/adapter_model.safetensors" if lora else "model/model.safetensors"
+    name = "side/side_network.safetensors" if workload.get("method") == "side" else name
     assert _same_bits(whole.folder / name, broken.folder / name)
 
 

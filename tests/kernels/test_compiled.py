@@ -141,6 +141,16 @@ def test_many_rows_over_many_threads_are_each_written_once():
     assert torch.equal(*results) and error_of(results[0], x, case) < TOLERANCE[torch.float32]
 
 
+def test_wide_matrices_take_more_rows_at_a_time():
+    """Where a round's activations leave the first cache; 5 tokens are two rounds, 11 rows no whole block."""
+    case = make_case(11, 13000, 4, 128, True)
+    x = make_input(5, 13000, torch.bfloat16)
+    for scheme in (s for s in SCHEMES if s.activation_bits == 16 and HOST.has(*s.features)):
+        kernel = compiled.matvec(case.fmt, 5, torch.bfloat16, scheme, HOST)
+        assert kernel.case.block_rows == 4
+        assert error_of(kernel(x, case.codes, case.scales, case.zeros), x, case) < TOLERANCE[torch.bfloat16]
+
+
 def test_special_values_stay_special():
     """NaN and infinity in the activations reach the result; they are not rounded to numbers."""
     case = make_case(4, 128, 4, 128, True)

@@ -28,6 +28,8 @@ from haversack.parts.weights.nearest import NearestRounding
 from haversack.parts.weights.outliers import SparseOutliers
 from haversack.parts.weights.sign_planes import SignPlanes
 from haversack.parts.weights.trellis import TrellisGrid
+from haversack.parts.weights.vector import VectorGrid
+from haversack.parts.weights.vector_feedback import VectorFeedback
 from haversack.recipes.base import all_recipes
 
 DTYPE_NAMES = {
@@ -73,6 +75,11 @@ OPTIONS += [
     WeightOption(TrellisGrid(2), BeamFeedback(4, delay=5), (HadamardRotation(3),)),
     WeightOption(IntegerGrid(3, 64, False), BeamFeedback(4)),
     WeightOption(CodebookGrid("nf4", 64), BeamFeedback(2)),
+]
+OPTIONS += [
+    WeightOption(VectorGrid(4), VectorFeedback()),
+    WeightOption(VectorGrid(2, 32, "s6"), VectorFeedback(turns=1)),
+    WeightOption(VectorGrid(4, 0), NearestRounding(), ROTATION),
 ]
 CORRECTED = [
     WeightOption(IntegerGrid(2, 64), NearestRounding(), (ActivationScale(5),)),
@@ -280,6 +287,7 @@ BAD = [
     (HessianFeedback, "static_groups", False), (CodebookGrid, "values", "nf5"), (CodebookGrid, "group_size", 48),
     (TrellisGrid, "bits", 8), (TrellisGrid, "group_size", 8), (TrellisGrid, "scales", "u4"),
     (BeamFeedback, "beams", 0), (BeamFeedback, "delay", 31), (BeamFeedback, "damping", 2.0),
+    (VectorGrid, "length", 3), (VectorGrid, "group_size", 8), (VectorFeedback, "damping", 0.0), (VectorFeedback, "turns", 0),
     (HadamardRotation, "seed", -1), (LowRankCorrection, "rank", 0), (LowRankCorrection, "rounds", 17),
     (SignPlanes, "bits", 9), (SignPlanes, "bases", 1), (SignPlanes, "group_size", 0), (SignPlanes, "activation_bits", 4),
     (SparseOutliers, "share", 0.2), (ActivationScale, "num_powers", 1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
@@ -699,3 +707,34 @@ def test_outliers_are_kept_and_the_rest_gains():
     assert (tensors["correct0.values"] == 1).sum() >= 72  # a greedy choice leaves a few
     plain = dataclasses.replace(kept, corrections=())
     assert loss_of(kept, task) < 0.3 * loss_of(plain, task)
+
+
+@pytest.mark.parametrize("shape", [(40, 128), (24, 130)])
+def test_vectors_are_read_back_as_they_were_chosen_and_feedback_serves_the_output(shape):
+    task = task_of(shape, seed=5)
+    grid = VectorGrid(4, 64)
+    codes, scales = VectorFeedback().round(task, grid)
+    stored = grid.pack(codes, scales)
+    padded = grid.padded_features(shape[1])
+    values = stored["vectors"].float()[stored["codes"].long()].view(shape[0], padded)
+    values *= stored["scales"].float().repeat_interleave(64, 1)
+    assert torch.equal(values[:, : shape[1]], grid.dequantize(codes, scales))
+    assert torch.equal(grid.rows(torch.tensor([3, 0]), stored, shape[1]), values[[3, 0], : shape[1]])
+    nearest, fitted = NearestRounding().round(task, grid)
+    errors = [
+        damage(grid.dequantize(*found) - task.weight, task.hessian) for found in ((codes, scales), (nearest, fitted))
+    ]
+    assert errors[0] < 0.7 * errors[1]
+    with pytest.raises(UsageError, match="vector codes, not integer"):
+        VectorFeedback().round(task, IntegerGrid(2, 64))
+
+
+def test_vectors_lose_less_than_scalar_codes_of_as_many_bits():
+    """On normal weights; a codebook of 4 kB is small beside them."""
+    weight = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
+
+    def error(grid) -> float:
+        scales = grid.fit(weight)
+        return float((grid.dequantize(grid.quantize(weight, scales), scales) - weight).square().mean())
+
+    assert error(VectorGrid(4, 0)) < 0.92 * error(CodebookGrid("max2", 0)) < 0.92 * 0.125

@@ -123,6 +123,49 @@ def test_what_the_assistant_says_is_trained_on(tmp_path: Path, tokenizer: Any) -
     assert "no message of the role 'assistant'" in _bad(tmp_path)[2]
 
 
+def test_pairs_are_two_samples_of_which_the_answers_count(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "one two", "chosen": " three", "rejected": " six of them"},
+        {"prompt": "one two", "chosen": " three", "rejected": " three"},
+        {"prompt": "one two", "chosen": " three", "rejected": " "},
+        {"prompt": "one two", "chosen": " three"},
+        {"prompt": "one", "chosen": " word" * 40, "rejected": " b"},
+        {"chosen": "no prompt", "rejected": " at all"},
+        {"prompt": "four", "chosen": " five", "rejected": " nine"},
+    ]
+    store = _store(tmp_path, tokenizer, "rows.jsonl", "\n".join(map(json.dumps, rows)), max_tokens=40)
+    assert store.is_pairs and store.num_samples == 2 and len(store.arrays["ends"]) == 4
+    reasons = _bad(tmp_path)
+    assert "are the same" in reasons[2] and "rejected answer is empty" in reasons[3] and "none of" in reasons[4]
+    assert "in both answers with their prompts, but a row holds 40" in reasons[5] and "must both be text" in reasons[6]
+    packed = PackedRows(store, 32, 0)
+    batch = packed.rows(range(len(packed)))
+    assert batch.samples is not None and batch.sequences is not None and batch.positions is not None
+    assert batch.num_averaged == 2 and sorted(batch.samples.tolist()) == [0, 1, 2, 3]
+    said = {}
+    for place, sample in enumerate(batch.samples):
+        own = (batch.sequences == place) & (batch.labels != NOT_TRAINED)
+        said[int(sample)] = tokenizer.decode(batch.ids[own], skip_special_tokens=True)
+    assert said == {0: " three", 1: " six of them", 2: " five", 3: " nine"}
+
+
+def test_pairs_of_chats_begin_with_what_they_have_in_common(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(reference_model("a"))
+    tokenizer.chat_template = CHATML
+    turns = [("user", "hello"), ("assistant", "good day"), ("user", "more")]
+    begin = [{"role": role, "content": content} for role, content in turns]
+    chosen, rejected = ({"role": "assistant", "content": said} for said in ("of it", "of that"))
+    whole = {"chosen": [*begin, chosen], "rejected": [*begin, rejected]}
+    split = {"prompt": begin, "chosen": [chosen], "rejected": [rejected]}
+    store = _store(tmp_path, tokenizer, "chat.jsonl", json.dumps(whole) + "\n" + json.dumps(split))
+    tokens, trained = store.arrays["tokens"], store.arrays["trained"]
+    said = []
+    for sample in range(4):
+        start, end = store.bounds(sample)
+        said.append(tokenizer.decode(tokens[start:end][trained[start:end] != 0]))
+    assert said == ["of it\n", "of that\n"] * 2
+
+
 def test_parquet_rows_are_read_like_json(tmp_path: Path, tokenizer: Any) -> None:
     import pyarrow
     from pyarrow import parquet

@@ -74,7 +74,7 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         ("on disk", format_bytes(prediction.disk_bytes)),
         (
             "decode",
-            f"{format_seconds(prediction.seconds_per_token)} per step, {speed:.3g} tokens/s at the memory's bound",
+            f"{format_seconds(prediction.seconds_per_token)} per step, {speed:.3g} tokens/s by the machine's rates",
         ),
         (
             "prefill",

@@ -86,12 +86,13 @@ def _has_styles() -> bool:
     return _is_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def ledger_table(ledger: Ledger) -> None:
-    """Bytes by owner and time point; tiers other than the device's are named."""
+def ledger_table(ledger: Ledger, *, besides: Sequence[str] = ()) -> None:
+    """Bytes by owner and time point; tiers other than the device's are named. Of the time points `besides`, a line says
+    the total."""
     from haversack.units import format_bytes
 
-    points = list(ledger.timeline)
-    owners = list(dict.fromkeys(owner for rows in ledger.timeline.values() for owner in rows))
+    points = [point for point in ledger.timeline if point not in besides]
+    owners = list(dict.fromkeys(owner for point in points for owner in ledger.timeline[point]))
     rows = []
     for owner in owners:
         for tier in sorted({tier for point in points for tier in ledger.timeline[point].get(owner, {})}):
@@ -100,6 +101,10 @@ def ledger_table(ledger: Ledger) -> None:
             rows.append([name, *(format_bytes(n) if n else "-" for n in cells)])
     rows.append(["total in memory", *(format_bytes(ledger.total_bytes(point)) for point in points)])
     table(("bytes", *points), rows, right=range(1, len(points) + 1))
+    if totals := [
+        f"{point} {format_bytes(ledger.total_bytes(point))}" for point in besides if point in ledger.timeline
+    ]:
+        paragraph(f"besides: {', '.join(totals)}.")
 
 
 def passing_line(what: str) -> None:

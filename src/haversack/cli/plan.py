@@ -108,6 +108,7 @@ def plan(
             picture=output,
             with_operators=operators,
             prices=prices,
+            is_this_machine=asked.machine is None,
             json=json,
         )
     if sweep is not None or largest is not None:

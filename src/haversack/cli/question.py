@@ -145,12 +145,14 @@ class Asked:
 
         machine = machine_named(self.machine)
         text = self.budget_text
-        available = machine.tiers()["device"]
+        budget_bytes = None if text is None else parse_budget(text, machine.tiers()["device"])
+        if self.budget is not None and self.machine is None:
+            machine = runtimes_known(machine, budget_bytes)
         return Question(
             model=model,
             workload=self.workload(model),
             machine=machine,
-            budget_bytes=None if text is None else parse_budget(text, available),
+            budget_bytes=budget_bytes,
             budget_kind="tensor" if self.tensor_budget is not None else "process",
             max_damage=self.max_damage,
             placement="resident" if lossless and self.placement == "auto" else self.placement,  # type: ignore[arg-type]
@@ -194,6 +196,15 @@ def machine_named(name: str | None) -> Machine:
     if Path(name).is_file() or Path(name).suffix == ".json":
         return machine.from_file(name)
     return machine.named(name)
+
+
+def runtimes_known(machine: Machine, peak_bytes: int | None) -> Machine:
+    """This machine with what its runtimes take, measured if they never were, where they are a share of the peak that matters."""
+    from haversack.describe.runtime import MATTERS_BELOW_BYTES, with_runtimes
+
+    if peak_bytes is None or peak_bytes > MATTERS_BELOW_BYTES:
+        return machine
+    return with_runtimes(machine)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.money import operators_json, price_line, print_operators
+from haversack.cli.question import runtimes_known
 from haversack.cli.sweep import print_largest, print_sweep
 from haversack.cli.verdict import verdict_json, verdict_words
 from haversack.errors import UsageError
@@ -62,6 +63,7 @@ def plan_training_verb(
     picture: Path | None = None,
     with_operators: bool = False,
     prices: Path | None = None,
+    is_this_machine: bool = False,
     json: bool,
 ) -> int:
     """Print the answer; 0 if it fits, 1 if not."""
@@ -71,6 +73,8 @@ def plan_training_verb(
     length = seq_len or min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
     workload, parallel = settings_of(task, batch, length, pairs)
     text = budget if budget is not None else tensor_budget
+    if budget is not None and is_this_machine and parallel.ranks == 1:
+        machine = runtimes_known(machine, parse_budget(budget, machine.tiers()["device"]))
     question = TrainingQuestion(
         model,
         workload,
@@ -151,7 +155,7 @@ def _print(answer: TrainingAnswer) -> None:
             f"shown: stage {answer.stage} of {len(answer.rank.stages)}, with {answer.rank.layers[answer.stage]} layers."
         )
     typer.echo("")
-    console.ledger_table(ledger)
+    console.ledger_table(ledger, besides=("resume", "evaluate"))
 
 
 def _value(key: str, text: str, default: Any) -> Any:

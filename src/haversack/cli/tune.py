@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from haversack.jobs.tune import TrainingResult
     from haversack.plan.training_file import TrainingPlan
 
-METHODS = ("full", "lora", "qlora", "paca")
+METHODS = ("full", "lora", "qlora", "paca", "side")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def tune(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", help="full, lora, qlora or paca; the first that fits of full, lora and qlora if left out."
+            "--method", help="full, lora, qlora, paca or side; the first that fits of full, lora and qlora if left out."
         ),
     ] = None,
     loss: Annotated[

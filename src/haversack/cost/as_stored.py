@@ -8,8 +8,10 @@ from haversack.cost.damage import Damage
 from haversack.describe.assemble import stored_grid
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import Model
+from haversack.describe.stored_form import SMALL_GROUP_SIZES, StoredGrid
 from haversack.parts.weights.as_stored import AsStored
-from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.base import Grid, WeightOption
+from haversack.parts.weights.codebook import CodebookGrid
 from haversack.parts.weights.integer import IntegerGrid
 
 KEPT = Damage(0.0, "measured", 0.0, 0.0, "the checkpoint's own codes, bit for bit")
@@ -23,12 +25,19 @@ def stored_options(model: Model) -> dict[str, WeightOption]:
         checkpoint = Checkpoint.open(model.folder)
         grids = {site.id: stored_grid(checkpoint, site) for site in model.weights}
         options = {
-            site: WeightOption(grid=IntegerGrid(grid.bits, grid.group_size, grid.symmetric), rounding=AsStored())
+            site: WeightOption(grid=_grid(grid), rounding=AsStored())
             for site, grid in grids.items()
             if grid is not None
         }
         _found[:] = [(model, options)]
     return _found[0][1]
+
+
+def _grid(stored: StoredGrid) -> Grid:
+    """The grid of ours that a checkpoint's integers lie on."""
+    if stored.group_size in SMALL_GROUP_SIZES:
+        return CodebookGrid(f"int{stored.bits}", stored.group_size)
+    return IntegerGrid(stored.bits, stored.group_size, stored.symmetric)
 
 
 _found: list[tuple[Model, dict[str, WeightOption]]] = []

@@ -175,12 +175,12 @@ def _buffers(units: _Units, parallel: Parallelism, point: str, moment: str) -> f
     flat buffer and copied out. Forward, the flat buffer lives until the next layer was gathered. Backward, one layer is whole while the next is gathered,
     beside its own gradients and the scattered input of the layer before. Other stages of ZeRO: one layer's gradients.
     """
-    if parallel.shards == 1 or parallel.zero not in (2, 3) or point not in ("forward", "loss", "backward"):
+    if parallel.shards == 1 or parallel.zero not in (2, 3) or point not in ("forward", "loss", "backward", "evaluate"):
         return 0
     if parallel.zero == 2:
-        return max(units.layer, units.outer) * units.trained if point != "forward" else 0
+        return max(units.layer, units.outer) * units.trained if point in ("loss", "backward") else 0
     whole, layer = units.outer, units.layer
-    if point == "forward":
+    if point in ("forward", "evaluate"):
         return whole + GATHERED_UNITS * layer
     if moment == LOSS:
         return whole + layer

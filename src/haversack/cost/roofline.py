@@ -98,6 +98,7 @@ def training_operators(model: Model, workload: TrainingWorkload, machine: Machin
     rates = _Rates(machine, "F32" if workload.precision == "fp32" else "BF16")
     tokens, width = workload.step_tokens, DTYPE_BYTES[workload.weights_dtype]
     frozen = isinstance(workload, TuneWorkload) and workload.method != "full"
+    beside = isinstance(workload, TuneWorkload) and workload.method == "side"
     backward = 1 if frozen else 2
     again = len(recomputed_layers(workload.recompute, model.num_layers)) / max(1, model.num_layers)
     head_again = 1 if workload.loss == "cut" else 0
@@ -106,6 +107,8 @@ def training_operators(model: Model, workload: TrainingWorkload, machine: Machin
     for point, times in (("forward", 1), ("backward", backward + again)):
         for name, sites in _by_role(model).items():
             inside = times - again + head_again if name == "head" and point == "backward" else times
+            if beside and name != "head" and point == "backward":
+                continue  # no gradient passes through layers that a side network reads
             num_bytes = (
                 inside * passes * width * sum(s.num_parameters * read_share(model, s, tokens // passes) for s in sites)
             )
@@ -113,7 +116,7 @@ def training_operators(model: Model, workload: TrainingWorkload, machine: Machin
             out.append(rates.operator(point, name, num_bytes, flops))
         pairs = workload.seq_len * (workload.seq_len + 1) / 2
         sequences = workload.batch_size * passes
-        runs = 1 if point == "forward" else 2 + again
+        runs = 1 if point == "forward" else 0 if beside else 2 + again
         flops = sum(runs * sequences * _attention_flops(site, pairs, workload.seq_len) for site in model.attention)
         kv = sum(site.bytes_per_token("BF16") for site in model.attention) * tokens
         out.append(rates.operator(point, ATTENTION, runs * kv, flops))
@@ -150,6 +153,11 @@ def read_share(model: Model, site: WeightSite, num_tokens: int) -> float:
     if site.expert is None:
         return 1.0
     return share_of_experts(model.num_experts, model.experts_per_token, num_tokens)
+
+
+def decode_products(model: Model, site: WeightSite, users: int) -> float:
+    """Multiplications of a site in one decode step."""
+    return _products(model, site, users, users)
 
 
 def _products(model: Model, site: WeightSite, tokens: int, scored: int) -> float:

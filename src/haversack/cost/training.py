@@ -1,8 +1,9 @@
 """Tuning and training as time points and owners: what a step holds at its highest moments, loading and saving too.
 
-Time points on the device tier: *load* (weights as they come, before they are packed), *reference* (the model's own answers before it is
-tuned, where a loss compares with them), *forward*, *loss*, *backward*,
-*update*, *save*. Each shows its highest moment. From the second step on every step is alike, so optimizer states are there
+Time points on the device tier: *load* (weights as they come, before they are packed), *resume* (a checkpoint read back, one tensor held
+twice), *reference* (the model's own answers before it is tuned, where a loss compares with them), *forward*, *loss*, *backward*, *update*,
+*evaluate* (a batch without what a backward pass needs), *save*. Each shows its highest moment. From the second step on every step is alike,
+so optimizer states are there
 throughout; the first step, without them, is lower.
 """
 
@@ -26,13 +27,14 @@ from haversack.engine.training_trace import (
     Moment,
     TrainingTrace,
     compose,
+    compose_evaluation,
     trace_training,
 )
 from haversack.ledger import DTYPE_BYTES, Ledger, total_bytes
 from haversack.recipes.base import optimizer_option, preference
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
-POINTS = ("load", "reference", "forward", "loss", "backward", "update", "save")
+POINTS = ("load", "resume", "reference", "forward", "loss", "backward", "update", "evaluate", "save")
 
 SLACK_FRACTION = 0.02
 """Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
@@ -108,7 +110,15 @@ class TrainingCost:
         rows["update"] = {"update": stays}  # all there is of it where weights are updated during the backward pass
         if self.workload.update == "step":
             rows["update"] = {"update": {**stays, **gradients, "workspace": self.trace.update_bytes}}
+        rows["evaluate"] = {
+            moment.name: {**stays, **{("other" if owner == EMBED else owner): n for owner, n in moment.owners.items()}}
+            for moment in compose_evaluation(self.trace)
+        }
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
+        read = {
+            owner: n for owner, n in stays.items() if owner not in (STATES, BATCH)
+        }  # states are kept as they are read
+        rows["resume"] = {"weights": {**read, "workspace": widest}, "states": {**read, STATES: stays[STATES]}}
         rows["save"] = {"save": {**stays, "workspace": widest}}
         return {point: rows[point] for point in POINTS if point in rows}
 

@@ -28,12 +28,14 @@ def training_seconds(model: Model, cost: TrainingCost, machine: Machine) -> floa
     inside, outside = _product_weights(model)
     frozen = isinstance(workload, TuneWorkload) and workload.method != "full"
     passes = 2.0 if frozen else 3.0  # forward, gradients of inputs, gradients of weights
+    beside = isinstance(workload, TuneWorkload) and workload.method == "side"
+    inner = 1.0 if beside else passes  # no gradient passes through layers that a side network reads
     work = layer_work(model)
     again = sum(work[layer] for layer in recomputed_layers(workload.recompute, model.num_layers))
     logits_again = 1.0 if workload.loss == "cut" else 0.0
-    flops = 2 * workload.step_tokens * ((passes + again) * inside + (passes + logits_again) * outside)
+    flops = 2 * workload.step_tokens * ((inner + again) * inside + (passes + logits_again) * outside)
     weight_bytes = sum(cost.staying.get(owner, 0) for owner in ("weights", "packed weights", "adapters"))
-    reads = workload.accumulation_steps * (passes + again) * weight_bytes
+    reads = workload.accumulation_steps * (inner + again) * weight_bytes
     if cost.staying.get("packed weights"):
         reads += workload.accumulation_steps * (2 + again) * UNPACK_BYTES_PER_WEIGHT * inside
     trained = cost.trace.gradient_bytes

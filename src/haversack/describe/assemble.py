@@ -54,7 +54,7 @@ def read_codes(checkpoint: Checkpoint, site: WeightSite) -> StoredCodes | None:
     """The site's integers, scales and zero points as the checkpoint stores them; None where it stores anything else."""
     import torch
 
-    found = []
+    found: list[StoredCodes] = []
     for piece in site.pieces:
         form, rows = _integer_rows(checkpoint, piece)
         codes = None if form is None else form.codes(rows, read_stored)

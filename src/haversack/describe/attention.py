@@ -21,6 +21,8 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[tu
     """
     from transformers.cache_utils import get_layer_types_and_kwargs
 
+    if getattr(model.config, "is_encoder_decoder", False):
+        return (), "it is an encoder-decoder, whose layers keep the prompt's keys and values beside their own"
     config = model.config.get_text_config(decoder=True)
     for fact in ("num_hidden_layers", "hidden_size", "vocab_size"):
         if not isinstance(getattr(config, fact, None), int):

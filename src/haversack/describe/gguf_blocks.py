@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from haversack.describe.gguf_file import NUMBERS, TYPES
-from haversack.describe.stored_form import Range, Read, StoredForm
+from haversack.describe.stored_form import Range, Read, StoredCodes, StoredForm, StoredGrid
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +30,34 @@ class GgufForm(StoredForm):
     head_rows: int = 0
 
     def region(self, ranges: Sequence[Range], read: Read) -> torch.Tensor:
-        (start, stop, step), *columns = ranges
-        (part,) = self.parts.values()
-        first, last = start, stop
-        if self.head_rows:
-            first, last = start // self.head_rows * self.head_rows, -(-stop // self.head_rows) * self.head_rows
-        values = dequantize(read(part, [(first, last, 1), (0, part.shape[1], 1)]), self.kind)
-        if self.head_rows:
-            values = values.unflatten(0, (-1, self.head_rows // 2, 2)).transpose(1, 2).flatten(0, 2)
-        values = values[start - first : stop - first : step]
+        rows, *columns = ranges
+        values = dequantize(self._rows(rows, read), self.kind)
         return values[:, slice(*columns[0])] if columns else values.flatten()
+
+    def codes(self, rows: Range, read: Read) -> StoredCodes | None:
+        import torch
+
+        if self.kind != "Q4_0":
+            return None
+        packed = self._rows(rows, read)
+        block = TYPES[NUMBERS[self.kind]]
+        blocks = packed.reshape(-1, block.num_bytes)
+        scales = _half(blocks, 0).view(len(packed), -1)
+        codes = _nibbles(blocks[:, 2:]).reshape(len(packed), -1)
+        return StoredCodes(4, codes, scales, torch.full(scales.shape, 8, dtype=torch.int32))
+
+    def grid(self, rows: Range, read: Read) -> StoredGrid | None:
+        return StoredGrid(4, 32, True) if self.kind == "Q4_0" else None
+
+    def _rows(self, rows: Range, read: Read) -> torch.Tensor:
+        """Some rows' bytes, in the order in which they are seen."""
+        (part,), (start, stop, step) = self.parts.values(), rows
+        if not self.head_rows:
+            return read(part, [(start, stop, 1), (0, part.shape[1], 1)])[::step]
+        first, last = start // self.head_rows * self.head_rows, -(-stop // self.head_rows) * self.head_rows
+        paired = read(part, [(first, last, 1), (0, part.shape[1], 1)])
+        halves = paired.unflatten(0, (-1, self.head_rows // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return halves[start - first : stop - first : step]
 
 
 def dequantize(rows: torch.Tensor, kind: str) -> torch.Tensor:

@@ -126,9 +126,9 @@ def config_from(metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ..
             f"{name!r} has {what}, which is not read from GGUF; name the model's folder instead."
         )
     config = {word: setting(key) for key, word in _SETTINGS.items()}
+    config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
     if missing := [key for key, word in _SETTINGS.items() if not isinstance(config[word], (int, float))]:
         raise UnsupportedModelError(f"{name!r} does not say its {missing[0]}; convert the model again.")
-    config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
     head_dim = setting("attention.key_length") or config["hidden_size"] // max(1, config["num_attention_heads"])
     if setting("attention.value_length") not in (None, head_dim) or setting("rope.dimension_count") not in (
         None,

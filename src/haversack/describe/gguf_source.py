@@ -45,7 +45,8 @@ def folder_of(file: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        _write_tokenizer(file, partial)
+        if not _copy_tokenizer(opened, partial):
+            _write_tokenizer(file, partial)
         (partial / NOTE_NAME).write_text(json.dumps({"file": str(file)}))
         try:
             partial.rename(folder)
@@ -74,17 +75,17 @@ def tensors_of(file: Path) -> tuple[dict[str, CheckpointTensor], int]:
 
     opened = GgufFile.open(file)
     family = family_of(opened.metadata.get("general.architecture"), file.name)
+    heads = f"{family.architecture}.attention.head_count"
     num_heads = {
-        ".attn_q.": opened.metadata.get(f"{family.architecture}.attention.head_count"),
-        ".attn_k.": opened.metadata.get(f"{family.architecture}.attention.head_count_kv"),
+        ".attn_q.": opened.metadata.get(heads),
+        ".attn_k.": opened.metadata.get(f"{heads}_kv") or opened.metadata.get(heads),
     }
     found: dict[str, CheckpointTensor] = {}
     for name, tensor in opened.tensors.items():
         seen = checkpoint_name(name) or name
         head_rows = 0
         if family.pairs and is_rotated(name):
-            heads = next(count for word, count in num_heads.items() if word in name)
-            head_rows = _head_rows(tensor, heads, file)
+            head_rows = _head_rows(tensor, next(n for word, n in num_heads.items() if word in name), file)
         kind = tensor.block.name
         if kind in _PLAIN and not head_rows:
             found[seen] = CheckpointTensor(seen, file, kind, tensor.shape, tensor.start, tensor.stop)
@@ -117,6 +118,21 @@ def _is_bfloat16(opened: GgufFile) -> bool:
     for tensor in opened.tensors.values():
         kinds[tensor.block.name] = kinds.get(tensor.block.name, 0) + tensor.stop - tensor.start
     return max(kinds, key=lambda kind: kinds[kind], default="") == "BF16"
+
+
+def _copy_tokenizer(opened: GgufFile, folder: Path) -> bool:
+    """Copy the tokenizer that lies beside a file, where it is the file's own: each of its tokens has the file's number."""
+    home, tokens = opened.path.parent, opened.metadata.get("tokenizer.ggml.tokens")
+    try:
+        data = json.loads((home / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = data["model"]["vocab"].items()
+        if not tokens or any(number >= len(tokens) or tokens[number] != token for token, number in vocabulary):
+            return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    for found in home.glob("tokenizer*.json"):
+        shutil.copyfile(found, folder / found.name)
+    return True
 
 
 def _write_tokenizer(file: Path, folder: Path) -> None:

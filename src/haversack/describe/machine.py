@@ -41,7 +41,7 @@ class Rates:
     `copy_bytes_per_second` counts each byte once (it is read and written). `matmul_flops_per_second[dtype][threads]`
     counts `2 m n k`; dtypes are `fp32`, `bf16`, `int8`. `disk_read_bytes_per_second` was read as `disk_read_method`
     says. `runtime_private_bytes` and `runtime_file_bytes` are a fresh process after `runtime_imports`, split into
-    anonymous pages and file-backed ones. `source` says when or where the numbers come from; `notes` what could not be
+    anonymous pages and file-backed ones; `training_private_bytes` one that is about to train. `source` says when or where the numbers come from; `notes` what could not be
     measured, and why.
     """
 
@@ -52,6 +52,7 @@ class Rates:
     disk_read_method: str = ""
     runtime_private_bytes: int | None = None
     runtime_file_bytes: int | None = None
+    training_private_bytes: int | None = None
     runtime_imports: tuple[str, ...] = ()
     swept_bytes: int = 0
     source: str = ""
@@ -227,7 +228,7 @@ def measured(
     if kept is None:
         _make_folder(path.parent)
         kept = _measure(path.parent, progress or (lambda line: None))
-        _write_atomically(path, json.dumps({"version": RATES_VERSION, **kept}, indent=1))
+        keep(path, json.dumps({"version": RATES_VERSION, **kept}, indent=1))
     by_name = {device["name"]: device for device in kept["devices"]}
     return dataclasses.replace(
         machine,
@@ -407,7 +408,9 @@ def _read_rates(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def keep(path: Path, text: str) -> None:
+    """Write a file of measurements whole or not at all. Raises OutputError."""
+    _make_folder(path.parent)
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
             file.write(text)
@@ -456,6 +459,7 @@ def _check(machine: Machine) -> None:
     rates = {
         "rates.disk_read_bytes_per_second": machine.rates.disk_read_bytes_per_second,
         "rates.runtime_private_bytes": machine.rates.runtime_private_bytes,
+        "rates.training_private_bytes": machine.rates.training_private_bytes,
     }
     for index, device in enumerate(machine.devices):
         rates[f"devices[{index}].read_bytes_per_second"] = device.read_bytes_per_second

@@ -97,7 +97,7 @@ def measure(
             "measure again when idle"
         )
     progress("starting a fresh process")
-    imports = tuple(name for name in RUNTIME_IMPORTS if _is_there(name))
+    imports = tuple(name for name in RUNTIME_IMPORTS if is_there(name))
     notes += [f"{name} is not installed and was not imported" for name in RUNTIME_IMPORTS if name not in imports]
     private_bytes, file_bytes = runtime_pages(imports, notes)
     rates = Rates(
@@ -369,7 +369,8 @@ def _read_all(fd: int, num_bytes: int) -> None:
         list(pool.map(read, range(DISK_READERS)))
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
+    """Whether a module could be imported."""
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:

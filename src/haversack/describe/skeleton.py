@@ -20,19 +20,15 @@ _MAX_COUNT = 2**40
 def build_skeleton(
     config: Mapping[str, Any], name: str, *, folder: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The causal language model of a config on the meta device.
+    """The causal language model of a config, or an encoder-decoder, on the meta device.
 
-    Raises UnsupportedModelError: unknown architecture, remote code not asked for, encoder-decoder, no causal language
-    model, quantized already, or a config that contradicts itself. MissingDependencyError: a library of its own.
+    Raises UnsupportedModelError: unknown architecture, remote code not asked for, no language model, quantized already, or a
+    config that contradicts itself. MissingDependencyError: a library of its own.
     """
     _check_numbers(config, name)
     check_quantization(config, name)
-    if config.get("is_encoder_decoder"):
-        raise UnsupportedModelError(
-            f"{name!r} is an encoder-decoder ({_architecture(config)}); serving plans decoder-only models; choose one."
-        )
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -41,17 +37,12 @@ def build_skeleton(
         parsed = _parse_config(config, name, folder, trust_remote_code)
     finally:
         logging.set_verbosity(verbosity)
-    if getattr(parsed, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name!r} is an encoder-decoder ({parsed.model_type}); serving plans decoder-only models, so choose one."
-        )
+    kind = AutoModelForSeq2SeqLM if getattr(parsed, "is_encoder_decoder", False) else AutoModelForCausalLM
     logging.set_verbosity_error()
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return AutoModelForCausalLM.from_config(
-                parsed, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
+            return kind.from_config(parsed, trust_remote_code=trust_remote_code, attn_implementation="eager")
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(

@@ -21,8 +21,9 @@ Read = Callable[["CheckpointTensor", Sequence[Range]], "torch.Tensor"]
 """Reads a region of a stored tensor as it lies in its file."""
 
 
-GROUP_SIZES = (64, 128)
-"""Columns per group that the kernels for integers have (`parts/weights/integer.py`)."""
+GROUP_SIZES, SMALL_GROUP_SIZES = (64, 128), (16, 32)
+"""Columns per group that the kernels for integers have (`parts/weights/integer.py`), and those that only symmetric codes of 2 to 4
+bits can have, as tables (`parts/weights/codebook.py`)."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ def _grid_of(
     import torch
 
     width, rest = divmod(columns, max(1, scales.shape[1]))
-    group_size = 0 if width == columns and width not in GROUP_SIZES else width
-    known = bits in (2, 3, 4, 8) and (group_size in GROUP_SIZES or (group_size == 0 and bits == 8))
-    if groups is not None or rest or not known or not torch.equal(scales.half().float(), scales):
+    if groups is not None or rest or bits not in (2, 3, 4, 8) or not torch.equal(scales.half().float(), scales):
         return None
-    if bool((zeros == 1 << (bits - 1)).all()):
-        return StoredGrid(bits, group_size, True)
-    fits = bool((zeros >= 0).all() and (zeros < 1 << bits).all())
-    return StoredGrid(bits, group_size, False) if fits else None
+    symmetric = bool((zeros == 1 << (bits - 1)).all())
+    if width in SMALL_GROUP_SIZES and symmetric and bits <= 4:
+        return StoredGrid(bits, width, True)
+    group_size = 0 if width == columns and width not in GROUP_SIZES and bits == 8 else width
+    if group_size not in (*GROUP_SIZES, 0) or not (symmetric or bool((zeros >= 0).all() and (zeros < 1 << bits).all())):
+        return None
+    return StoredGrid(bits, group_size, symmetric)

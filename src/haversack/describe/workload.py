@@ -76,7 +76,7 @@ PRECISIONS = {
     "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
 }
 ATTENTIONS = ("sdpa", "eager")
-METHODS = ("full", "lora", "qlora", "paca")
+METHODS = ("full", "lora", "qlora", "paca", "side")
 ADAPTED = ("query-value", "attention", "linear")
 LOSSES = {
     "fp32": "logits widened to 32 bits, as transformers does",
@@ -87,6 +87,7 @@ RECOMPUTATIONS = ("none", "full")
 SAVED = {
     "exact": "activations kept for the backward pass as they are",
     "8bit": "activations of layers kept in 8 bits, so that gradients are rounded",
+    "disk": "activations of layers written to a file and read again",
 }
 LIKELIHOOD = "likelihood"
 """The objective of predicting each next token; others are recipes that compare two answers."""
@@ -139,7 +140,7 @@ class TrainingWorkload:
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
     backward pass, `0-3,7` does so with those layers; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
     `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
-    updated (`UPDATES`); `saved` how precisely activations are kept (`SAVED`). Raises UsageError naming the field, its
+    updated (`UPDATES`); `saved` how activations are kept (`SAVED`). Raises UsageError naming the field, its
     value and what is allowed.
     """
 
@@ -169,11 +170,12 @@ class TrainingWorkload:
         _check_choice("saved", self.saved, SAVED)
         if self.saved != "exact" and self.precision == "autocast":
             raise UsageError(
-                "saved is '8bit' under precision autocast, whose 16-bit copies of weights would be rounded too; choose another precision."
+                f"saved is {self.saved!r} under precision autocast, whose 16-bit copies of weights would be kept so, too; choose another "
+                "precision."
             )
         if self.saved != "exact" and self.recompute != "none":
             raise UsageError(
-                f"saved is '8bit' with recompute {self.recompute}, but layers that run again keep nothing; choose one of them."
+                f"saved is {self.saved!r} with recompute {self.recompute}, but layers that run again keep nothing; choose one of them."
             )
         if self.update == "backward" and self.accumulation_steps > 1:
             raise UsageError(
@@ -225,8 +227,8 @@ class TrainWorkload(TrainingWorkload):
 
 @dataclass(frozen=True)
 class TuneWorkload(TrainingWorkload):
-    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`), or `lora_rank`
-    columns of each matrix (`paca`).
+    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`), `lora_rank`
+    columns of each matrix (`paca`), or a side network that reads its hidden states (`side`).
 
     `objective` is what is learned: `LIKELIHOOD`, or the recipe of a loss over pairs of answers. `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
     alone. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
@@ -244,6 +246,10 @@ class TuneWorkload(TrainingWorkload):
         _check_choice("method", self.method, METHODS)
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
+        if self.method == "side" and (self.recompute != "none" or self.saved != "exact"):
+            raise UsageError(
+                f"method is 'side' with recompute {self.recompute} and saved {self.saved}, but the model's layers keep nothing; leave both out."
+            )
 
     @property
     def has_master_weights(self) -> bool:

@@ -80,6 +80,8 @@ def _trace(model: Model, batch_size: int, prompt_tokens: int) -> NativeServing:
 
     skeleton: Any = build_skeleton(model.config, model.name)
     skeleton.to(torch_dtype(model.dtype)).eval()
+    if skeleton.config.is_encoder_decoder:
+        return _trace_encoder_decoder(skeleton, batch_size, prompt_tokens)
     config = skeleton.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     if len(cache.layers) != model.num_layers:
@@ -94,6 +96,7 @@ def _trace(model: Model, batch_size: int, prompt_tokens: int) -> NativeServing:
     held: list[list[int]] = []
     rises: list[int] = []
     with torch.no_grad(), TrueValues(), LiveBytes() as live:
+        live.leave_out([*skeleton.parameters(), *skeleton.buffers()])
         for num_tokens in (prompt_tokens, 1):
             ids = torch.zeros(batch_size, num_tokens, dtype=torch.int64, device="meta")
             live.peak_bytes = live.live_bytes
@@ -111,6 +114,32 @@ def _trace(model: Model, batch_size: int, prompt_tokens: int) -> NativeServing:
             f"what {model.name} ({model.model_type}) keeps of a context is unknown: it leaves transformers' cache empty."
         )
     return NativeServing(tuple(layers), rises[0], rises[1])
+
+
+def _trace_encoder_decoder(skeleton: Any, batch_size: int, prompt_tokens: int) -> NativeServing:
+    """The encoder reads the prompt; its last hidden states, and every decoder layer's keys and values of them, stay."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    config = skeleton.config.get_text_config(decoder=True)
+    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    held: list[list[int]] = []
+    rises: list[int] = []
+    with torch.no_grad(), TrueValues(), LiveBytes() as live:
+        live.leave_out([*skeleton.parameters(), *skeleton.buffers()])
+        ids = torch.zeros(batch_size, prompt_tokens, dtype=torch.int64, device="meta")
+        states = skeleton.get_encoder()(input_ids=ids)
+        own = states[0].nbytes
+        for _ in range(2):
+            one = torch.zeros(batch_size, 1, dtype=torch.int64, device="meta")
+            skeleton(decoder_input_ids=one, encoder_outputs=states, past_key_values=cache, use_cache=True)
+            halves = (cache.self_attention_cache, cache.cross_attention_cache)
+            held.append(
+                [own, *(sum(t.nbytes for t in _tensors(vars(layer))) for half in halves for layer in half.layers)]
+            )
+            rises.append(live.peak_bytes - sum(held[-1]))
+            live.peak_bytes = live.live_bytes
+    layers = tuple(LayerCache(first, second - first, None) for first, second in zip(*held, strict=True))
+    return NativeServing(layers, rises[0], rises[1])
 
 
 def _limit(prompt_bytes: int, step_bytes: int, prompt_tokens: int, window: int | None) -> int | None:

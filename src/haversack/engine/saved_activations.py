@@ -1,16 +1,22 @@
-"""Activations kept in 8 bits for the backward pass: layers compute with exact numbers, gradients with rounded ones."""
+"""What decoder layers keep of their activations for the backward pass: all of it in 8 bits, or as it is in a file."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from haversack.engine.recompute import decoder_layers
+from haversack.formats.safetensors_file import explained
 
 GROUP = 128
 """Numbers that share a scale and a smallest value, where the last axis is longer than this and a multiple of it."""
@@ -18,6 +24,12 @@ GROUP = 128
 LEAST_SHARE = 4
 """Tensors with fewer numbers per token than a fourth of the hidden state's are kept as they are: they are statistics of norms and of
 attention, which gradients depend on most and which take few bytes."""
+
+
+class Kept(Protocol):
+    """An activation in another form or place."""
+
+    def unpack(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,18 +58,77 @@ def pack(tensor: torch.Tensor) -> PackedActivation:
     return PackedActivation(codes, scales, least, tensor.shape, tensor.dtype)
 
 
-class SaveInEightBits:
-    """Lets the decoder layers of a transformers model keep 8 bits of each activation for their backward pass; usable in anybody's loop.
+class ActivationFile:
+    """Activations in one file without a name: it is gone when the process is. Its pages are the page cache's, not the process's.
 
-    As a context manager it gives the model back as it was; otherwise it lasts until `remove`. Forward results are the same to the bit,
-    gradients are not. What is kept takes 1 byte per number and 8 per group of up to 128, or per row of a head; a tensor that several operations keep is kept
-    once. Weights, masks, rotary tables and small statistics stay as they are. Source: Pan et al. 2021, arXiv 2111.11124, whose heads have
-    statistics of their own, as rows of a head do here; differs in that scales are those of the numbers at hand and not running estimates.
+    The file grows to what is kept at once and is used again from its beginning when nothing of it is needed.
     """
 
-    def __init__(self, model: Any):
-        self._weights = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._packed: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[PackedActivation]]] = {}
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with explained(folder, 0):
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as this
+        self.end_bytes = self.num_kept = 0
+
+    def keep(self, tensor: torch.Tensor) -> ActivationOnDisk:
+        """Write a tensor. Raises OutputError where the disk is full."""
+        if not self.num_kept:
+            self.end_bytes = 0
+        strides = tensor.stride()
+        order = sorted(range(tensor.ndim), key=lambda axis: -strides[axis])
+        laid = tensor.detach().permute(order)  # as it lies in memory, so that products add up in the same order again
+        kept = ActivationOnDisk(self, self.end_bytes, laid.shape, tuple(order), tensor.dtype)
+        self.num_kept += 1
+        weakref.finalize(kept, self._forget)
+        self.end_bytes += tensor.nbytes
+        if not isinstance(tensor, FakeTensor):
+            raw = memoryview(laid.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            with explained(self.folder, tensor.nbytes):
+                done = 0
+                while done < len(raw):
+                    done += os.pwrite(self._file.fileno(), raw[done:], kept.start + done)
+        return kept
+
+    def read(self, start: int, tensor: torch.Tensor) -> None:
+        """Fill a contiguous tensor from a place in the file."""
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        done = 0
+        while done < len(raw):
+            done += os.preadv(self._file.fileno(), [raw[done:]], start + done)
+
+    def _forget(self) -> None:
+        self.num_kept -= 1
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationOnDisk:
+    """Where a tensor lies in a file: its axes in the order of memory, of which `order` names the tensor's own."""
+
+    file: ActivationFile
+    start: int
+    shape: torch.Size
+    order: tuple[int, ...]
+    dtype: torch.dtype
+
+    def unpack(self) -> torch.Tensor:
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if not isinstance(tensor, FakeTensor):
+            self.file.read(self.start, tensor)
+        return tensor.permute([self.order.index(axis) for axis in range(len(self.order))])
+
+
+class KeptElsewhere:
+    """While it lasts, the decoder layers of a transformers model keep activations as `keep` gives them; usable in anybody's loop.
+
+    As a context manager it gives the model back as it was; otherwise it lasts until `remove`. A tensor that several operations of a layer
+    keep is kept once. Weights, masks, rotary tables and small statistics stay as they are.
+    """
+
+    def __init__(self, model: Any, keep: Callable[[torch.Tensor], Kept]):
+        self._keep = keep
+        self._layer: nn.Module | None = None
+        self._weights: set[int] | None = None
+        self._packed: dict[tuple[Any, ...], tuple[weakref.ref[Any], weakref.ref[Kept]]] = {}
         self._exact: set[int] = set()
         self._least_numbers = 0
         self._active: list[Any] = []
@@ -72,7 +143,7 @@ class SaveInEightBits:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> SaveInEightBits:
+    def __enter__(self) -> KeptElsewhere:
         return self
 
     def __exit__(
@@ -84,6 +155,7 @@ class SaveInEightBits:
         hidden = args[0] if args else kwargs["hidden_states"]
         shared = torch.utils._pytree.tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
         self._exact = {_storage(tensor) for tensor in shared if isinstance(tensor, torch.Tensor)}
+        self._layer, self._weights = layer, None
         self._least_numbers = hidden.numel() // LEAST_SHARE
         self._packed = {}
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -95,8 +167,11 @@ class SaveInEightBits:
             self._active.pop().__exit__(None, None, None)
         self._packed = {}
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | PackedActivation:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Kept:
         own = _storage(tensor)
+        if self._weights is None:  # as they are while the layer runs
+            assert self._layer is not None
+            self._weights = {_storage(own) for own in (*self._layer.parameters(), *self._layer.buffers())}
         if not tensor.is_floating_point() or own in self._weights or own in self._exact:
             return tensor
         if tensor.numel() < self._least_numbers:
@@ -106,13 +181,36 @@ class SaveInEightBits:
         held = self._packed.get(key)
         if held is not None and held[0]() is not None and (packed := held[1]()) is not None:
             return packed
-        packed = pack(tensor)
+        packed = self._keep(tensor)
         self._packed[key] = (weakref.ref(storage), weakref.ref(packed))
         return packed
 
 
-def _unpack(kept: torch.Tensor | PackedActivation) -> torch.Tensor:
-    return kept.unpack() if isinstance(kept, PackedActivation) else kept
+class SaveInEightBits(KeptElsewhere):
+    """Activations in 8 bits: 1 byte per number, and 8 per group of up to 128 or per row of a head.
+
+    Forward results are the same to the bit, gradients are not. Source: Pan et al. 2021, arXiv 2111.11124, whose heads have statistics of
+    their own, as rows of a head do here; differs in that scales are those of the numbers at hand and not running estimates.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__(model, pack)
+
+
+class SaveOnDisk(KeptElsewhere):
+    """Activations as they are in a file within `folder`, at the price of writing and reading them: the result is the same to the bit.
+
+    Memory holds one layer's while it computes. Source: Zhao et al. 2024, arXiv 2407.12117, which takes them to the host; differs in that the
+    tier is a disk, and in that all tokens go there.
+    """
+
+    def __init__(self, model: Any, folder: Path):
+        self.file = ActivationFile(folder)
+        super().__init__(model, self.file.keep)
+
+
+def _unpack(kept: torch.Tensor | Kept) -> torch.Tensor:
+    return kept if isinstance(kept, torch.Tensor) else kept.unpack()
 
 
 def _storage(tensor: torch.Tensor) -> int:

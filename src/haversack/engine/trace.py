@@ -6,8 +6,9 @@ that they declare. What is measured later comes from other instruments (the allo
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,11 @@ class LiveBytes(TorchDispatchMode):
         if inside is not None:
             self.peak_bytes = max(self.peak_bytes, self.live_bytes + inside(*args, **(kwargs or {})))
         return out
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count nothing for the storages of tensors that were there before, whatever views are taken of them."""
+        for tensor in tensors:
+            self._sizes.setdefault(tensor.untyped_storage()._cdata, 0)
 
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -73,6 +79,10 @@ WORKSPACE = "workspace"
 """The owner of what operators allocate inside and free again."""
 
 
+AUTOGRAD_ENGINE = "_engine_run_backward"
+"""The last function of torch's in Python before its engine runs backward passes in C++."""
+
+
 class OwnedBytes(LiveBytes):
     """Live bytes by owner: a new storage belongs to `owner`, until it is assigned to another. `cut` ends a segment."""
 
@@ -87,6 +97,8 @@ class OwnedBytes(LiveBytes):
         self._peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and _engine_asks():
+            func, args = _in_place(args)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         inside = self._workspace.get(func)
         if inside is not None:
@@ -129,3 +141,22 @@ class OwnedBytes(LiveBytes):
         if owner is not None:
             self.by_owner[owner] -= self._sizes[key]
         super()._release(key)
+
+
+def _engine_asks() -> bool:
+    """Whether the operation under way comes from the autograd engine, and not from Python code of anyone's."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name != AUTOGRAD_ENGINE:
+        if not frame.f_globals.get("__name__", "").startswith("torch.") or frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _in_place(operands: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, tuple[torch.Tensor, torch.Tensor]]:
+    """The engine's sum of two gradients as it is done on plain tensors: into one that fills its storage. On tensors like fakes, which may be
+    subclasses, it makes a third (torch 2.13, `torch/csrc/autograd/input_buffer.cpp`)."""
+    for one, other in (operands, operands[::-1]):
+        if one.nbytes == one.untyped_storage().nbytes() and one.shape == other.shape and one.dtype == other.dtype:
+            return torch.ops.aten.add_.Tensor, (one, other)
+    return torch.ops.aten.add.Tensor, operands

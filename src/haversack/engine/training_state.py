@@ -34,8 +34,11 @@ class TrainingState:
 class SavedState(Protocol):
     """What `restore` reads from. `names` are the saved tensors with their shapes, whole; `read` gives one, or some of its rows."""
 
-    names: Mapping[str, tuple[int, ...]]
-    values: Mapping[str, Any]
+    @property
+    def names(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor: ...
 

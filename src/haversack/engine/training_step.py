@@ -5,8 +5,10 @@ Everything that decides bytes is the workload's: precision, optimizer, recomputa
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +24,8 @@ from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
 from haversack.engine.pairs import Pairs
 from haversack.engine.recompute import RecomputeLayers
-from haversack.engine.saved_activations import SaveInEightBits
+from haversack.engine.saved_activations import SaveInEightBits, SaveOnDisk
+from haversack.engine.side_network import SideNetwork, side_parameters
 from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.errors import UsageError
 from haversack.parts.loss.base import IGNORED
@@ -40,10 +43,10 @@ class TrainingStep:
     """A model made ready for a workload, and its optimizer once it is told to `begin`.
 
     `model` is a causal language model in the workload's `weights_dtype`; it is changed: adapters are put in, layers are told to
-    recompute.
+    recompute. `scratch` is the folder for activations that are kept on disk (the system's, if left out).
     """
 
-    def __init__(self, model: Any, described: Model, workload: TrainingWorkload):
+    def __init__(self, model: Any, described: Model, workload: TrainingWorkload, scratch: Path | None = None):
         self.model = model
         self.workload = workload
         optimizer_option(workload.optimizer)  # a name that there is
@@ -51,7 +54,9 @@ class TrainingStep:
         self.preferred: torch.Tensor | None = None
         """Of the last batch of pairs, the share whose chosen answer the objective sees preferred."""
         dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
-        if isinstance(workload, TuneWorkload) and workload.method != "full":
+        if isinstance(workload, TuneWorkload) and workload.method == "side":
+            SideNetwork(model, dtype)
+        elif isinstance(workload, TuneWorkload) and workload.method != "full":
             adapt(
                 model,
                 described,
@@ -66,6 +71,8 @@ class TrainingStep:
             RecomputeLayers(model, recomputed)
         if workload.saved == "8bit":
             SaveInEightBits(model)
+        if workload.saved == "disk":
+            SaveOnDisk(model, scratch or Path(tempfile.gettempdir()))
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
@@ -78,10 +85,8 @@ class TrainingStep:
         from haversack.engine.shards import Shards, check_sharded_optimizer
 
         check_sharded_optimizer(self.workload.optimizer)
-        if connections_of(self.model):
-            raise UsageError(
-                "method paca writes into whole matrices, but several ranks hold rows of each; choose lora."
-            )
+        if connections_of(self.model) or side_parameters(self.model):
+            raise UsageError("methods paca and side are for one process; choose lora or full.")
         if self.workload.update == "backward":
             raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
         self.shards = Shards(self.model, mesh)
@@ -225,22 +230,27 @@ class TrainingStep:
 
     def residents(self) -> dict[str, list[torch.Tensor]]:
         """What stays from step to step, by owner."""
-        adapters = [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
+        adapters: list[torch.Tensor] = []
+        adapters += [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
         adapters += [t for m in connections_of(self.model).values() for t in (m.weight, m.columns)]
+        adapters += side_parameters(self.model).values()
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
         packed += packed_tensors(self.model)
         own |= {id(tensor) for tensor in (*packed, *packed_parameters(self.model))}
+        masters: list[torch.Tensor] = []
+        if isinstance(self.optimizer, MasterWeights):
+            masters += self.optimizer.masters
         rows = {
             "weights": [p for p in self.model.parameters() if id(p) not in own]
             + [b for b in self.model.buffers() if id(b) not in own],
             "packed weights": packed,
             "adapters": adapters,
-            "master weights": self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else [],
+            "master weights": masters,
             "optimizer states": self.optimizer.state_tensors(),
         }
         if self.shards is not None:
-            held = {id(p): self.own(p) for p in self.model.parameters()}
+            held: dict[int, torch.Tensor] = {id(p): self.own(p) for p in self.model.parameters()}
             rows = {owner: [held.get(id(tensor), tensor) for tensor in tensors] for owner, tensors in rows.items()}
         return {owner: tensors for owner, tensors in rows.items() if tensors}
 

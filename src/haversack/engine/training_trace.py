@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 from unittest import mock
@@ -30,7 +30,7 @@ from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
 from haversack.engine.training_step import TrainingStep, inner_matrices
 from haversack.engine.true_values import TrueValues
 from haversack.engine.update_trace import TrainedTensor, trace_updates
-from haversack.errors import UsageError
+from haversack.errors import UnsupportedModelError, UsageError
 from haversack.ledger import DTYPE_BYTES
 from haversack.recipes.base import optimizer_option
 
@@ -48,7 +48,7 @@ class TrainingTrace:
     """Segments of one micro-step, what the update holds beside them, and what stays.
 
     `resident_bytes` by owner (weights, packed weights, adapters, master weights) and `trained` are of the whole model,
-    all layers; `update_bytes` are what the update holds for a moment beside weights, gradients and states; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
+    all layers; `evaluation` are segments of a pass that saves nothing for a backward pass; `update_bytes` are what the update holds for a moment beside weights, gradients and states; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
     `drops_like[layer]` the one whose bytes go like its own when the loss is there (the one before the last layer loses its
     output then).
     """
@@ -61,6 +61,7 @@ class TrainingTrace:
     stands_for: Mapping[int, int] = field(repr=False)
     drops_like: Mapping[int, int] = field(repr=False)
     segments: Mapping[str, Segment] = field(repr=False)
+    evaluation: Mapping[str, Segment] = field(repr=False)
 
     @property
     def gradient_bytes(self) -> int:
@@ -103,11 +104,17 @@ def compose(
     for name, traced, own_trace in names:
         segment = own_trace.segments.get(traced)
         if segment is None:
-            continue  # a frozen embedding has no backward pass
+            if (
+                name == EMBED_BACKWARD
+            ):  # a frozen embedding has no backward pass, unless its layer recomputes: as many moments either way
+                moments.append(Moment(name, held))
+            continue
         own = LOGITS if traced in (LOSS, LOSS_BACKWARD) else WORKSPACE
         at_peak = _changes(segment.start, segment.peak)
         grown = at_peak.pop(GRADIENTS, 0)
         rest = sum(at_peak.values())
+        if rest < 0 and held.get(own, 0) + rest < 0:  # what it gives back is the layers'
+            own = ACTIVATIONS
         moments.append(Moment(name, _add(held, {GRADIENTS: grown, own: rest})))
         changes = _changes(segment.start, segment.end)
         if traced == LOSS:  # the end of autocast drops every layer's copies of weights
@@ -119,6 +126,11 @@ def compose(
             lump[kind] = lump.get(kind, 0) + num_bytes
         held = _add(held, lump)
     return moments
+
+
+def compose_evaluation(trace: TrainingTrace) -> list[Moment]:
+    """The moments of one batch that is evaluated, over all layers, in order."""
+    return compose(replace(trace, segments=trace.evaluation))
 
 
 def _dropped(trace: TrainingTrace, layer: int) -> int:
@@ -139,6 +151,11 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     drops_like = {i: i if i in shown else kinds[i][0] for i in range(model.num_layers)}
     with quiet_transformers():
         skeleton: Any = build_skeleton(model.config, model.name)
+        if skeleton.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"{model.name} ({model.model_type}) is an encoder-decoder, which is served and not trained here; choose a "
+                "decoder-only model."
+            )
         skeleton.to(torch_dtype(workload.weights_dtype))
         _set_attention(skeleton, model, workload)
         skip_layers_but(skeleton, model, shown)
@@ -155,8 +172,10 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     columns = {id(m.codes): m.in_features for m in skeleton.modules() if isinstance(m, PackedLinear)}
     packed = tuple((len(rows), columns[id(rows)]) for rows in codes)
     update_bytes = trace_updates(step.optimizer_over, optimizer_option(workload.optimizer), trained)
-    segments = _run(step, model, sorted(shown))
-    return TrainingTrace(model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments)
+    segments, evaluation = _run(step, model, sorted(shown))
+    return TrainingTrace(
+        model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments, evaluation
+    )
 
 
 def _kinds(model: Model, workload: TrainingWorkload) -> dict[int, tuple[int, ...]]:
@@ -204,9 +223,9 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
         ) from None
 
 
-def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Segment]:
-    """Segments of a micro-step whose model, on meta, is filled with fakes; while gradients accumulate, they are there from
-    its beginning."""
+def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> tuple[dict[str, Segment], dict[str, Segment]]:
+    """Segments of a micro-step whose model, on meta, is filled with fakes, and of a batch evaluated after it; while gradients
+    accumulate, they are there from the micro-step's beginning."""
     live = OwnedBytes()
     workload = step.workload
     with FakeTensorMode(), _plain_data(workload.samples_apart), live:
@@ -224,9 +243,21 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> dict[str, Se
             step.update()
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)
-        live.cut("before")
-        live.segments.clear()
-        _one_step(step, ids, live, layers, shown)
+        segments = _segments_of_step(step, ids, live, layers, shown)
+        for parameter in step.trained:
+            parameter.grad = None
+        step.model.eval()
+        with torch.no_grad():
+            evaluation = _segments_of_step(step, ids, live, layers, shown)
+    return segments, evaluation
+
+
+def _segments_of_step(
+    step: TrainingStep, ids: torch.Tensor, live: OwnedBytes, layers: Mapping[int, nn.Module], shown: Sequence[int]
+) -> dict[str, Segment]:
+    live.cut("before")
+    live.segments.clear()
+    _one_step(step, ids, live, layers, shown)
     return {segment.name: segment for segment in live.segments}
 
 
@@ -239,7 +270,7 @@ def _make_gradients(step: TrainingStep, live: OwnedBytes) -> None:
 def _one_step(
     step: TrainingStep, ids: torch.Tensor, live: OwnedBytes, layers: Mapping[int, nn.Module], shown: Sequence[int]
 ) -> None:
-    """One micro-step, cut where layers begin and end, forward and backward."""
+    """One micro-step, cut where layers begin and end, forward and (where gradients are wanted) backward."""
     handles = []
     entered: list[int] = []
 
@@ -270,9 +301,12 @@ def _one_step(
     live.owner = EMBED
     loss = step.loss(ids, positions=ids if step.workload.samples_apart else None, pairs=_pairs(step, ids))
     live.cut(LOSS)
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     for handle in handles:
         handle.remove()
+    if not loss.requires_grad:
+        return
     last = live.segments[-1].name
     if last == LOSS:
         name = LOSS_BACKWARD

@@ -28,7 +28,7 @@ def load_whole(
     own = torch_dtype(described.dtype) if dtype == "auto" else dtype
     streamed = StreamedModel(described, checkpoint, own)
     materialize(streamed, streamed.module.state_dict().keys())
-    streamed.module.to(own)
+    streamed.module.to(dtype=own)  # type: ignore[call-arg]
     streamed.module.config.dtype = own
     streamed.module.set_attn_implementation(attention)
     for parameter in streamed.module.parameters():

@@ -83,7 +83,7 @@ class SavedCheckpoint:
 
 def _pieces(name: str, tensors: Mapping[str, CheckpointTensor]) -> list[str]:
     """Names of a sharded tensor's rows, by rank."""
-    found = []
+    found: list[str] = []
     while f"{name}#{len(found)}" in tensors:
         found.append(f"{name}#{len(found)}")
     return found

@@ -186,7 +186,12 @@ def _quantization(packed: Packed, said: Mapping[str, _Said]) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for site_id, how in said.items():
         key = json.dumps([how.scheme, how.form], sort_keys=True)
-        empty = {"targets": [], "weights": dict(how.scheme), "input_activations": None, "output_activations": None}
+        empty: dict[str, Any] = {
+            "targets": [],
+            "weights": dict(how.scheme),
+            "input_activations": None,
+            "output_activations": None,
+        }
         groups.setdefault(key, {**empty, "format": how.form})["targets"].append(site_id)
     forms = {how.form for how in said.values()}
     return {

@@ -7,6 +7,7 @@ folder, WORKLOAD a JSON file as `to_dict` writes it. Either prints one JSON obje
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -34,12 +35,13 @@ _WARM_UP = {
 }
 
 
-def measure_process(source: str, workload: TrainingWorkload) -> dict[str, Any]:
+def measure_process(source: str | dict[str, Any], workload: TrainingWorkload) -> dict[str, Any]:
     """Build and train: private pages after imports and at their peak, and seconds of the last step."""
     memory.return_freed_memory()
     import_runtime(workload)
     imported = memory.private_bytes()
-    with memory.PeakSampler() as sampler:
+    has_files = isinstance(source, str) and any(Path(source).glob("*.safetensors"))
+    with memory.PeakSampler(files_stay=not has_files) as sampler:
         step, batches = _prepare(source, workload)
         for _ in range(MEASURED_STEPS):
             started = time.perf_counter()
@@ -53,8 +55,8 @@ def measure_process(source: str, workload: TrainingWorkload) -> dict[str, Any]:
     }
 
 
-def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
-    """Build and train under torch's profiler: the most bytes allocated, when, and what stays by owner."""
+def measure_tensors(source: str | dict[str, Any], workload: TrainingWorkload) -> dict[str, Any]:
+    """Build, train and evaluate a batch under torch's profiler: the most bytes allocated, when, and what stays by owner."""
     import torch
 
     import_runtime(workload)
@@ -68,6 +70,10 @@ def measure_tensors(source: str, workload: TrainingWorkload) -> dict[str, Any]:
                 step.micro_step(**batch)
             marks[f"update {number}"] = time.time_ns()
             step.update()
+        marks["evaluate"] = time.time_ns()
+        step.model.eval()
+        with torch.no_grad():
+            step.loss(batches[0])
     peaks = dict.fromkeys(marks, 0)
     order = sorted(marks.items(), key=lambda item: item[1])
     live = 0
@@ -136,12 +142,27 @@ def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int 
 
 def import_runtime(workload: TrainingWorkload) -> None:
     """What training imports is the runtime's, so a small model of another kind trains before the first look."""
-    import dataclasses
-
-    recompute = "none" if workload.recompute == "none" else "full"  # the small model has other layers
-    small = dataclasses.replace(workload, batch_size=1, seq_len=2, recompute=recompute)
-    step, batches = _prepare(_WARM_UP, small)
+    step, batches = _prepare(_WARM_UP, _small(workload))
     step.run(batches)
+
+
+def _small(workload: TrainingWorkload) -> TrainingWorkload:
+    recompute = "none" if workload.recompute == "none" else "full"  # the small model has other layers
+    return dataclasses.replace(workload, batch_size=1, seq_len=2, recompute=recompute)
+
+
+def runtime_private_bytes(workload: TrainingWorkload | None = None) -> int:
+    """What this process holds privately once everything that planning and training import is there, and one small step of the workload
+    was traced and run."""
+    from haversack.cost.training import training_cost
+    from haversack.describe.model import describe_model
+    from haversack.describe.workload import TrainWorkload
+
+    memory.return_freed_memory()
+    workload = workload or TrainWorkload(1, 2)
+    training_cost(describe_model(_WARM_UP), _small(workload))
+    import_runtime(workload)
+    return memory.private_bytes()
 
 
 def main(arguments: list[str]) -> None:

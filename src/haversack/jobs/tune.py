@@ -292,9 +292,8 @@ def _plan(request: TrainingRequest, folder: RunFolder, store: TokenStore) -> Tra
     """Choose how it fits, write it down, before anything loads."""
     seq_len = request.seq_len or _seq_len(store, request.model)
     rows = PackedRows(store, seq_len, 0)
-    workload: Any = dataclasses.replace(
-        request.workload, seq_len=seq_len, samples_apart=rows.apart, **_objective(request, store)
-    )
+    found: dict[str, Any] = {"seq_len": seq_len, "samples_apart": rows.apart, **_objective(request, store)}
+    workload = dataclasses.replace(request.workload, **found)
     fit = fit_training(_question(request, workload), request.pinned, clips=request.settings.clip_norm > 0)
     num_train = len(rows) - _num_held(len(rows), request.settings)
     settings = request.settings.resolved(num_train, _default_rate(fit.workload))
@@ -332,10 +331,16 @@ def _question(request: TrainingRequest, workload: TuneWorkload | TrainWorkload) 
         if request.base_bytes is not None:
             raise UsageError("a packed base is tuned by one process; name the unpacked model, or leave torchrun out.")
         workload = dataclasses.replace(workload, batch_size=workload.batch_size // ranks)
+    from haversack.jobs.training_run import runtime_private_bytes
+
+    machine = request.machine
+    if request.budget_kind == "process":  # what the runtime takes is what this process holds now
+        rates = dataclasses.replace(machine.rates, training_private_bytes=runtime_private_bytes(request.workload))
+        machine = dataclasses.replace(machine, rates=rates)
     return TrainingQuestion(
         request.model,
         workload,
-        request.machine,
+        machine,
         Parallelism(data=ranks, zero=3 if ranks > 1 else 0),
         request.budget_bytes,
         request.budget_kind,
@@ -477,7 +482,7 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
     if request.base_bytes is not None:
         freeze_packed(model, workload.attention)
-    step = TrainingStep(model, request.model, workload)
+    step = TrainingStep(model, request.model, workload, request.output)
     if request.adapter is not None:
         load_adapter(model, request.adapter)
     if request.ranks.are_several:
@@ -496,6 +501,7 @@ def _resume(
     request: TrainingRequest, folder: RunFolder, step: TrainingStep, writer: CheckpointWriter, log: TrainingLog
 ) -> tuple[int, list[str]]:
     """Put the newest intact checkpoint back; the steps that are done, and notes. Raises UsageError for a checkpoint of another run."""
+    from haversack.engine.recompute import has_dropout
     from haversack.engine.training_state import restore
 
     if request.ranks.is_first:
@@ -520,7 +526,7 @@ def _resume(
         import torch
 
         torch.manual_seed(request.settings.seed + saved.step + request.ranks.rank)
-    if request.ranks.any(not goes_on):
+    if request.ranks.any(not goes_on) and has_dropout(step.model.config):
         notes.append("the ranks were not as many before, so that what is dropped at random is drawn anew")
     writer.last_saved = saved.step
     log.go_back_to(saved.step)
@@ -542,23 +548,27 @@ def _resident_bytes(step: TrainingStep) -> dict[str, int]:
 
 
 def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> Path:
-    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, else `model/`. Optimizer states are dropped first, so
-    that writing can't be the peak."""
+    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, `side/` for a side network, else `model/`. Optimizer
+    states are dropped first, so that writing can't be the peak."""
     from haversack.engine.connections import release
     from haversack.engine.optimizers import Stepper
     from haversack.engine.peft_format import adapters_of, save_adapter
+    from haversack.engine.side_network import save_side_network, side_parameters
 
     step.optimizer = Stepper([])
-    is_adapter = bool(adapters_of(step.model))
-    final = folder.path / ("adapter" if is_adapter else "model")
+    kind = "adapter" if adapters_of(step.model) else "side" if side_parameters(step.model) else "model"
+    final = folder.path / kind
     partial = final.with_name(final.name + ".partial")
     release(step.model)
     whole = None if step.shards is None else step.shards.gather()
     if not request.ranks.is_first:
         return final
     shutil.rmtree(partial, ignore_errors=True)
-    if is_adapter:
-        save_adapter(step.model, partial, str(request.model.folder or request.model.name))
+    base = str(request.model.folder or request.model.name)
+    if kind == "adapter":
+        save_adapter(step.model, partial, base)
+    elif kind == "side":
+        save_side_network(step.model, partial, base)
     else:
         step.model.save_pretrained(partial, state_dict=whole)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",

@@ -103,7 +103,8 @@ def _with_attention(question: TrainingQuestion, pinned: Set[str]) -> TrainingQue
 
 def _ways(question: TrainingQuestion, pinned: Set[str]) -> list[dict[str, str]]:
     """Recomputation and loss, from the fastest to the one that holds the least; all give the same result."""
-    fixed = "recompute" in pinned or question.workload.saved != "exact"
+    keeps_nothing = isinstance(question.workload, TuneWorkload) and question.workload.method == "side"
+    fixed = "recompute" in pinned or question.workload.saved != "exact" or keeps_nothing
     recomputations = (question.workload.recompute,) if fixed else RECOMPUTATIONS
     losses: tuple[str, ...] = (question.workload.loss,)
     if "loss" not in pinned and question.workload.loss == "fp32" and cuts(question.model):

@@ -64,6 +64,8 @@ def make_plan(
             f"{question.model.name} ({question.model.model_type}) can't be served from a planned cache: "
             f"{question.model.cache_problem}; leave it to transformers."
         )
+    for site in question.model.attention:  # before a layer runs without the one whose keys it reads
+        KVOption().regions(site, max(1, question.workload.cache_tokens))
     tell = progress or (lambda what, done, total: None)
     chunks = _chunks(question)
     best: tuple[ServingProblem, Solution, int] | None = None

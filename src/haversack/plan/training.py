@@ -44,7 +44,9 @@ class TrainingQuestion:
 
     @property
     def runtime_bytes(self) -> int:
-        return 0 if self.budget_kind == "tensor" else DEFAULT_TRAINING_RUNTIME_BYTES
+        if self.budget_kind == "tensor":
+            return 0
+        return self.machine.rates.training_private_bytes or DEFAULT_TRAINING_RUNTIME_BYTES
 
     @property
     def tensor_bytes(self) -> int | None:
@@ -190,7 +192,7 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
     if workload.loss != "cut" and cuts(question.model):
         sparing["loss"] = "cut"
         yield "loss=cut (the same result in about the same time)", changed(**sparing)
-    if workload.recompute == "none" and workload.saved == "exact":
+    if workload.recompute == "none" and workload.saved == "exact" and not _keeps_nothing(workload):
         some = _some_layers(question, sparing)
         if some is not None:
             yield f"{_words({**sparing, **some})} (the same result, those layers run twice)", changed(**sparing, **some)
@@ -212,6 +214,11 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         if workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")
+
+
+def _keeps_nothing(workload: TuneWorkload | TrainWorkload) -> bool:
+    """Whether the model's own layers keep nothing for a backward pass."""
+    return isinstance(workload, TuneWorkload) and workload.method == "side"
 
 
 def _some_layers(question: TrainingQuestion, sparing: Mapping[str, object]) -> dict[str, object] | None:

@@ -157,7 +157,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("damage", lost + (f" ({damage.source})" if damage.source else "")),
         *_probes(damage),
-        ("decode", f"{format_seconds(prediction.seconds_per_token)} per step at the memory's bound"),
+        ("decode", f"{format_seconds(prediction.seconds_per_token)} per step by the machine's rates"),
         (
             "solver",
             f"{plan.solve.method}; {plan.solve.num_choices:,} choices at {plan.solve.num_groups:,} places"

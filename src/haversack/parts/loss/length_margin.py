@@ -18,7 +18,8 @@ class LengthMargin(Preference):
     chosen answer's own loss per token.
 
     Nothing is held for it. Source: Tang et al. 2024, arXiv 2410.18533, its loss and the likelihood that keeps the model from
-    unlearning, after Meng et al. 2024, arXiv 2405.14734, equation 6, whose figures for tuned Llama 3 `beta` and `gamma` are. Differs in
+    unlearning, after Meng et al. 2024, arXiv 2405.14734, whose released settings for Llama 3 Instruct (v0.2) `beta` and `gamma` are; `likelihood` is a
+    choice. Differs in
     that a prompt has one rejected answer, and positions stay those of the data.
     """
 

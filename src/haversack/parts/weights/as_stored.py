@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class AsStored(Rounding):
     """The checkpoint's own codes; nothing is rounded again, no bytes of its own.
 
-    For matrices that a checkpoint stores as integers in groups of 64 or 128 columns (or rows, at 8 bits) under scales that
-    float16 holds. Error: none against the checkpoint; the 16-bit matrix that it stands for is rounded where this is not.
+    For matrices that a checkpoint stores as integers under scales that float16 holds: in groups of 64 or 128 columns (or rows, at
+    8 bits), or symmetric ones of 2 to 4 bits in groups of 16 or 32. Error: none against the checkpoint; the 16-bit matrix that it stands for is rounded where this is not.
     """
 
     id: ClassVar[str] = "as-stored"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
@@ -74,8 +75,9 @@ class SparseOutliers(Correction):
             inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)), upper=True)
             importance = 1 / inverse.square().sum(0)  # over the diagonal of (R R^T)^-1
         number, rest = self._number(*weight.shape), weight.clone()
+        offers = _Offers(rest, importance, grid)
         for turn in range(_TURNS):
-            self._take_extremes(rest, importance, grid, (turn + 1) * number // _TURNS - turn * number // _TURNS)
+            offers.take((turn + 1) * number // _TURNS - turn * number // _TURNS)
         left = (rest != weight).flatten().nonzero()[:, 0]
         chosen = torch.cat([left, (rest == weight).flatten().nonzero()[: number - len(left), 0]]).sort().values
         counts = torch.bincount(chosen // weight.shape[1], minlength=weight.shape[0])
@@ -86,40 +88,6 @@ class SparseOutliers(Correction):
             "columns": (chosen % weight.shape[1]).to(torch.int16),
             "values": weight.flatten()[chosen].clamp(-limit, limit).half(),
         }
-
-    @staticmethod
-    def _take_extremes(rest: torch.Tensor, importance: torch.Tensor, grid: Grid, number: int) -> None:
-        """Set to 0 up to `number` weights: the extreme ones of the groups whose error falls the most for each that is taken."""
-        import torch
-        import torch.nn.functional as F
-
-        out_features, in_features = rest.shape
-        width = grid.group_size or in_features
-        groups = -(-in_features // width)
-
-        def grouped(values: torch.Tensor) -> torch.Tensor:
-            return F.pad(values, (0, groups * width - in_features)).view(out_features, groups, width)
-
-        def error(weight: torch.Tensor) -> torch.Tensor:
-            scales = grid.fit(weight, importance)
-            change = grid.dequantize(grid.quantize(weight, scales), scales).sub_(weight)
-            return grouped(change.square_() * importance).sum(2)
-
-        before, most = error(rest), min(max(_TOGETHER), width)
-        columns = grouped(rest.abs()).topk(most, 2).indices + torch.arange(groups)[:, None] * width
-        columns = columns.clamp_max(in_features - 1)
-        gains = torch.full((len(_TOGETHER), out_features, groups), -torch.inf)
-        for i, together in enumerate(n for n in _TOGETHER if n <= most):
-            without = rest.scatter(1, columns[:, :, :together].flatten(1), 0.0)
-            gains[i] = (before - error(without)) / together
-        gain, way = gains.max(0)
-        taken = torch.tensor(_TOGETHER)[way]
-        order = gain.flatten().argsort(descending=True)
-        chosen = order[taken.flatten()[order].cumsum(0) <= number]
-        is_chosen = torch.zeros(out_features * groups, dtype=torch.bool).index_fill_(0, chosen, True)
-        places = is_chosen.view(out_features, groups, 1) & (torch.arange(most) < taken[:, :, None])
-        rows = torch.arange(out_features)[:, None, None].expand_as(columns)
-        rest[rows[places], columns[places]] = 0.0
 
     def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         import torch
@@ -158,3 +126,74 @@ class SparseOutliers(Correction):
 
     def _tile_rows(self, in_features: int) -> int:
         return max(16, _TILE_BYTES // (4 * in_features))
+
+
+class _Offers:
+    """What taking the extreme weights off each group would gain, kept from turn to turn: only where weights were taken since
+    are scales fitted again.
+
+    `rest` `(out, in)` is changed in place. Groups that share a second-level scale are fitted together: columns come in spans of
+    whole superblocks where they divide the row, else in whole rows.
+    """
+
+    def __init__(self, rest: torch.Tensor, importance: torch.Tensor, grid: Grid):
+        import torch
+
+        self.rest, self.importance, self.grid = rest, importance, grid
+        out_features, in_features = rest.shape
+        self.width = grid.group_size or in_features
+        self.span = SUPERBLOCK_COLUMNS if grid.group_size and in_features % SUPERBLOCK_COLUMNS == 0 else in_features
+        groups = -(-in_features // self.width)
+        self.gain = torch.empty(out_features, groups)
+        self.together = torch.empty(out_features, groups, dtype=torch.int64)
+        self.columns = torch.empty(out_features, groups, min(max(_TOGETHER), self.width), dtype=torch.int64)
+        for first in range(0, in_features, self.span):
+            self._weigh(torch.arange(out_features), first)
+
+    def take(self, number: int) -> None:
+        """Set to 0 up to `number` weights: those whose group's error falls the most for each that is taken."""
+        import torch
+
+        order = self.gain.flatten().argsort(descending=True)
+        chosen = order[self.together.flatten()[order].cumsum(0) <= number]
+        is_chosen = torch.zeros(self.gain.numel(), dtype=torch.bool).index_fill_(0, chosen, True).view(self.gain.shape)
+        places = is_chosen.unsqueeze(-1) & (torch.arange(self.columns.shape[2]) < self.together.unsqueeze(-1))
+        rows = torch.arange(len(self.rest))[:, None, None].expand_as(self.columns)
+        self.rest[rows[places], self.columns[places]] = 0.0
+        for first in range(0, self.rest.shape[1], self.span):
+            touched = is_chosen[:, self._groups(first)].any(1).nonzero()[:, 0]
+            if len(touched):
+                self._weigh(touched, first)
+
+    def _weigh(self, rows: torch.Tensor, first: int) -> None:
+        """The offers of one span of columns, in some rows."""
+        import torch
+        import torch.nn.functional as F
+
+        rest, importance = self.rest[rows, first : first + self.span], self.importance[first : first + self.span]
+        num_columns, most = rest.shape[1], self.columns.shape[2]
+        groups = -(-num_columns // self.width)
+
+        def grouped(values: torch.Tensor) -> torch.Tensor:
+            return F.pad(values, (0, groups * self.width - num_columns)).view(len(rest), groups, self.width)
+
+        def error(weight: torch.Tensor) -> torch.Tensor:
+            scales = self.grid.fit(weight, importance)
+            change = self.grid.dequantize(self.grid.quantize(weight, scales), scales).sub_(weight)
+            return grouped(change.square_() * importance).sum(2)
+
+        columns = grouped(rest.abs()).topk(most, 2).indices + torch.arange(groups)[:, None] * self.width
+        columns = columns.clamp_max(num_columns - 1)
+        before, gains = error(rest), torch.full((len(_TOGETHER), len(rest), groups), -torch.inf)
+        for i, together in enumerate(n for n in _TOGETHER if n <= most):
+            without = rest.scatter(1, columns[:, :, :together].flatten(1), 0.0)
+            gains[i] = (before - error(without)) / together
+        gain, way = gains.max(0)
+        place = self._groups(first)
+        self.gain[rows, place] = gain
+        self.together[rows, place] = torch.tensor(_TOGETHER)[way]
+        self.columns[rows, place] = columns + first
+
+    def _groups(self, first: int) -> slice:
+        """The groups of the span that begins at a column."""
+        return slice(first // self.width, -(-(first + self.span) // self.width))

@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from haversack.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
+
+    from haversack.parts.weights.decoded import DecodedGrid
 
 BLOCK_ELEMENTS = 2**18
 """Elements that a search handles at once: its temporaries stay in a core's cache, and its workspace in a few MiB."""
@@ -76,3 +80,24 @@ def group_importance(importance: torch.Tensor | None, in_features: int, padded: 
     even = F.pad(torch.ones(in_features), (0, padded - in_features)).view_as(grouped)
     total = grouped.sum(1, keepdim=True)
     return torch.where(total > 0, grouped / total.clamp_min(torch.finfo(torch.float32).tiny), even)
+
+
+def root_mean_squares(weight: torch.Tensor, grid: DecodedGrid, importance: torch.Tensor | None) -> torch.Tensor:
+    """Each group's root mean square, float32 `(rows, groups)`, columns weighed by `importance`: the scales of grids whose values have
+    variance 1. Raises CheckpointError for values that are not finite, or beyond what the scales can hold."""
+    import torch
+    import torch.nn.functional as F
+
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError("a weight matrix holds values that are not finite; no grid can represent them.")
+    in_features = weight.shape[1]
+    groups, padded = grid.num_groups(in_features), grid.padded_features(in_features)
+    weighting = group_importance(importance, in_features, padded, groups)
+    grouped = F.pad(weight.float(), (0, padded - in_features)).view(-1, groups, padded // groups)
+    wanted = (grouped.square() * weighting).sum(-1).div_(weighting.sum(-1)).sqrt_()
+    if wanted.numel() and float(wanted.max()) > grid.coding.largest:
+        raise CheckpointError(
+            f"a group of weights of size {float(wanted.max()):.4g} exceeds {grid.coding.largest:.4g}, the largest "
+            f"scale that {grid.scales} can hold; keep this matrix in its own dtype."
+        )
+    return wanted

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
 from haversack.codecs.scale_codings import SUPERBLOCK_COLUMNS
 from haversack.codecs.trellis import WINDOW_BITS, trellis_table
-from haversack.errors import CheckpointError, UsageError
+from haversack.errors import UsageError
 from haversack.parts.base import Source, check_range
 from haversack.parts.weights.decoded import DecodedGrid
-from haversack.parts.weights.scale_search import group_importance
+from haversack.parts.weights.scale_search import root_mean_squares
 
 if TYPE_CHECKING:
     import torch
@@ -59,22 +59,7 @@ class TrellisGrid(DecodedGrid):
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The scales' working state: each group's root mean square, for the table's values have variance 1."""
-        import torch
-        import torch.nn.functional as F
-
-        if not bool(torch.isfinite(weight).all()):
-            raise CheckpointError("a weight matrix holds values that are not finite; no grid can represent them.")
-        in_features = weight.shape[1]
-        groups, padded = self.num_groups(in_features), self.padded_features(in_features)
-        weighting = group_importance(importance, in_features, padded, groups)
-        grouped = F.pad(weight.float(), (0, padded - in_features)).view(-1, groups, padded // groups)
-        wanted = (grouped.square() * weighting).sum(-1).div_(weighting.sum(-1)).sqrt_()
-        if wanted.numel() and float(wanted.max()) > self.coding.largest:
-            raise CheckpointError(
-                f"a group of weights of size {float(wanted.max()):.4g} exceeds {self.coding.largest:.4g}, the largest "
-                f"scale that {self.scales} can hold; keep this matrix in its own dtype."
-            )
-        return self.coding.encode(wanted)
+        return self.coding.encode(root_mean_squares(weight, self, importance))
 
     def quantize(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor], first_column: int = 0) -> torch.Tensor:
         if first_column:
