@@ -94,7 +94,7 @@ def compare(case: str, names: Sequence[str], arguments: argparse.Namespace) -> l
     for measure in ("decode", "prefill") if CASES[case]["prefill"] else ("decode",):
         rates = {name: _rates(of, case, measure) for name, of in answers.items() if not isinstance(of, str)}
         for name in names:
-            row = {"case": case if measure == "decode" else measure, "contender": name, "busy": busy}
+            row: dict[str, Any] = {"case": case if measure == "decode" else measure, "contender": name, "busy": busy}
             row["settings"] = {**CASES[case], **CONTENDERS[name][1]}
             answer = answers[name]
             if isinstance(answer, str):
