@@ -155,7 +155,7 @@ def request(name: str, case: str, turns: int, num_threads: int) -> dict[str, Any
         "model": str(source),
         "packed": str(pack_model(Path("build/decode-1b")).resolve()),
         "folder": str(FOLDER.resolve()),
-        "config": {**CONFIG, "rope_theta": CONFIG["rope_parameters"]["rope_theta"]},
+        "config": {**CONFIG, "rope_theta": dict(CONFIG["rope_parameters"])["rope_theta"]},  # type: ignore[call-overload]
         "num_threads": num_threads,
         "settings": {**CASES[case], "turns": turns, **CONTENDERS[name][1]},
     }
