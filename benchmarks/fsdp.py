@@ -23,6 +23,7 @@ CONFIG: dict[str, Any] = {
 WORKLOADS: tuple[TrainingWorkload, ...] = (
     TrainWorkload(2, 128, precision="fp32"),
     TuneWorkload(2, 128, precision="fp32", method="full", recompute="full"),
+    TuneWorkload(2, 128, precision="fp32", method="lora", lora_rank=16, lora_targets="attention"),
 )
 
 
@@ -48,7 +49,7 @@ def measure_rank(rank: int, store: str, workload: TrainingWorkload) -> dict[str,
     described = describe_model(CONFIG)
     import_runtime(workload)
     imported = memory.private_bytes()
-    with memory.PeakSampler() as sampler:
+    with memory.PeakSampler(files_stay=True) as sampler:
         model = open_model(described, DTYPES[workload.weights_dtype], workload.attention)
         step = TrainingStep(model, described, workload)
         inside = {id(parameter) for parameter in inner_matrices(model, described)}
@@ -56,7 +57,7 @@ def measure_rank(rank: int, store: str, workload: TrainingWorkload) -> dict[str,
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        sharded: dict[str, Any] = dict(model.named_parameters())
+        sharded: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         local = {name: torch.nn.Parameter(parameter.to_local()) for name, parameter in sharded.items()}
         optimizer = step.optimizer_over(list(local.values()), [local[name] for name in names])
         ids = torch.randint(CONFIG["vocab_size"], (workload.batch_size, workload.seq_len))

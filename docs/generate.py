@@ -50,7 +50,7 @@ COMMANDS = {
     "eval-kv": f"haversack eval kv {MODEL} --kv h2o --kv gear --kv duoattention --bytes 25% --context 512 --probes 1",
     "bad-cache": f"haversack eval kv {MODEL} --kv h2o --bytes 1% --context 512 --probes 1",
     "tune": f"haversack tune {MODEL} --data {TEXT} --budget 700MiB --method lora --seq-len 128 --batch 2 --steps 6 -o {TUNED}",
-    "tune-small": f"haversack tune {MODEL} --data {TEXT} --budget 430MiB --seq-len 128 --batch 2 -o out/none",
+    "tune-small": f"haversack tune {MODEL} --data {TEXT} --budget 300MiB --seq-len 128 --batch 2 -o out/none",
     "tune-binary": f"haversack tune {MODEL} --data {MODEL}/model.safetensors --budget 700MiB -o out/none",
     "report": f"haversack report {PACKED} -o out/report.html",
     "methods": "haversack methods",

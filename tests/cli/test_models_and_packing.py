@@ -52,7 +52,6 @@ LIE = (2**60).to_bytes(8, "little")
         (lambda d: (d / "config.json").unlink(), ["no config.json"], 2),
         (lambda d: (d / "config.json").write_text("{"), ["no valid JSON"], 1),
         (lambda d: edit_config(d, model_type="llama9"), ["llama9", "update transformers"], 1),
-        (lambda d: edit_config(d, model_type="t5", is_encoder_decoder=True), ["encoder-decoder"], 1),
         (
             lambda d: edit_config(d, model_type="own", auto_map={"AutoConfig": "own.Config"}),
             ["--trust-remote-code"],

@@ -46,8 +46,6 @@ def folder(tmp_path, saved_families) -> Path:
         ({"model_type": "llama9"}, "model_type 'llama9'"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": 5}, "model_type 5"),
-        ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
-        ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "vit"}, "no causal language model"),
         ({"model_type": "xyz", "auto_map": {"AutoConfig": "configuration_xyz.XyzConfig"}}, "trust-remote-code"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized already .fp8."),

@@ -10,7 +10,9 @@ import torch
 from tests.describe.families import FAMILIES
 
 from haversack.describe.model import describe_model
+from haversack.describe.workload import TrainWorkload
 from haversack.engine.native_cache import trace_native_serving
+from haversack.engine.training_trace import trace_training
 from haversack.errors import UnsupportedModelError
 
 _BASE: dict[str, Any] = {
@@ -79,6 +81,42 @@ def test_the_cache_holds_what_was_traced(family: str) -> None:
     traced = trace_native_serving(describe_model(config), batch_size=2, prompt_tokens=PROMPT_TOKENS)
     assert [[layer.bytes_after(n) for layer in traced.layers] for n in (0, STEPS)] == found
     assert traced.cache_bytes(STEPS) > 0
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_keeps_the_prompt_and_its_own(family: str) -> None:
+    """States of the encoder, keys and values of them in every decoder layer, and those of what was generated; weights are none of it."""
+    from transformers import AutoModelForSeq2SeqLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config: dict[str, Any] = {
+        "model_type": family, "is_encoder_decoder": True, "vocab_size": 5000, "d_model": 32, "dtype": "float32",
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "bos_token_id": 2,
+    }  # fmt: skip
+    if family == "t5":
+        config |= {"d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+    else:
+        config |= {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+        config |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    described = describe_model(config)
+    assert "encoder-decoder" in described.cache_problem
+    model: Any = AutoModelForSeq2SeqLM.from_config(CONFIG_MAPPING[family].from_dict(config)).eval()
+    kept = sum(buffer.numel() for name, buffer in model.named_buffers() if name in model.state_dict())
+    assert described.num_parameters == model.num_parameters() + kept
+    with torch.no_grad():
+        states = model.get_encoder()(input_ids=torch.zeros(2, PROMPT_TOKENS, dtype=torch.long))
+        cache = None
+        for _ in range(1 + STEPS):
+            out = model(decoder_input_ids=torch.zeros(2, 1, dtype=torch.long), encoder_outputs=states,
+                        past_key_values=cache, use_cache=True)  # fmt: skip
+            cache = out.past_key_values
+    halves = (cache.self_attention_cache, cache.cross_attention_cache)
+    held = sum(sum(held_bytes(vars(layer))) for half in halves for layer in half.layers)
+    traced = trace_native_serving(described, batch_size=2, prompt_tokens=PROMPT_TOKENS)
+    assert traced.cache_bytes(STEPS) == held + states[0].nbytes
+    assert traced.decode_bytes < described.num_bytes / 4
+    with pytest.raises(UnsupportedModelError, match="is an encoder-decoder"):
+        trace_training(described, TrainWorkload(1, 8))
 
 
 def test_an_unknown_cache_is_said_by_name() -> None:

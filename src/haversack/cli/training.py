@@ -167,4 +167,9 @@ def _value(key: str, text: str, default: Any) -> Any:
         if not text.isdigit():
             raise UsageError(f"{key} is {text!r}, but must be a whole number.")
         return int(text)
+    if isinstance(default, float):
+        try:
+            return float(text)
+        except ValueError:
+            raise UsageError(f"{key} is {text!r}, but must be a number.") from None
     return text

@@ -231,7 +231,7 @@ class TuneWorkload(TrainingWorkload):
     columns of each matrix (`paca`), or a side network that reads its hidden states (`side`).
 
     `objective` is what is learned: `LIKELIHOOD`, or the recipe of a loss over pairs of answers. `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
-    alone. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
+    alone, as does `lora_dropout`, the share of their inputs that is dropped while training. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
     """
 
     task: ClassVar[str] = "tune"
@@ -239,10 +239,18 @@ class TuneWorkload(TrainingWorkload):
     method: str = "lora"
     lora_rank: int = 16
     lora_targets: str = "linear"
+    lora_dropout: float = 0.0
     objective: str = LIKELIHOOD
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        share = self.lora_dropout
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise UsageError(f"lora_dropout is {share!r}, but must be a share from 0 to below 1, like 0.05.")
+        if share and self.method not in ("lora", "qlora"):
+            raise UsageError(
+                f"lora_dropout is {share!r} with method {self.method!r}, which has no low-rank adapters; leave it at 0."
+            )
         _check_choice("method", self.method, METHODS)
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)

@@ -34,15 +34,19 @@ were counted on matrices of 0.07 to 2.4 million elements."""
 
 
 class LowRankAdapter(nn.Module):
-    """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen.
+    """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen. While training, the share `dropout` of
+    the numbers that `A` meets is dropped, which keeps them and a byte each for the backward pass.
 
     Adds `rank * (in + out)` trained weights, which may be kept in more bits than activations have: they are rounded where they meet
     them. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
 
-    def __init__(self, base: nn.Module, out_features: int, in_features: int, rank: int, dtype: torch.dtype):
+    def __init__(
+        self, base: nn.Module, out_features: int, in_features: int, rank: int, dtype: torch.dtype, dropout: float = 0.0
+    ):
         super().__init__()
         self.base = base
+        self.dropout = dropout
         self.scale = 1.0
         self.down = nn.Parameter(torch.empty(rank, in_features, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype))
@@ -51,6 +55,8 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
+        if self.dropout and self.training:
+            x, _ = torch.native_dropout(x, self.dropout, True)
         z = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
         return y + (z if self.scale == 1.0 else z * self.scale)
 
@@ -108,6 +114,7 @@ def adapt(
     packed: bool,
     dtype: torch.dtype,
     kind: type[LowRankAdapter] | type[PartialConnections] = LowRankAdapter,
+    dropout: float = 0.0,
 ) -> None:
     """Freeze `model` and put an adapter beside each whole linear of its layers, or another `kind` of what is trained of them; with
     `packed`, pack those linears that are not packed yet.
@@ -124,6 +131,8 @@ def adapt(
         base = _pack(module, site) if packed and not isinstance(module.weight, PackedTensor) else module
         if wanted:
             base = kind(base, site_out(module), site_in(module), rank, dtype)
+            if isinstance(base, LowRankAdapter):
+                base.dropout = dropout
         parent, _, name = site.module.rpartition(".")
         setattr(model.get_submodule(parent), name, base)
 

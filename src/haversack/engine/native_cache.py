@@ -120,8 +120,7 @@ def _trace_encoder_decoder(skeleton: Any, batch_size: int, prompt_tokens: int) -
     """The encoder reads the prompt; its last hidden states, and every decoder layer's keys and values of them, stay."""
     from transformers import DynamicCache, EncoderDecoderCache
 
-    config = skeleton.config.get_text_config(decoder=True)
-    cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # as many layers as the decoder has
     held: list[list[int]] = []
     rises: list[int] = []
     with torch.no_grad(), TrueValues(), LiveBytes() as live:

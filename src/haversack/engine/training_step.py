@@ -64,6 +64,7 @@ class TrainingStep:
                 targets=workload.lora_targets,
                 packed=workload.method == "qlora",
                 dtype=dtype,
+                dropout=workload.lora_dropout,
                 kind=PartialConnections if workload.method == "paca" else LowRankAdapter,
             )
         recomputed = recomputed_layers(workload.recompute, described.num_layers)
