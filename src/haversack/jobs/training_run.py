@@ -73,7 +73,7 @@ def measure_tensors(source: str | dict[str, Any], workload: TrainingWorkload) ->
         marks["evaluate"] = time.time_ns()
         step.model.eval()
         with torch.no_grad():
-            step.loss(batches[0])
+            step.loss(**batches[0])
     peaks = dict.fromkeys(marks, 0)
     order = sorted(marks.items(), key=lambda item: item[1])
     live = 0
