@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
+# Files of tests in two processes, each with a cache of its own.
 test: env
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 # What `make test` has no time for.
 test-long: env

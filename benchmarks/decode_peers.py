@@ -94,7 +94,7 @@ def compare(case: str, names: Sequence[str], arguments: argparse.Namespace) -> l
     for measure in ("decode", "prefill") if CASES[case]["prefill"] else ("decode",):
         rates = {name: _rates(of, case, measure) for name, of in answers.items() if not isinstance(of, str)}
         for name in names:
-            row = {"case": case if measure == "decode" else measure, "contender": name, "busy": busy}
+            row: dict[str, Any] = {"case": case if measure == "decode" else measure, "contender": name, "busy": busy}
             row["settings"] = {**CASES[case], **CONTENDERS[name][1]}
             answer = answers[name]
             if isinstance(answer, str):
@@ -155,7 +155,7 @@ def request(name: str, case: str, turns: int, num_threads: int) -> dict[str, Any
         "model": str(source),
         "packed": str(pack_model(Path("build/decode-1b")).resolve()),
         "folder": str(FOLDER.resolve()),
-        "config": {**CONFIG, "rope_theta": CONFIG["rope_parameters"]["rope_theta"]},
+        "config": {**CONFIG, "rope_theta": dict(CONFIG["rope_parameters"])["rope_theta"]},  # type: ignore[call-overload]
         "num_threads": num_threads,
         "settings": {**CASES[case], "turns": turns, **CONTENDERS[name][1]},
     }

@@ -82,7 +82,7 @@ class PeerProcess:
             )
         self._given = 0
 
-    def ask(self, request: Mapping[str, Any], *, timeout_seconds: float = 600) -> dict[str, Any]:
+    def ask(self, request: Mapping[str, Any], *, timeout_seconds: float = 1800) -> dict[str, Any]:
         """The answer to one more request. Raises PeerError where the process failed or is too slow."""
         assert self._process.stdin is not None
         deadline = time.monotonic() + timeout_seconds

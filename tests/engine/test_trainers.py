@@ -62,7 +62,7 @@ def train(folder: Path, optimizer: Callable[[Any], Any] | None = None, recompute
     return trainer
 
 
-def test_adamw_in_trainer_is_torchs_to_the_bit_with_layers_that_recompute(tmp_path: Path) -> None:
+def test_adamw_in_trainer_is_torchs_with_layers_that_recompute(tmp_path: Path) -> None:
     theirs, ours = train(tmp_path), train(tmp_path, lambda model: made("adamw", model), (1,))
     assert isinstance(ours.optimizer.optimizer, ComposedOptimizer)
     for one, other in zip(theirs.model.parameters(), ours.model.parameters(), strict=True):

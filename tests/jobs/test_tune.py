@@ -160,9 +160,9 @@ def test_a_loss_that_breaks_stops_with_step_rows_and_last_good_checkpoint(
 
     real, calls = TrainingStep.micro_step, []
 
-    def breaks(self: Any, share: float, **batch: Any) -> torch.Tensor:
+    def breaks(self: Any, **batch: Any) -> torch.Tensor:
         calls.append(1)
-        loss = real(self, **batch, share=share)
+        loss = real(self, **batch)
         return loss * float("nan") if len(calls) == 10 else loss  # the second micro-batch of step 5
 
     monkeypatch.setattr(TrainingStep, "micro_step", breaks)
@@ -201,10 +201,10 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_says_so(
 
     real = TrainingStep.micro_step
 
-    def tight(self: Any, ids: torch.Tensor, share: float, **rest: Any) -> torch.Tensor:
+    def tight(self: Any, ids: torch.Tensor, **rest: Any) -> torch.Tensor:
         if len(ids) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return real(self, ids, **rest, share=share)
+        return real(self, ids, **rest)
 
     monkeypatch.setattr(TrainingStep, "micro_step", tight)
     result = run_training(request_of(settings={"holdout": 0.0}))

@@ -108,7 +108,7 @@ class Cache:
     seed=st.integers(0, 2**20),
     batch=st.integers(1, 3),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (13, 1), (16, 1), (4, 4)]),
-    dims=st.sampled_from([(64, 64), (128, 64), (64, 128), (80, 80), (16, 48)]),
+    dims=st.sampled_from([(64, 64), (128, 64), (64, 128), (80, 80), (16, 48), (32, 256)]),
     bits=st.sampled_from([(0, 0), (0, 0), (8, 8), (4, 4), (2, 2), (4, 2), (2, 8)]),
     dtype=st.sampled_from(list(TOLERANCE)),
     sinks=st.sampled_from([0, 3, 70]),

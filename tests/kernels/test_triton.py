@@ -47,7 +47,7 @@ def test_they_come_first_on_devices_alone():
 
 @pytest.mark.parametrize("tiles", [False, True])
 @given(formats, st.sampled_from([1, 3, 17]), st.integers(1, 40), st.integers(1, 300), st.sampled_from([*TOLERANCE]))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_integers_against_float64(tiles, fmt, num_tokens, out_features, in_features, dtype):
     case = make_case(out_features, in_features, *fmt, seed=in_features)
     x = make_input(num_tokens, in_features, dtype)
@@ -58,7 +58,7 @@ def test_integers_against_float64(tiles, fmt, num_tokens, out_features, in_featu
 
 @pytest.mark.parametrize("tiles", [False, True])
 @given(tables, st.sampled_from([1, 17]), st.integers(1, 40), st.integers(1, 300))
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 def test_tables_against_float64(tiles, fmt, num_tokens, out_features, in_features):
     case = make_table_case(out_features, in_features, *fmt, seed=in_features)
     x = make_input(num_tokens, in_features)
@@ -85,20 +85,21 @@ def test_rounded_activations_are_those_of_the_other_kernels():
     dropping=st.booleans(),
     capped=st.booleans(),
 )
-@settings(max_examples=16, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 def test_attention_against_float64(seed, batch, heads, dims, bits, dtype, sinks, dropping, capped):
-    """The cases of the CPU's kernel, with contexts of one part and of several."""
+    """The cases of the CPU's kernel, with contexts of up to four parts."""
     size = 32
     form = CacheForm(*heads, *dims, dtype, *bits, size)
     generator = torch.Generator().manual_seed(seed)
-    counts = [int(n) for n in torch.randint(0, 700, (batch,), generator=generator)]
-    recent = 150 if dropping else NO_LIMIT
-    ring = 2 * size if form.key_bits else (recent if dropping else 700)
-    num_groups = (6 if dropping else 22) if form.key_bits else 0
+    counts = [int(n) for n in torch.randint(0, 200, (batch,), generator=generator)]
+    recent = 70 if dropping else NO_LIMIT
+    ring = 2 * size if form.key_bits else (recent if dropping else 200)
+    num_groups = (4 if dropping else 7) if form.key_bits else 0
     cache = Cache(generator, form, batch, counts, sinks, ring, recent, num_groups)
     on_device = {name: tensor.to(DEVICE) for name, tensor in cache.tensors.items()}
     settings_ = {"sink_tokens": sinks, "ring_tokens": ring, "recent_tokens": recent, "num_groups": num_groups}
     layer = TritonAttention(form, on_device, **settings_, softcap=7.0 if capped else None)
+    layer.parts = lambda most_tokens: 1 + most_tokens // 50
     logits = torch.randn(heads[0], generator=generator) if capped else None
     query = torch.randn(batch, heads[0], 1, dims[0], generator=generator).to(dtype)
     moved = [None if t is None else t.to(DEVICE) for t in (query, *cache.new, logits)]

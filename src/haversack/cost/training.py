@@ -83,15 +83,6 @@ class TrainingCost:
         loss = preference(self.workload.objective) if isinstance(self.workload, TuneWorkload) else None
         return loss is not None and loss.uses_reference
 
-    @staticmethod
-    def _reference_row(rows: Mapping[str, dict[str, dict[str, int]]]) -> dict[str, int]:
-        """At most what a step's forward pass and loss hold at their highest: nothing is kept for a backward pass, and there are
-        neither gradients nor states yet."""
-        absent = (STATES, GRADIENTS)
-        passes = [row for point in ("forward", "loss") for name, row in rows[point].items() if name != LOSS_BACKWARD]
-        without = [{owner: n for owner, n in row.items() if owner not in absent} for row in passes]
-        return max(without, key=lambda row: sum(row.values()))
-
     def _points(self) -> dict[str, dict[str, int]]:
         return {
             point: max(rows.values(), key=lambda row: sum(row.values())) for point, rows in self.moment_rows().items()
@@ -104,8 +95,6 @@ class TrainingCost:
         for moment in self.moments:
             owners = {("other" if owner in (EMBED, "update") else owner): n for owner, n in moment.owners.items()}
             rows.setdefault(_point_of(moment), {})[moment.name] = {**stays, **owners}
-        if self.uses_reference:
-            rows["reference"] = {"reference": self._reference_row(rows)}
         gradients = {GRADIENTS: self.trace.gradient_bytes}
         rows["update"] = {"update": stays}  # all there is of it where weights are updated during the backward pass
         if self.workload.update == "step":
@@ -114,6 +103,11 @@ class TrainingCost:
             moment.name: {**stays, **{("other" if owner == EMBED else owner): n for owner, n in moment.owners.items()}}
             for moment in compose_evaluation(self.trace)
         }
+        if self.uses_reference:  # a pass like an evaluation's, before there are states
+            rows["reference"] = {
+                name: {owner: n for owner, n in row.items() if owner != STATES}
+                for name, row in rows["evaluate"].items()
+            }
         widest = max((DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trace.trained), default=0)
         read = {
             owner: n for owner, n in stays.items() if owner not in (STATES, BATCH)

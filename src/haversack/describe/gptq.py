@@ -31,7 +31,7 @@ _FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 def check(config: Mapping[str, Any], name: str) -> None:
     """Raise UnsupportedModelError for a variant of the layout that is not read."""
-    form, bits = config.get("checkpoint_format", "gptq"), config.get("bits")
+    form, bits = str(config.get("checkpoint_format", "gptq")), config.get("bits")
     if form not in _FORMATS or bits not in (2, 3, 4, 8):
         raise UnsupportedModelError(
             f"{name!r} is stored by GPTQ with {bits!r} bits in the form {form!r}, but 2, 3, 4 and 8 bits in the forms "

@@ -41,8 +41,8 @@ class Rates:
     `copy_bytes_per_second` counts each byte once (it is read and written). `matmul_flops_per_second[dtype][threads]`
     counts `2 m n k`; dtypes are `fp32`, `bf16`, `int8`. `disk_read_bytes_per_second` was read as `disk_read_method`
     says. `runtime_private_bytes` and `runtime_file_bytes` are a fresh process after `runtime_imports`, split into
-    anonymous pages and file-backed ones; `training_private_bytes` one that is about to train. `source` says when or where the numbers come from; `notes` what could not be
-    measured, and why.
+    anonymous pages and file-backed ones; `training_private_bytes` one that is about to train. `source` says when or
+    where the numbers come from; `notes` what could not be measured, and why.
     """
 
     read_bytes_per_second: Mapping[int, float] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class Rates:
     disk_read_method: str = ""
     runtime_private_bytes: int | None = None
     runtime_file_bytes: int | None = None
-    training_private_bytes: int | None = None
     runtime_imports: tuple[str, ...] = ()
     swept_bytes: int = 0
     source: str = ""
     notes: tuple[str, ...] = ()
+    training_private_bytes: int | None = None
 
     def read_rate(self, threads: int | None = None) -> float | None:
         """Bytes/s of reading memory with at most `threads` threads (None: as many as were measured), or None."""

@@ -38,15 +38,15 @@ class ChunkForm:
         rows_fit = self.row_bytes >= 8 and (CHUNK_BYTES % self.row_bytes == 0 or self.row_bytes % CHUNK_BYTES == 0)
         return self.bits in (2, 4) and rows_fit and target.has("avx512f", "avx512bw") and self.group_size % 32 == 0
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return self.channels * self.bits // 8
 
-    @property
+    @cached_property
     def chunk_tokens(self) -> int:
         return max(1, CHUNK_BYTES // self.row_bytes)
 
-    @property
+    @cached_property
     def token_lanes(self) -> int:
         """Lanes of a word that belong to one token, side by side."""
         return 16 // self.chunk_tokens
@@ -85,6 +85,17 @@ class ChunkForm:
     def weight_patterns(self) -> list[tuple[tuple[int, int], ...]]:
         return list(dict.fromkeys(self.weight_lanes(chunk, plane) for chunk, plane, _ in self.words))
 
+    @cached_property
+    def pattern_numbers(self) -> dict[tuple[int, int], int]:
+        """Number of the pattern of a chunk's plane."""
+        return {(c, p): self.weight_patterns.index(self.weight_lanes(c, p)) for c, p, _ in self.words}
+
+    @cached_property
+    def code_table(self) -> Value:
+        """The float32 of every code, repeated."""
+        values = [float_constant(float(code)) for code in range(1 << self.bits)]
+        return constant("float", values * (16 // len(values)))
+
     def expanded_bytes(self, rows: int, tokens: int) -> int:
         """Bytes of probabilities in the order of words' lanes: per row, pattern and chunk of tokens."""
         return 64 * rows * len(self.weight_patterns) * (tokens // self.chunk_tokens)
@@ -93,9 +104,7 @@ class ChunkForm:
         """The codes of one word as float32."""
         shift = 8 * byte + self.bits * plane
         index = f.binary("lshr", codes, splat_constant(codes.type, shift)) if shift else codes
-        values = [float_constant(float(code)) for code in range(1 << self.bits)]
-        table = constant("float", values * (16 // len(values)))
-        return f.call(_F16, "llvm.x86.avx512.permvar.sf.512", table, index)
+        return f.call(_F16, "llvm.x86.avx512.permvar.sf.512", self.code_table, index)
 
 
 def order_query(f: Function, form: ChunkForm, query: Value, ordered: Value, rows: int) -> None:
@@ -230,7 +239,7 @@ def add_values(
                 for r in range(rows):
                     by_pattern: dict[int, Value] = {}
                     for k, (_, plane, _) in enumerate(taken):
-                        p = form.weight_patterns.index(form.weight_lanes(part, plane))
+                        p = form.pattern_numbers[part, plane]
                         if p not in by_pattern:
                             at = f.offset(expanded, 64 * (r * len(form.weight_patterns) + p) * chunks)
                             by_pattern[p] = f.load(_F16, f.offset(at, f.times(c, 64)), 64)

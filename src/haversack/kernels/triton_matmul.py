@@ -84,7 +84,7 @@ def _sums(
 @triton.jit
 def _tiles(
     x, codes, scales, zeros, table, out, num_rows, num_tokens,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN: tl.constexpr,
+    TOKENS: tl.constexpr, WIDEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN: tl.constexpr,
     ROW_BYTES: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_TABLE: tl.constexpr, EXPONENTS: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,10 @@ def _tiles(
         )  # fmt: skip
         some = (tokens < num_tokens)[:, None] & (columns < IN)[None, :]
         given = tl.load(x + tokens[:, None] * IN + columns[None, :], mask=some, other=0.0)
-        total = tl.dot(given, tl.trans(values.to(given.dtype)), total, input_precision="ieee")
+        values = values.to(given.dtype)
+        if WIDEN:
+            given, values = given.to(tl.float32), values.to(tl.float32)
+        total = tl.dot(given, tl.trans(values), total, input_precision="ieee")
     place = out + tokens[:, None] * num_rows + rows[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=(tokens < num_tokens)[:, None] & (rows < num_rows)[None, :])
 
@@ -157,7 +160,9 @@ class TritonKernel:
         }
         if self.tiles:
             grid = (triton.cdiv(num_rows, TILE_ROWS), triton.cdiv(num_tokens, TILE_TOKENS))
-            _tiles[grid](*tensors, num_tokens, TOKENS=TILE_TOKENS, ROWS=TILE_ROWS, **form)
+            # The interpreter's dot takes bfloat16's bits for integers; the same numbers in float32 give the same products.
+            widen = x.device.type == "cpu" and x.dtype == torch.bfloat16
+            _tiles[grid](*tensors, num_tokens, TOKENS=TILE_TOKENS, WIDEN=widen, ROWS=TILE_ROWS, **form)
         else:
             _sums[(triton.cdiv(num_rows, ROWS), num_tokens)](*tensors, ROWS=ROWS, **form)
         return out

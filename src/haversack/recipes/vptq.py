@@ -28,5 +28,6 @@ RECIPE = Recipe(
     ),
     options=options,
     published="2-bit perplexity lower by 0.01 to 0.34 on LLaMA-2 and 4.41 to 7.34 on LLaMA-3 than the state of the art (abstract)",
+    catalogue=("vptq",),
     candidates=False,  # until kernels read this form: decoding tiles costs many times the time
 )

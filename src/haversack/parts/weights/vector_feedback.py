@@ -14,7 +14,7 @@ from haversack.parts.weights.vector import VectorGrid
 if TYPE_CHECKING:
     import torch
 
-_TINY = 1e-20
+_TINY, _RUN_COLUMNS = 1e-20, 128
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,22 @@ def _feed_back(
     scale_of = grid.coding.values(scales)
     carried = torch.zeros(out_features, in_features)  # the sum over earlier columns
     codes, fit = torch.empty(out_features, in_features, dtype=torch.uint8), _Fit(table)
+    changes = torch.empty(out_features, in_features)
     for first in range(0, in_features, grid.length):
         block = slice(first, min(first + grid.length, in_features))
-        own = factor[block, block]
+        own, near = factor[block, block], _stop(first, in_features)
         group = first // grid.group_size if grid.group_size else 0
         scale = scale_of[:, group : group + 1]
         # b = R_KK^T t, so that t = R_KK^-T b
         target = weight[:, block] - torch.linalg.solve_triangular(own.T, carried[:, block].T, upper=False).T
         chosen = fit.choose(target, scale, own @ own.T)
         codes[:, block] = chosen[:, None].to(torch.uint8)
-        change = table[chosen, : block.stop - first] * scale - weight[:, block]
-        if block.stop < in_features:
-            carried[:, block.stop :].addmm_(change, factor[block, block.stop :])
+        changes[:, block] = table[chosen, : block.stop - first] * scale - weight[:, block]
+        if block.stop < near:
+            carried[:, block.stop : near].addmm_(changes[:, block], factor[block, block.stop : near])
+        elif near < in_features:
+            run = slice(first - first % _RUN_COLUMNS, near)
+            carried[:, near:].addmm_(changes[:, run], factor[run, near:])
     return codes, fit.vectors()
 
 
@@ -116,7 +120,7 @@ def _sweep(
     table, codes = scales["vectors"].float(), codes.clone()
     scale_of, fit = grid.coding.values(scales), _Fit(table)
     change = grid.dequantize(codes, scales).sub_(weight)
-    product = change @ hessian
+    product, moved = change @ hessian, torch.zeros_like(change)
     for first in range(0, weight.shape[1], grid.length):
         block = slice(first, min(first + grid.length, weight.shape[1]))
         group = first // grid.group_size if grid.group_size else 0
@@ -124,10 +128,19 @@ def _sweep(
         target = weight[:, block] + before - torch.linalg.solve(norm, product[:, block].T).T
         chosen = fit.choose(target, scale, norm)
         codes[:, block] = chosen[:, None].to(torch.uint8)
-        after = table[chosen, : block.stop - first] * scale - weight[:, block]
-        product.addmm_(after - before, hessian[block])
-        change[:, block] = after
+        moved[:, block] = table[chosen, : block.stop - first] * scale - weight[:, block] - before
+        near = _stop(first, weight.shape[1])
+        run = slice(first - first % _RUN_COLUMNS, near)
+        if block.stop < near:  # columns before it are not looked at again
+            product[:, block.stop : near].addmm_(moved[:, block], hessian[block, block.stop : near])
+        elif near < weight.shape[1]:
+            product[:, near:].addmm_(moved[:, run], hessian[run, near:])
     return codes, fit.vectors()
+
+
+def _stop(column: int, in_features: int) -> int:
+    """Where the run of columns ends that a column is in: changes reach what lies beyond it run by run."""
+    return min(column - column % _RUN_COLUMNS + _RUN_COLUMNS, in_features)
 
 
 class _Fit:
