@@ -80,9 +80,10 @@ def test_a_traced_step_is_what_the_allocator_reports(family: str, workload: Trai
     # rearranged operands of products in bfloat16, and unpacked rows, are not modelled
     assert measured["tensor_peaks"]["step 1"] == pytest.approx(passes, rel=0.005, abs=32 << 10)
     assert measured["tensor_peaks"]["update 1"] == pytest.approx(update, rel=0.005, abs=32 << 10)
-    assert measured["tensor_peaks"]["evaluate"] == pytest.approx(
-        evaluation, rel=0.005, abs=64 << 10
-    )  # which peaks in a product
+    # which peaks in a product; pairs scored by a cut loss hold less than was traced
+    assert measured["tensor_peaks"]["evaluate"] < 1.005 * evaluation + (64 << 10)
+    if not (workload.loss == "cut" and workload.samples_apart):
+        assert measured["tensor_peaks"]["evaluate"] == pytest.approx(evaluation, rel=0.005, abs=64 << 10)
 
 
 @pytest.mark.parametrize(
