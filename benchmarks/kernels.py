@@ -95,7 +95,7 @@ def one_token(out_features: int, in_features: int, memory: torch.Tensor, rotate_
             name, contender = ours(fmt, 1, out_features, memory, rotate_bytes, activation_bits)
             contenders[f"{bits} bits, {name}"] = contender
     for label, fmt in {
-        "nf4, 64": PackedFormat(4, 64, in_features, True, tuple(codebook_values())),
+        "nf4, 64": PackedFormat(4, 64, in_features, True, tuple(codebook_values().tolist())),
         "mxfp4, 32": PackedFormat(4, 32, in_features, True, E2M1, "e8m0"),
     }.items():
         name, contender = ours(fmt, 1, out_features, memory, rotate_bytes, 16)
