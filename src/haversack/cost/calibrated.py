@@ -12,13 +12,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from haversack._version import __version__
 from haversack.cost.cache_damages import MAX_SECONDS, cache_damages, head_options, measure_heads, probe_rows
@@ -90,6 +92,7 @@ def calibrate_model(
     `plan.question.Question`.
 
     With `probes` caches are weighed head by head on probes of `kv_capacity_tokens` besides text, and plans are judged by the worst.
+    Waits while another process calibrates the same model: they would share its files.
     Raises UsageError for an empty text and CheckpointError where the model has no weights.
     """
     if model.folder is None:
@@ -98,8 +101,37 @@ def calibrate_model(
         raise UsageError("the calibration text is empty; name a text file of some hundred kilobytes.")
     tell = progress or (lambda what, done, total: None)
     windows = text_windows(token_ids_of(model, text), num_tokens, min(seq_len, model.max_positions or seq_len))
+    with _one_at_a_time(model, tell):
+        return _calibrate(model, text, windows, kv_capacity_tokens, recipes, probes, tell)
+
+
+@contextmanager
+def _one_at_a_time(model: Model, tell: Progress) -> Iterator[None]:
+    """The system lets go of the lock when its process ends, however that ends."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache_folder() / f"{model.fingerprint[:16]}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        tell("waiting for another calibration of this model", 0, 1)
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _calibrate(
+    model: Model,
+    text: str,
+    windows: TextWindows,
+    kv_capacity_tokens: int,
+    recipes: tuple[str, ...],
+    probes: bool,
+    tell: Progress,
+) -> Calibration:
     settings = CalibrationSettings()
-    statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=progress)
+    statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=tell)
     table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
     offered = candidate_options("weights", recipes)
     proxies = _weight_damages(model, statistics, offered, table, tell)
