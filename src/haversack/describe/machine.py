@@ -37,7 +37,7 @@ RATES_VERSION = 1
 class Rates:
     """What the host does per second, by number of threads, and what its runtime takes; an empty mapping is *unknown*.
 
-    `read_bytes_per_second[threads]` is the best of several sweeps over `swept_bytes` of distinct memory;
+    `read_bytes_per_second[threads]` is the median of several sweeps over `swept_bytes` of distinct memory;
     `copy_bytes_per_second` counts each byte once (it is read and written). `matmul_flops_per_second[dtype][threads]`
     counts `2 m n k`; dtypes are `fp32`, `bf16`, `int8`. `disk_read_bytes_per_second` was read as `disk_read_method`
     says. `runtime_private_bytes` and `runtime_file_bytes` are a fresh process after `runtime_imports`, split into

@@ -2,8 +2,8 @@
 `{"progress": ...}` for each step and at the end `{"rates": ..., "devices": [...]}`.
 
 It runs in a process of its own, started by `machine.measured`, so that the memory it sweeps and the thread counts it
-sets leave no trace in the caller's. Every rate is the best of several repetitions: other processes can only slow one
-down. Memory is read by `torch.sum` over int64, which on a 2-core EPYC with one and two threads was as fast as an
+sets leave no trace in the caller's. Products' and disks' rates are the best of several repetitions: other processes can
+only slow one down; memory's are medians (`memory_rates`). Memory is read by `torch.sum` over int64, which on a 2-core EPYC with one and two threads was as fast as an
 unrolled AVX-512 loop made for the purpose through LLVM (31 against 28 and 35 against 34 GB/s) and as numpy's
 reductions.
 """
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -132,9 +133,9 @@ def memory_rates(
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Bytes/s of reading `swept_bytes`, and of copying one half of them onto the other, by threads.
 
-    The memory is swept piece by piece, again and again, and the fastest time of each piece counts: a piece of some
-    milliseconds often runs undisturbed where a whole sweep never does, and no cache holds it until the next sweep.
-    Thread counts alternate.
+    The memory is swept piece by piece, again and again, and each piece's median time counts, so that neither a moment's
+    disturbance nor a moment's speed decides: where a machine is shared, the fastest times were those of twice the rate
+    that any run kept up. No cache holds a piece until the next sweep. Thread counts alternate.
     """
     import torch
 
@@ -146,20 +147,20 @@ def memory_rates(
     half = len(words) // 2
     pieces = words.split(_piece_words(words))
     copies = list(zip(words[:half].split(len(pieces[0])), words[half : 2 * half].split(len(pieces[0])), strict=True))
-    reading = {count: [float("inf")] * len(pieces) for count in threads}
-    copying = {count: [float("inf")] * len(copies) for count in threads}
+    reading: dict[int, list[list[float]]] = {count: [[] for _ in pieces] for count in threads}
+    copying: dict[int, list[list[float]]] = {count: [[] for _ in copies] for count in threads}
     deadline = time.perf_counter() + 2 * seconds_per_rate * len(threads)
     while True:
         for count in threads:
             with _threads(count):
                 for k, piece in enumerate(pieces):
-                    reading[count][k] = min(reading[count][k], _seconds(piece.sum))
+                    reading[count][k].append(_seconds(piece.sum))
                 for k, (target, source) in enumerate(copies):
-                    copying[count][k] = min(copying[count][k], _seconds(partial(target.copy_, source)))
+                    copying[count][k].append(_seconds(partial(target.copy_, source)))
         if time.perf_counter() > deadline:
             break
-    read = {count: swept_bytes / sum(times) for count, times in reading.items()}
-    return read, {count: half * 8 / sum(times) for count, times in copying.items()}
+    read = {count: swept_bytes / sum(map(median, times)) for count, times in reading.items()}
+    return read, {count: half * 8 / sum(map(median, times)) for count, times in copying.items()}
 
 
 def _piece_words(words: torch.Tensor) -> int:
