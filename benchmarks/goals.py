@@ -188,6 +188,18 @@ GOALS = (
         "prediction",
         lambda f: share_at_most([f["summary"]["tensor_95th"]], 0.03),
     ),
+    Goal(
+        "decode steps of ten configurations: rank correlation with what was predicted",
+        "at least 0.95",
+        "decode_time",
+        lambda f: at_least([f["summary"]["rank_correlation"]], 0.95),
+    ),
+    Goal(
+        "the same, median error",
+        "at most 20%",
+        "decode_time",
+        lambda f: share_at_most([f["summary"]["median_error"]], 0.2),
+    ),
     Goal("published formulas", "exact", "published", _agreeing("formula", 1.0)),
     Goal("published runs of torch and transformers within 10%", "at least 80%", "published", _agreeing("torch", 0.8)),
     Goal(
