@@ -43,9 +43,9 @@ FUZZ_CASES ?= 5000
 fuzz: env
 	$(PY) -m tests.cli.fuzz $(FUZZ_CASES) $$RANDOM
 
-# Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures; `make bench-NAME` runs one.
-# bench-quick needs no peers. The total of `make bench` was not timed on a free machine yet: bench-weights packs 53 settings of other tools
-# per model, of which auto-round's take longest.
+# Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures, with the seconds that it took;
+# `make bench-NAME` runs one. On two cores bench-quick, which needs no peers, took 5 minutes and bench-decode_peers 17. The total is not
+# known: bench-weights packs 53 settings of other tools per model, and bench-kv has not run to its end.
 bench: bench-quick bench-plans bench-kv_prefill peers bench-exports bench-weights bench-decode_peers bench-kv
 
 bench-quick: bench-kernels bench-exact_bytes bench-process_peak bench-streaming
