@@ -154,9 +154,11 @@ def _engine_asks() -> bool:
 
 
 def _in_place(operands: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, tuple[torch.Tensor, torch.Tensor]]:
-    """The engine's sum of two gradients as it is done on plain tensors: into one that fills its storage. On tensors like fakes, which may be
-    subclasses, it makes a third (torch 2.13, `torch/csrc/autograd/input_buffer.cpp`)."""
-    for one, other in (operands, operands[::-1]):
-        if one.nbytes == one.untyped_storage().nbytes() and one.shape == other.shape and one.dtype == other.dtype:
-            return torch.ops.aten.add_.Tensor, (one, other)
+    """The engine's sum of two gradients as it is done on plain tensors: into the one that came first, if that is no view (a tied head's is)
+    and fills its storage. On tensors like fakes, which may be subclasses, it makes a third (torch 2.13,
+    `torch/csrc/autograd/input_buffer.cpp`)."""
+    one, other = operands
+    fills = one.nbytes == one.untyped_storage().nbytes() and one.shape == other.shape and one.dtype == other.dtype
+    if fills and not one._is_view():
+        return torch.ops.aten.add_.Tensor, operands
     return torch.ops.aten.add.Tensor, operands
