@@ -26,6 +26,18 @@ def test_a_wide_tensor_is_continued_from_short_ones(name: str, shape: tuple[int,
     assert continued == pytest.approx(run_update(make, tensor).rise_bytes, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "sgdm"])
+def test_what_is_made_of_a_whole_tensor_decides_where_it_is_wide(name: str) -> None:
+    """A gradient widened whole outgrows what a piece takes, which is higher at short lengths."""
+    tensor = TrainedTensor((12_000, 1024), "BF16", True)
+
+    def make(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
+        return MasterWeights(parameters, lambda masters: make_optimizer(name, masters))
+
+    continued = trace_updates(make, optimizer_option(name), [tensor])
+    assert continued == pytest.approx(run_update(make, tensor).rise_bytes, rel=1e-4)
+
+
 def test_gradients_that_are_dropped_make_room_for_later_tensors() -> None:
     def make(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
         return MasterWeights(parameters, lambda masters: make_optimizer("adamw", masters))

@@ -1,8 +1,8 @@
 """What an update by the optimizer holds for a moment, traced one kind of tensor at a time on tensors without memory.
 
 Optimizers update one tensor after another, so that equal tensors are traced once. Rules whose numbers don't depend on each other
-walk a tensor in pieces, thousands of operations on a wide matrix: they are traced at two short lengths, and go on along the
-line between these.
+walk a tensor in pieces, thousands of operations on a wide matrix: they are traced at two short lengths, where what a piece
+takes is highest, and at two longer ones, where what is made of the whole tensor is, and go on along the higher of the two lines.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ MakeStepper = Callable[[Sequence[nn.Parameter], Sequence[nn.Parameter]], Stepper
 
 SHORT_SHAPES = ((256, 1024), (512, 1024))
 """Two and four pieces of the rules that walk in pieces."""
+
+LONG_SHAPES = ((2048, 1024), (4096, 1024))
+"""Sixteen and thirty-two."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def trace_updates(make: MakeStepper, option: OptimizerOption, tensors: Sequence[
 
     `make` builds an optimizer of `option`. Takes about 0.2 s for tensors of any size.
     """
-    lines: dict[tuple[str, bool, int], tuple[TensorUpdate, TensorUpdate]] = {}
+    lines: dict[tuple[str, bool, int], list[TensorUpdate]] = {}
     updates: dict[TrainedTensor, TensorUpdate] = {}
     drops = make([nn.Parameter(torch.empty(1))], []).drops_gradients
     held = most = 0
@@ -67,23 +70,28 @@ def _trace_update(
     make: MakeStepper,
     option: OptimizerOption,
     tensor: TrainedTensor,
-    lines: dict[tuple[str, bool, int], tuple[TensorUpdate, TensorUpdate]],
+    lines: dict[tuple[str, bool, int], list[TensorUpdate]],
 ) -> TensorUpdate:
     own = option.at(tensor.shape, inner=tensor.is_matrix)
     num_elements = prod(tensor.shape)
     if own.subspace is not None or not own.rule.elementwise or num_elements <= prod(SHORT_SHAPES[1]):
         return run_update(make, tensor)
     kind = (tensor.dtype, tensor.is_matrix, len(tensor.shape))
+    traced = (*SHORT_SHAPES, *LONG_SHAPES)
     if kind not in lines:
-        shapes = SHORT_SHAPES if len(tensor.shape) > 1 else [(prod(shape),) for shape in SHORT_SHAPES]
-        first, second = (run_update(make, replace(tensor, shape=shape)) for shape in shapes)
-        lines[kind] = (first, second)
-    first, second = lines[kind]
-    steps = num_elements / prod(SHORT_SHAPES[0]) - 2
-    return TensorUpdate(
-        second.rise_bytes + round(steps * (second.rise_bytes - first.rise_bytes)),
-        second.change_bytes + round(steps * (second.change_bytes - first.change_bytes)),
-    )
+        shapes = traced if len(tensor.shape) > 1 else [(prod(shape),) for shape in traced]
+        lines[kind] = [run_update(make, replace(tensor, shape=shape)) for shape in shapes]
+    sizes = [prod(shape) for shape in traced]
+    rises = [update.rise_bytes for update in lines[kind]]
+    changes = [update.change_bytes for update in lines[kind]]
+    rise = max(_on_line(num_elements, sizes[k : k + 2], rises[k : k + 2]) for k in (0, 2))
+    return TensorUpdate(rise, _on_line(num_elements, sizes[:2], changes[:2]))
+
+
+def _on_line(at: int, sizes: Sequence[int], values: Sequence[int]) -> int:
+    """The line through two points, elsewhere."""
+    (x, further), (y, above) = sizes, values
+    return y + round((at - x) / (further - x) * (above - y))
 
 
 def run_update(make: MakeStepper, tensor: TrainedTensor) -> TensorUpdate:
