@@ -79,7 +79,7 @@ def test_a_traced_step_is_what_the_allocator_reports(family: str, workload: Trai
     passes, update, evaluation = predicted_peaks(config, workload, states)
     # rearranged operands of products in bfloat16, and unpacked rows, are not modelled; once in many runs the profiler missed 50 KB
     assert measured["tensor_peaks"]["step 1"] == pytest.approx(passes, rel=0.005, abs=64 << 10)
-    assert measured["tensor_peaks"]["update 1"] == pytest.approx(update, rel=0.005, abs=32 << 10)
+    assert measured["tensor_peaks"]["update 1"] == pytest.approx(update, rel=0.005, abs=64 << 10)
     # which peaks in a product; pairs scored by a cut loss hold less than was traced
     assert measured["tensor_peaks"]["evaluate"] < 1.005 * evaluation + (64 << 10)
     if not (workload.loss == "cut" and workload.samples_apart):
