@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from haversack.describe.checkpoint import Checkpoint, dtype_name
+from haversack.describe.checkpoint import Checkpoint
 from haversack.engine.adapters import LowRankAdapter
 from haversack.errors import CheckpointError
 from haversack.formats.output import write_whole
-from haversack.formats.safetensors_file import SafetensorsWriter
-from haversack.ledger import StoredTensor
+from haversack.formats.safetensors_file import write_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _DOWN, _UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -66,13 +65,8 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
     for name, adapter in adapters.items():
         tensors[f"{_PREFIX}{name}{_DOWN}"] = adapter.down
         tensors[f"{_PREFIX}{name}{_UP}"] = adapter.up
-    declared = [StoredTensor(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
     folder.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(folder / WEIGHTS_NAME, declared, metadata={"format": "pt"}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.finish()
-        writer.remove_journal()
+    write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_whole(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 

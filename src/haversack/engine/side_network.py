@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from haversack.describe.checkpoint import Checkpoint, dtype_name
+from haversack.describe.checkpoint import Checkpoint
 from haversack.engine.recompute import decoder_layers
 from haversack.errors import CheckpointError
 from haversack.formats.output import write_whole
-from haversack.formats.safetensors_file import SafetensorsWriter
-from haversack.ledger import StoredTensor
+from haversack.formats.safetensors_file import write_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "side_config.json", "side_network.safetensors"
 REDUCTION = 8
@@ -97,13 +96,8 @@ def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_side_network(model: nn.Module, folder: Path, base_model: str) -> None:
     """Write a model's side network; one tensor at a time."""
     tensors = side_parameters(model)
-    declared = [StoredTensor(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
     folder.mkdir(parents=True, exist_ok=True)
-    with SafetensorsWriter(folder / WEIGHTS_NAME, declared, metadata={"format": "pt"}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.finish()
-        writer.remove_journal()
+    write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_whole(
         folder / CONFIG_NAME, json.dumps({"base_model": base_model, "num_tensors": len(tensors)}, indent=2) + "\n"
     )

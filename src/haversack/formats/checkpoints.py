@@ -18,12 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe.checkpoint import Checkpoint, CheckpointTensor, dtype_name, torch_dtype
+from haversack.describe.checkpoint import Checkpoint, CheckpointTensor, torch_dtype
 from haversack.describe.site import TensorSlice
 from haversack.errors import CheckpointError, ModelNotFoundError
 from haversack.formats.output import sync_folder, write_synced
-from haversack.formats.safetensors_file import SafetensorsWriter, explained, hash_tensors
-from haversack.ledger import StoredTensor
+from haversack.formats.safetensors_file import explained, hash_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -136,13 +135,7 @@ def write_part(
     SHA-256 of each by its name in the file."""
     name = STATE_NAME if part is None else _part_name(*part)
     named = {key if key not in sharded or part is None else f"{key}#{part[0]}": t for key, t in tensors.items()}
-    declared = [StoredTensor(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in named.items()]
-    with SafetensorsWriter(_partial(folder, step) / name, declared) as writer:
-        for key, tensor in named.items():
-            writer.write(key, tensor)
-        hashes = writer.finish()
-        writer.remove_journal()
-    return hashes
+    return write_tensors(_partial(folder, step) / name, named)
 
 
 def note_hashes(folder: Path, step: int, rank: int, hashes: Mapping[str, str]) -> None:

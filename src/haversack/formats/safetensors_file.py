@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from haversack.describe.checkpoint import MAX_HEADER_BYTES, CheckpointTensor, torch_dtype
+from haversack.describe.checkpoint import MAX_HEADER_BYTES, CheckpointTensor, dtype_name, torch_dtype
 from haversack.errors import CheckpointError, OutputError
 from haversack.ledger import StoredTensor
 from haversack.units import format_bytes
@@ -215,6 +215,19 @@ class SafetensorsWriter:
         fresh.replace(self.journal_path)
         self._journal = os.open(self.journal_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         return True
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Write tensors that are all there as one file, one at a time; the SHA-256 of each. Raises OutputError."""
+    declared = [StoredTensor(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+    with SafetensorsWriter(path, declared, metadata=metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        hashes = writer.finish()
+        writer.remove_journal()
+    return hashes
 
 
 def journal_path(path: Path) -> Path:

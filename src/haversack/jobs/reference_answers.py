@@ -12,9 +12,8 @@ import torch
 from haversack.describe.checkpoint import Checkpoint
 from haversack.engine.pairs import Pairs
 from haversack.engine.training_step import TrainingStep
-from haversack.formats.safetensors_file import SafetensorsWriter
+from haversack.formats.safetensors_file import write_tensors
 from haversack.jobs.ranks import ALONE, Ranks
-from haversack.ledger import StoredTensor
 from haversack.samples.packing import PackedRows
 
 NAME = "log_likelihoods"
@@ -64,8 +63,5 @@ def reference_answers(
 def _write(home: Path, answers: torch.Tensor) -> None:
     home.mkdir(parents=True, exist_ok=True)
     partial = home / "reference.partial"
-    with SafetensorsWriter(partial, [StoredTensor(NAME, "F32", (len(answers),))]) as writer:
-        writer.write(NAME, answers)
-        writer.finish()
-        writer.remove_journal()
+    write_tensors(partial, {NAME: answers})
     partial.rename(home / "reference.safetensors")
