@@ -298,7 +298,6 @@ def main() -> None:
         "threads": arguments.threads,
         "decode": measure(arguments.contender or CONTENDERS, packed, arguments.threads),
         "first_token": first_token(packed),
-        "goals": {"fraction_of_bound": 0.7, "first_token_cold_seconds": 20, "first_token_cached_seconds": 1},
     }
     print(write_results("decode", figures))
 

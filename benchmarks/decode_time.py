@@ -124,7 +124,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "configurations": len(rows),
         "rank_correlation": float(correlation),
         "median_error": statistics.median(abs(row["error"]) for row in rows),
-        "goals": {"rank_correlation": 0.95, "median_error": 0.2},
     }
 
 
