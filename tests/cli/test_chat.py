@@ -294,14 +294,20 @@ def test_on_a_terminal(chat_folder):
     os.close(terminal)
     seen = ""
 
-    def wait_for(words: str) -> None:
-        """Read until `words` came, or, for none, until anything did."""
+    def wait_for(words: str, key: bytes = b"") -> None:
+        """Read until `words` came, or, for none, until anything did; `key` is pressed again each second until then.
+
+        A signal between readline's prompt and its wait for a key is only heard with the next key: a hand is never
+        that fast, a test is.
+        """
         nonlocal seen
         deadline = time.monotonic() + 120
         while words not in seen or not seen.strip():
             assert time.monotonic() < deadline and process.poll() is None, seen
             if select.select([main], [], [], 1)[0]:
                 seen += os.read(main, 4096).decode(errors="replace")
+            else:
+                os.write(main, key)
         seen = seen[seen.index(words) + len(words) :]
 
     try:
@@ -313,7 +319,7 @@ def test_on_a_terminal(chat_folder):
         wait_for("tokens read")
         wait_for(">>> ")
         os.write(main, b"\x03")
-        wait_for("Ctrl-D leaves")
+        wait_for("Ctrl-D leaves", key=b"\x03")
         wait_for(">>> ")
         os.write(main, b"/help\n")
         wait_for("/reset")
