@@ -20,13 +20,18 @@ from haversack.parts.weights.activation_scale import ActivationScale
 from haversack.parts.weights.base import Grid, Rounding, WeightOption, WeightTask
 from haversack.parts.weights.beam import BeamFeedback
 from haversack.parts.weights.codebook import CodebookGrid
+from haversack.parts.weights.dropped import DroppedGrid
 from haversack.parts.weights.hadamard import HadamardRotation
 from haversack.parts.weights.hessian_feedback import HessianFeedback
 from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.learned_clipping import LearnedClipping
 from haversack.parts.weights.low_rank import LowRankCorrection
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.parts.weights.outliers import SparseOutliers
 from haversack.parts.weights.sign_planes import SignPlanes
+from haversack.parts.weights.sparse import SparseGrid
+from haversack.parts.weights.sparse_feedback import SparseFeedback
+from haversack.parts.weights.token_weighting import TokenWeighting
 from haversack.parts.weights.trellis import TrellisGrid
 from haversack.parts.weights.vector import VectorGrid
 from haversack.parts.weights.vector_feedback import VectorFeedback
@@ -89,6 +94,18 @@ CORRECTED = [
     WeightOption(IntegerGrid(4, 64), NearestRounding(), ROTATION, (SparseOutliers(0.05), LowRankCorrection(1))),
 ]
 OPTIONS += CORRECTED
+SPARSE_GRIDS = [
+    SparseGrid(0.5), SparseGrid(0.3, weighted=False), SparseGrid(0.5, 4), SparseGrid(0.75, 8, "max4"), SparseGrid(0.5, 10, "f16"),
+    SparseGrid(0.5, 0, "max3"), SparseGrid(0.25, 16, "int4", 64, "f16"),
+]  # fmt: skip
+OPTIONS += [
+    WeightOption(grid, rounding) for grid in SPARSE_GRIDS for rounding in (NearestRounding(), SparseFeedback(turns=4))
+]
+OPTIONS += [WeightOption(DroppedGrid(), NearestRounding())]
+OPTIONS += [
+    WeightOption(grid, LearnedClipping(8)) for grid in (IntegerGrid(2, 64, False), CodebookGrid("max3", 32, "u4"))
+]
+OPTIONS += [WeightOption(IntegerGrid(3, 128), HessianFeedback(), (TokenWeighting(), HadamardRotation()))]
 OPTIONS = [WeightOption(grid, rounding) for grid in PLANE_GRIDS for rounding in ROUNDINGS] + OPTIONS
 SHAPES = [(5, 128), (3, 200), (64, 64), (1, 1), (7, 130)]
 
@@ -103,7 +120,7 @@ def statistics(in_features: int, seed: int, num_tokens: int = 300) -> torch.Tens
 
 def task_of(shape: tuple[int, int], seed: int = 0) -> WeightTask:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return WeightTask(weight, statistics(shape[1], seed))
+    return WeightTask(weight, statistics(shape[1], seed), attended=statistics(shape[1], seed + 1))
 
 
 def damage(change: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -290,6 +307,8 @@ BAD = [
     (VectorGrid, "length", 3), (VectorGrid, "group_size", 8), (VectorFeedback, "damping", 0.0), (VectorFeedback, "turns", 0),
     (HadamardRotation, "seed", -1), (LowRankCorrection, "rank", 0), (LowRankCorrection, "rounds", 17),
     (SignPlanes, "bits", 9), (SignPlanes, "bases", 1), (SignPlanes, "group_size", 0), (SignPlanes, "activation_bits", 4),
+    (SparseGrid, "density", 1.0), (SparseGrid, "per", 1), (SparseGrid, "values", "max9"), (SparseGrid, "weighted", 2),
+    (SparseFeedback, "damping", 0.0), (SparseFeedback, "turns", 65), (LearnedClipping, "turns", 0), (LearnedClipping, "rate", 0.9),
     (SparseOutliers, "share", 0.2), (ActivationScale, "num_powers", 1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from haversack._version import __version__
 from haversack.cost.cache_damages import MAX_SECONDS, cache_damages, head_options, measure_heads, probe_rows
 from haversack.cost.damage import NONE, Damage
+from haversack.cost.dropped import follows_for_free
 from haversack.cost.lossless import holding
 from haversack.cost.single_changes import Rows, is_small, measure_cache_options, measure_weight_options, stage_model
 from haversack.describe.assemble import read_site
@@ -36,10 +37,11 @@ from haversack.engine.layers import StreamedModel
 from haversack.engine.observe import products_in_bfloat16
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.site_statistics import SiteStatistics, Statistics
+from haversack.engine.token_weights import collect_attended
 from haversack.engine.windows import TextWindows, text_windows, token_windows
 from haversack.errors import CheckpointError, UsageError
 from haversack.parts.kv.base import KVOption
-from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.parts.weights.base import WeightOption
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.probes.suite import Task
 from haversack.recipes.base import candidate_options
@@ -132,8 +134,10 @@ def _calibrate(
 ) -> Calibration:
     settings = CalibrationSettings()
     statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=tell)
-    table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
     offered = candidate_options("weights", recipes)
+    if any("attended" in part.needs for option in offered for part in option.parts):
+        collect_attended(StreamedModel.open(model), windows.calibration, statistics.folder, progress=tell)
+    table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
     proxies = _weight_damages(model, statistics, offered, table, tell)
     staged, scratch = stage_model(model), statistics.folder / "scratch"
     some = windows.search[:: 2 if is_small(model) else 4]
@@ -273,7 +277,8 @@ def _weight_damages(
                 table.add(_key(site.id, option), nats)
         for option in options:
             nats = table.rows[_key(site.id, option)]
-            out[site.id][option] = Damage(nats, "proxied", source="output error weighted by Fisher statistics")
+            proxy = Damage(nats, "proxied", source="output error weighted by Fisher statistics")
+            out[site.id][option] = follows_for_free(site, option) or proxy
     tell("weighing options", len(model.weights), len(model.weights))
     return out
 
@@ -296,7 +301,7 @@ class _Weigher:
         self.rows = slice(0, None, step)
         self.weight = weight[self.rows].contiguous()
         self.pairs = [(h, importance[self.rows]) for h, importance in statistics.pairs]
-        self.hessian = statistics.hessian
+        self.statistics = statistics
         # What the sample stands for: the damage of noise as large as each row, over all rows and over the sample.
         whole, part = 0.0, 0.0
         for h, importance in statistics.pairs:
@@ -334,7 +339,7 @@ class _Weigher:
 
     def damage(self, option: WeightOption) -> float:
         """Nats per token of one option, packed and read back."""
-        tensors = option.encode(WeightTask(weight=self.weight.clone(), hessian=self.hessian))
+        tensors = option.encode(self.statistics.task(self.weight.clone()))
         change = option.dense(tensors, *self.weight.shape) - self.weight
         with products_in_bfloat16():  # off by 0.4% at most, where the proxy itself is off by tens of percent
             nats = sum(0.5 * float(((change @ h) * change).sum(1) @ importance) for h, importance in self.pairs)

@@ -30,7 +30,7 @@ from haversack.describe.site import WeightSite
 from haversack.engine.layers import StreamedModel
 from haversack.engine.site_statistics import SiteStatistics
 from haversack.parts.kv.base import KVOption
-from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.parts.weights.base import WeightOption
 
 MAX_SECONDS, MAX_SMALL_SECONDS = 300.0, 120.0
 """For the weights' stage and for the caches', each; the second for models up to `SMALL_MODEL_PARAMETERS`."""
@@ -108,7 +108,7 @@ def measure_weight_options(
     ]
 
     def matrix(site: WeightSite, option: WeightOption) -> torch.Tensor:
-        task = WeightTask(read_site(model.checkpoint, site).float(), statistics[site.id].hessian.clone())
+        task = statistics[site.id].task(read_site(model.checkpoint, site).float())
         return option.dense(option.encode(task), site.out_features, site.in_features)
 
     def measure(downstream: Downstream, batch: Sequence[tuple[WeightSite, WeightOption]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from haversack.describe.site import WeightSite
 from haversack.engine.layers import site_rows
 from haversack.engine.moments import PooledMoment, enough_tokens, rare_expert_note
 from haversack.engine.observe import ProductKey, SecondMoment
+from haversack.parts.weights.base import WeightTask
 
 HEAD, LOOKUP = "head", "lookup"
 """Names of the files that belong to no layer."""
+
+ATTENDED = "attended"
+"""In the names of files with moments of tokens that count by the attention they get."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class SiteStatistics:
     site_id: str
     pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     notes: tuple[str, ...] = ()
+    attended: torch.Tensor | None = None
+    """As `hessian`, of tokens that count by the attention they get; where that was collected, and within layers."""
 
     def damage(self, change: torch.Tensor) -> float:
         """Estimated nats per token of adding `change` `(out, in)` to the matrix: a proxy, see the module's formula."""
@@ -44,6 +50,10 @@ class SiteStatistics:
         if len(self.pairs) == 1:
             return self.pairs[0][0]
         return torch.stack([h * importance.mean() for h, importance in self.pairs]).sum(0)
+
+    def task(self, weight: torch.Tensor) -> WeightTask:
+        """The working state that packs `weight` `(out, in)`, float32, with these statistics."""
+        return WeightTask(weight, self.hessian, attended=self.attended)
 
     @property
     def row_importance(self) -> torch.Tensor:
@@ -85,12 +95,23 @@ class Statistics(Mapping[str, SiteStatistics]):
                 notes.append(note)
         if not pairs:
             raise KeyError(site_id)
-        return SiteStatistics(site_id, tuple(pairs), tuple(notes))
+        found = SiteStatistics(site_id, tuple(pairs), tuple(notes))
+        return replace(found, attended=self._attended(site, found.hessian)) if self.has_attended else found
 
     @property
     def unobserved(self) -> tuple[str, ...]:
         """Sites without statistics."""
         return tuple(site_id for site_id in self._sites if site_id not in set(self._present))
+
+    @property
+    def has_attended(self) -> bool:
+        """Whether moments of tokens that count by the attention they get were collected."""
+        return (self.folder / f"{ATTENDED}.json").exists()
+
+    def _attended(self, site: WeightSite, otherwise: torch.Tensor) -> torch.Tensor:
+        name = f"{layer_file(site.layer)}.{ATTENDED}" if site.layer is not None else ""
+        keys = [key for _, key in self._keys_of(site) if name and self._files.has(name, key)]
+        return self._files.moment(name, keys[0])[0] if keys else otherwise
 
     def _keys_of(self, site: WeightSite) -> list[tuple[str, ProductKey]]:
         key = ProductKey(f"{site.module}.{site.parameter}", -1 if site.expert is None else site.expert)
@@ -155,9 +176,7 @@ class _Files:
         return text_of(key) in self._index(name)
 
     def read(self, name: str, key: ProductKey) -> tuple[torch.Tensor, torch.Tensor, str]:
-        file, tensor, note = self._index(name)[text_of(key)]
-        with safe_open(self._folder / f"{file}.safetensors", "pt") as opened:
-            hessian = opened.get_tensor(tensor)
+        hessian, note = self.moment(name, key)
         with safe_open(self._folder / f"{name}.importance.safetensors", "pt") as opened:
             if text_of(key) in opened.keys():  # noqa: SIM118 (not a dict)
                 return hessian, opened.get_tensor(text_of(key)), note
@@ -165,6 +184,11 @@ class _Files:
             unreached = f"expert {key.expert} saw no gradient: the mean over experts stands in"
             importance = torch.stack([opened.get_tensor(n) for n in others]).mean(0)
         return hessian, importance, "; ".join(filter(None, [note, unreached]))
+
+    def moment(self, name: str, key: ProductKey) -> tuple[torch.Tensor, str]:
+        file, tensor, note = self._index(name)[text_of(key)]
+        with safe_open(self._folder / f"{file}.safetensors", "pt") as opened:
+            return opened.get_tensor(tensor), note
 
     def _index(self, name: str) -> dict[str, list[Any]]:
         if name not in self._indexes:

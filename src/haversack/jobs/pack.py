@@ -74,10 +74,10 @@ def pack(
                     writer.write_site(site.id, {"weight": weight})
                 else:
                     task = WeightTask(weight.float())
+                    if statistics is not None and site.id in statistics:
+                        task = statistics[site.id].task(task.weight)
                     if option.keeps_codes:
                         task.stored = read_codes(checkpoint, site)
-                    if statistics is not None and site.id in statistics:
-                        task.hessian = statistics[site.id].hessian
                     writer.write_site(site.id, option.encode(task))
                     notes += [f"{site.id}: {note}" for note in task.notes]
             done += site.num_parameters

@@ -142,11 +142,10 @@ class PlanMeter:
     def tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
         key = (site.id, option)
         if key not in self._encoded:
-            task = WeightTask(read_site(self._checkpoint, site).float())
+            weight, statistics = read_site(self._checkpoint, site).float(), self.calibration.statistics
+            task = statistics[site.id].task(weight) if site.id in statistics else WeightTask(weight)
             if option.keeps_codes:
                 task.stored = read_codes(self._checkpoint, site)
-            if site.id in self.calibration.statistics:
-                task.hessian = self.calibration.statistics[site.id].hessian
             tensors = option.encode(task)
             self._encoded_bytes += sum(tensor.nbytes for tensor in tensors.values())
             if self._encoded_bytes > MAX_ENCODED_BYTES:

@@ -24,6 +24,7 @@ from haversack.parts.optimizer.base import OptimizerOption
 
 if TYPE_CHECKING:
     from haversack.parts.kv.base import KVOption
+    from haversack.recipes.allocation import Allocation, Chosen
     from haversack.recipes.cache_budget import CacheBudget
 
 
@@ -35,7 +36,8 @@ class Recipe:
     resident, from fewest to most bytes; an optimizer's recipe has one, which is chosen by the recipe's id. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
     those which another recipe beats at equal bytes stay out. `whole_cache`, of KV recipes, gives every layer an option so
-    that the cache stays within a byte budget; with `needs_statistics` it asks for measurements on the model.
+    that the cache stays within a byte budget; with `needs_statistics` it asks for measurements on the model. `choose`, of
+    choosers, gives every matrix one of the options that are offered; such a recipe offers none of its own.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Recipe:
     candidates: bool = True
     whole_cache: Callable[[CacheBudget], tuple[KVOption, ...]] | None = None
     needs_statistics: bool = False
+    choose: Callable[[Allocation], Chosen] | None = None
 
 
 @cache
@@ -70,7 +73,7 @@ def candidate_options(resident: str, recipes: tuple[str, ...] = ()) -> tuple[Any
     every recipe that is a candidate."""
     distinct: dict[str, Any] = {}
     every = [recipe for recipe in all_recipes().values() if recipe.resident == resident]
-    named = [recipe for recipe in every if recipe.id in recipes]
+    named = [recipe for recipe in every if recipe.id in recipes and recipe.choose is None]
     for recipe in named or every:
         if named or recipe.candidates:
             for option in recipe.options():

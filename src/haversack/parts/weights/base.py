@@ -35,7 +35,8 @@ class WeightTask:
     `weight` is `(out_features, in_features)`: what remains to be represented. `hessian` is `(in, in)`, the mean of
     `x x^T` over calibration tokens (None without calibration). `row_importance` is `(out,)` or None. `notes` collects
     what had to be changed (damping raised, a group padded); they end up in the pack log, never silently. `stored` holds
-    the integers that the checkpoint stores the matrix as, where it does.
+    the integers that the checkpoint stores the matrix as, where it does. `attended` is `hessian` of tokens that count by the attention
+    they get, where that was asked for.
     """
 
     weight: torch.Tensor
@@ -43,6 +44,7 @@ class WeightTask:
     row_importance: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
     stored: StoredCodes | None = None
+    attended: torch.Tensor | None = None
 
 
 class WeightPart(Part):
@@ -123,6 +125,11 @@ class Grid(WeightPart):
     @abstractmethod
     def bits(self) -> int:
         """Bits of a code."""
+
+    @property
+    def padded_to(self) -> int:
+        """Of how many columns `padded_features` is a multiple."""
+        return self.group_size
 
     @property
     def num_states(self) -> int:
@@ -206,6 +213,16 @@ class Grid(WeightPart):
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it
         reads."""
         return 0.0
+
+    @property
+    def float_scales(self) -> str | None:
+        """The stored float16 tensor `(out, pieces)` that a row's values are proportional to, piece by piece; None for other
+        grids."""
+        return None
+
+    def scale_columns(self, in_features: int) -> int:
+        """Columns that share one of `float_scales`."""
+        return in_features
 
 
 class Rounding(WeightPart):
@@ -435,7 +452,7 @@ class WeightOption:
         in_features = task.weight.shape[1]
         padding = self.grid.padded_features(in_features) - in_features
         if padding:
-            task.notes.append(f"{in_features} columns padded by {padding} to whole groups of {self.grid.group_size}")
+            task.notes.append(f"{in_features} columns padded by {padding} to whole groups of {self.grid.padded_to}")
         assert self.rounding is not None, "a grid needs a rounding"
         tensors: dict[str, torch.Tensor] = {}
         for i, transform in enumerate(self.transforms):

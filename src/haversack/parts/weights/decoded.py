@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from haversack.codecs.bitpack import packed_row_bytes
-from haversack.codecs.scale_codings import SCALE_CODINGS, ScaleCoding, scale_coding
+from haversack.codecs.scale_codings import (
+    SCALE_CODINGS,
+    SUPERBLOCK_COLUMNS,
+    F16Scales,
+    ScaleCoding,
+    SuperblockScales,
+    scale_coding,
+)
 from haversack.ledger import StoredTensor
 from haversack.parts.base import check_range
 from haversack.parts.weights.base import Grid
@@ -44,6 +51,17 @@ class DecodedGrid(Grid):
     def coding(self) -> ScaleCoding:
         """How this grid's scales are stored."""
         return scale_coding(self.scales, self.group_size)
+
+    @property
+    def float_scales(self) -> str | None:
+        if isinstance(self.coding, SuperblockScales):
+            return "superscales"
+        return "scales" if isinstance(self.coding, F16Scales) else None
+
+    def scale_columns(self, in_features: int) -> int:
+        if isinstance(self.coding, SuperblockScales):
+            return SUPERBLOCK_COLUMNS
+        return self.group_size or in_features
 
     def check_groups(self) -> None:
         """Raise UsageError for a group size or a coding of scales that there is not."""

@@ -100,6 +100,13 @@ class IntegerGrid(Grid):
             declared.append(StoredTensor("zeros", "U8", (out_features, groups)))
         return tuple(declared)
 
+    @property
+    def float_scales(self) -> str:
+        return "scales"
+
+    def scale_columns(self, in_features: int) -> int:
+        return self.group_size or in_features
+
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Scales `(out, groups)` float16, and zero points uint8 if asymmetric, of `weight` `(out, in)`.
 
