@@ -30,8 +30,10 @@ from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import Model, describe_model
 from haversack.engine.calibrate import CalibrationSettings, calibrate
+from haversack.engine.layers import StreamedModel
 from haversack.engine.measure import DamageMeter, paired_bootstrap
 from haversack.engine.site_statistics import Statistics
+from haversack.engine.token_weights import collect_attended
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.recipes.base import all_recipes
 
@@ -63,6 +65,7 @@ class Bench:
         ids = tokenize(self.model, data.text("calibration"), num_tokens=CALIBRATION_TOKENS, seq_len=SEQ_LEN)
         settings = CalibrationSettings()
         self.statistics: Statistics = calibrate(self.model, ids, cache=cache_folder(), settings=settings)
+        collect_attended(StreamedModel.open(self.model), ids, self.statistics.folder)
         self.checkpoint = Checkpoint.open(folder)
         self.kept = cache_folder().parent / "benchmarks" / "recipes" / self.model.fingerprint[:16]
         self.kept.mkdir(parents=True, exist_ok=True)
@@ -96,10 +99,9 @@ class Bench:
         return row
 
     def _packed(self, site: Any, option: WeightOption) -> dict[str, torch.Tensor]:
-        task = WeightTask(read_site(self.checkpoint, site).float())
-        if site.id in self.statistics:
-            task.hessian = self.statistics[site.id].hessian
-        return option.encode(task)
+        weight = read_site(self.checkpoint, site).float()
+        known = site.id in self.statistics
+        return option.encode(self.statistics[site.id].task(weight) if known else WeightTask(weight))
 
 
 def against(row: Row, rows: list[Row], recipe: str) -> dict[str, Any]:

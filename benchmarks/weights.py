@@ -41,6 +41,7 @@ from haversack.describe.machine import known
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
 from haversack.describe.workload import ServeWorkload
+from haversack.engine.retune import retune
 from haversack.ledger import total_bytes
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
@@ -59,6 +60,8 @@ PEER_REQUESTS = 8
 
 EVALUATIONS, SOLVE_SECONDS = 6, 20.0
 OURS, NEAREST = "ours", "nearest"
+OUR_RECIPES = ("gptq", "normal-tables", "normal-superblocks", "vptq", "qtip", "byte-superblocks")
+"""What the planner chooses from: all that pays in bytes, slow to decode or not, for bytes are what is compared here."""
 
 
 INTEGER_SETTINGS = (
@@ -142,7 +145,7 @@ class Bench:
         self.folder, self.rows = folder, rows
         self.scorer = Scorer(folder)
         self.model: Model = self.scorer.described
-        self.calibration: Calibration = calibrate_model(self.model, data.text("calibration"))
+        self.calibration: Calibration = calibrate_model(self.model, data.text("calibration"), recipes=OUR_RECIPES)
         self.ids = FOLDER / f"calibration-{self.model.fingerprint[:16]}.json"
         FOLDER.mkdir(parents=True, exist_ok=True)
         token_ids = tokenize(self.model, data.text("calibration"), num_tokens=32_768, seq_len=512).tolist()
@@ -240,7 +243,7 @@ class Bench:
         """What the planner chooses within the bytes of `size`, whole plans measured on calibration text."""
         key = [self.scorer.key, "ours", source_digest(), size, scope]
         chosen = {} if key in self.rows else self.plan(size, scope)
-        return self._own(OURS, "planned", chosen, key)
+        return self._own(OURS, "planned, scales and norms tuned", chosen, key, tune=True)
 
     def plan(self, size: float, scope: str) -> dict[str, WeightOption]:
         """Site id -> option, of the sites that are not left as they are."""
@@ -275,30 +278,48 @@ class Bench:
         point = TimePoint("stored", "device", (WEIGHTS,), (), rest)
         return replace(built, problem=replace(built.problem, time_points=(point,)))
 
-    def _own(self, contender: str, setting: str, options: Mapping[str, WeightOption], key: Any) -> Measured:
-        """One of our rows: encoded, written to a file whose bytes are counted, read back dense, scored."""
+    def _own(
+        self, contender: str, setting: str, options: Mapping[str, WeightOption], key: Any, *, tune: bool = False
+    ) -> Measured:
+        """One of our rows: encoded, its floats tuned if wanted, written to a file whose bytes are counted, read back dense, scored."""
 
         def make() -> dict[str, Any]:
             started = time.perf_counter()
-            checkpoint, stored, dense = Checkpoint.open(self.folder), {}, {}
+            checkpoint, stored, dense, untuned = Checkpoint.open(self.folder), {}, {}, None
+            sites = {site.id: site for site in self.model.weights}
+            packed = {id: (option, self._tensors(sites[id], option)) for id, option in options.items()}
+            rest: Mapping[str, torch.Tensor] = {}
+            if tune:
+                untuned = self.scorer.score(
+                    {
+                        f"{sites[id].module}.{sites[id].parameter}": _dense(sites[id], *pair)
+                        for id, pair in packed.items()
+                    }
+                )["kl"]
+                windows = self.calibration.windows
+                tuned = retune(self.model, packed, windows.calibration, windows.search)
+                packed = {id: (option, tuned.tensors[id]) for id, option in options.items()}
+                rest = tuned.rest
             for site in self.model.weights:
                 option = options.get(site.id)
                 if option is None:
                     stored[site.id + ".weight"] = read_site(checkpoint, site)
                     continue
-                tensors = self._tensors(site, option)
+                tensors = packed[site.id][1]
                 declared = total_bytes(option.stored(site.out_features, site.in_features, site.dtype))
                 assert declared == sum(tensor.nbytes for tensor in tensors.values()), f"{site.id}: {option.label}"
                 stored |= {f"{site.id}.{name}": tensor for name, tensor in tensors.items()}
-                dense[f"{site.module}.{site.parameter}"] = option.dense(tensors, site.out_features, site.in_features)
+                dense[f"{site.module}.{site.parameter}"] = _dense(site, option, tensors)
             for tensor in self.model.rest:
-                stored[tensor.name] = checkpoint.read(tensor.name)
+                stored[tensor.name] = rest.get(tensor.name, checkpoint.read(tensor.name))
+            dense |= {name: tensor.float() for name, tensor in rest.items()}
             path = FOLDER / "ours.safetensors"
             save_file({name: tensor.contiguous().clone() for name, tensor in stored.items()}, path)
             return {
                 "tensor_bytes": {name: tensor.nbytes for name, tensor in stored.items()},
                 "file_bytes": path.stat().st_size,
                 "options": {id: option.label for id, option in options.items()},
+                "kl_before_tuning": untuned,
                 "seconds": time.perf_counter() - started,
                 **self.scorer.score(dense),
             }
@@ -313,6 +334,10 @@ class Bench:
         if option.rounding is not None and "hessian" in option.rounding.needs:
             return self.meter.tensors(site, option)
         return option.encode(WeightTask(read_site(Checkpoint.open(self.folder), site).float()))
+
+
+def _dense(site: WeightSite, option: WeightOption, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return option.dense(tensors, site.out_features, site.in_features)
 
 
 def standing(bench: Bench, rows: Sequence[Measured], size: float, scope: str) -> Measured:

@@ -26,7 +26,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-BITS = {"nf4": 4, "fp4": 4, "fp8": 8, "int2": 2, "int3": 3, "int4": 4, "int8": 8, "max2": 2, "max3": 3, "max4": 4, "max8": 8}
+BITS = {
+    "nf4": 4,
+    "fp4": 4,
+    "fp8": 8,
+    "int2": 2,
+    "int3": 3,
+    "int4": 4,
+    "int8": 8,
+    "max2": 2,
+    "max3": 3,
+    "max4": 4,
+    "max8": 8,
+}
 """Every codebook by name, with the bits of its codes."""
 
 _NF4 = (
@@ -147,7 +159,9 @@ def _float_value(code: int, mantissa_bits: int, bias: int) -> float:
 def _max_quantizer(num_values: int) -> tuple[float, ...]:
     """Max's conditions, iterated: borders halve neighbouring values, values are the means between their borders."""
     half = num_values // 2
-    if num_values > 16:  # so many settle slowly: begin where their density is the cube root of the normal one (Panter and Dite 1951)
+    if (
+        num_values > 16
+    ):  # so many settle slowly: begin where their density is the cube root of the normal one (Panter and Dite 1951)
         wide = NormalDist(0, math.sqrt(3))
         positive = [wide.inv_cdf((half + i + 0.5) / num_values) for i in range(half)]
     else:

@@ -54,21 +54,25 @@ class RetuneSettings:
 
 @dataclass(frozen=True)
 class Retuned:
-    """`tensors` of every packed site, and the parameters that were not packed and changed (`rest`), in their own dtypes."""
+    """`tensors` of every packed site, and the parameters that were not packed and changed (`rest`), in their own dtypes; those given, where
+    tuning did not lower the divergence on the text held back: `before` and `after`, nats per token."""
 
     tensors: dict[str, dict[str, torch.Tensor]]
     rest: dict[str, torch.Tensor]
+    before: float
+    after: float
 
 
 def retune(
     model: Model,
     packed: Packed,
     token_ids: torch.Tensor,
+    held_back: torch.Tensor,
     *,
     settings: RetuneSettings | None = None,
     progress: Progress | None = None,
 ) -> Retuned:
-    """Scales and norms of less divergence on `token_ids` `(sequences, tokens)`, which nothing else should be judged by.
+    """Scales and norms of less divergence on `token_ids` `(sequences, tokens)`, kept if they have less on `held_back` too.
 
     Raises UsageError for settings out of range. Sites without 16-bit scales stay as they are.
     """
@@ -76,12 +80,14 @@ def retune(
     with quiet_transformers():
         reference = load_whole(model, dtype=torch.float32).eval().requires_grad_(False)
         student = load_whole(model, dtype=torch.float32).eval()
-    norms = {tensor.name for tensor in model.rest}
+    own = {tensor.name: _DTYPES[tensor.dtype] for tensor in model.rest if tensor.dtype in _DTYPES}
     parameters = dict(student.named_parameters())
-    factors: list[_Factor] = [_Rows(site, parameters, *packed[site.id]) for site in model.weights if site.id in packed]
-    factors += [_Norm(name, parameters[name]) for name in norms if name in parameters and parameters[name].ndim == 1]
+    rows = [_Rows(site, parameters, *packed[site.id]) for site in model.weights if site.id in packed]
+    norms = [_Norm(n, parameters[n], own[n]) for n in own if n in parameters and parameters[n].ndim == 1]
+    factors: list[_Factor] = [*rows, *norms]
     for parameter in parameters.values():
         parameter.requires_grad_(any(factor.parameter is parameter for factor in factors))
+    before = _mean_divergence(reference, student, held_back)
     optimizer = torch.optim.Adam([factor.value for factor in factors], lr=settings.rate)
     order = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * -(-len(token_ids) // settings.batch_sequences)
@@ -99,10 +105,14 @@ def retune(
                 factor.apply()
             done += 1
             tell("tuning scales and norms", done, steps)
-    tensors = {factor.site.id: factor.stored() for factor in factors if isinstance(factor, _Rows)}
-    own = {tensor.name: tensor.dtype for tensor in model.rest}
-    rest = {f.name: f.parameter.detach().to(_DTYPES[own[f.name]]) for f in factors if isinstance(f, _Norm)}
-    return Retuned(tensors, rest)
+    tensors = {factor.site.id: factor.stored() for factor in rows}
+    rest = {factor.name: (factor.value * factor.before).to(factor.dtype) for factor in norms}
+    for factor in factors:
+        factor.round_as_stored()
+    after = _mean_divergence(reference, student, held_back)
+    if not after < before:
+        return Retuned({id: dict(tensors) for id, (_, tensors) in packed.items()}, {}, before, before)
+    return Retuned(tensors, rest, before, after)
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -114,6 +124,11 @@ def _divergence(reference: torch.nn.Module, student: torch.nn.Module, ids: torch
         wanted = torch.log_softmax(reference(input_ids=ids, use_cache=False).logits.float(), -1)
     found = torch.log_softmax(student(input_ids=ids, use_cache=False).logits.float(), -1)
     return (wanted.exp() * (wanted - found)).sum(-1).mean()
+
+
+def _mean_divergence(reference: torch.nn.Module, student: torch.nn.Module, token_ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        return sum(float(_divergence(reference, student, row[None])) for row in token_ids) / len(token_ids)
 
 
 class _Factor:
@@ -130,10 +145,14 @@ class _Factor:
         """Write the product into the model."""
         raise NotImplementedError
 
+    def round_as_stored(self) -> None:
+        """Write into the model what will be stored."""
+        raise NotImplementedError
+
 
 class _Norm(_Factor):
-    def __init__(self, name: str, parameter: torch.nn.Parameter):
-        self.name, self.parameter = name, parameter
+    def __init__(self, name: str, parameter: torch.nn.Parameter, dtype: torch.dtype):
+        self.name, self.parameter, self.dtype = name, parameter, dtype
         self.before = parameter.detach().clone()
         self.value = torch.ones_like(self.before)
 
@@ -143,6 +162,9 @@ class _Norm(_Factor):
 
     def apply(self) -> None:
         self.parameter.data.copy_(self.value * self.before)
+
+    def round_as_stored(self) -> None:
+        self.parameter.data.copy_((self.value * self.before).to(self.dtype))
 
 
 class _Rows(_Factor):
@@ -156,7 +178,12 @@ class _Rows(_Factor):
         option: WeightOption,
         tensors: Mapping[str, torch.Tensor],
     ):
-        self.site, self.tensors, self.name = site, tensors, option.grid.float_scales if option.grid else None
+        self.option, self.site, self.tensors, self.name = (
+            option,
+            site,
+            tensors,
+            option.grid.float_scales if option.grid else None,
+        )
         self.parameter = parameters[f"{site.module}.{site.parameter}"]
         alone = replace(option, corrections=())
         shape = (site.out_features, site.in_features)
@@ -182,6 +209,11 @@ class _Rows(_Factor):
         if self.corrections is not None:
             matrix += self.corrections
         matrix_view(self.parameter, self.site.module_slice).copy_(matrix)
+
+    def round_as_stored(self) -> None:
+        matrix_view(self.parameter, self.site.module_slice).copy_(
+            self.option.dense(self.stored(), self.site.out_features, self.site.in_features)
+        )
 
     def stored(self) -> dict[str, torch.Tensor]:
         tensors = dict(self.tensors)

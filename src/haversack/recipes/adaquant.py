@@ -17,11 +17,13 @@ def choose(asked: Allocation) -> Chosen:
     place = np.array([i for i, _ in rows])
     once = csr_array((np.ones(len(rows)), (place, np.arange(len(rows)))))
     sizes = np.array([[choice.num_bytes for _, choice in rows]], dtype=float)
+    damages = np.array([choice.damage for _, choice in rows])
     found = milp(
-        np.array([choice.damage for _, choice in rows]),
+        damages * (1e3 / max(damages.max(), 1e-30)),  # HiGHS stops at an absolute gap of 1e-6
         integrality=np.ones(len(rows)),
         bounds=(0, 1),
         constraints=[LinearConstraint(once, 1, 1), LinearConstraint(sizes, -np.inf, asked.capacity_bytes)],
+        options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
         return (0,) * len(asked.sites)

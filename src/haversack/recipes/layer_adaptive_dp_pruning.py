@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from haversack.parts.base import Source
 from haversack.recipes.allocation import Allocation, Chosen
 from haversack.recipes.base import Recipe
 
 STEPS = 4096
-"""Into which the budget is cut: bytes are rounded up to them."""
+"""Into which the budget is cut at most: bytes are rounded up to them, where no common divisor is as large."""
 
 
 def choose(asked: Allocation) -> Chosen:
     """Site after site, the least damage within every number of steps: linear in sites, choices and steps."""
     import numpy as np
 
-    step = max(1, asked.capacity_bytes // STEPS)
+    sizes = [choice.num_bytes for site in asked.sites for choice in site.choices]
+    step = max(1, math.gcd(*sizes), asked.capacity_bytes // STEPS)
     room = asked.capacity_bytes // step
     least, taken = np.zeros(room + 1), []
     for site in asked.sites:

@@ -1,0 +1,97 @@
+"""Published choosers against brute force, against each other, and on questions that have no room."""
+
+import itertools
+import random
+
+import pytest
+
+from haversack.recipes.allocation import Allocation, AllocationSite, Choice, front
+from haversack.recipes.base import all_recipes, candidate_options
+
+CHOOSERS = {recipe.id: recipe.choose for recipe in all_recipes().values() if recipe.choose is not None}
+
+
+def question(seed: int, num_sites: int = 4, room: float = 0.5) -> Allocation:
+    """Sites whose damage falls fourfold with each bit, more or less, between 2 and 8 bits."""
+    draw = random.Random(seed)
+    sites = []
+    for i in range(num_sites):
+        weights = draw.choice([4096, 8192, 16384])
+        size = draw.uniform(0.1, 10) * weights * 1e-6
+        choices = [
+            Choice(f"{bits} bits", bits * weights // 8, size * 4.0**-bits * draw.uniform(0.8, 1.25))
+            for bits in (2, 3, 4, 8)
+        ]
+        sites.append(AllocationSite(f"site {i}", i // 2, weights, front([*choices, Choice("as is", 2 * weights, 0.0)])))
+    least = sum(site.choices[0].num_bytes for site in sites)
+    most = sum(site.choices[-1].num_bytes for site in sites)
+    asked = Allocation(tuple(sites), int(least + room * (most - least)), lambda chosen: 0.0, lambda: {})
+
+    def measured(chosen):  # neighbours in a layer make each other worse
+        alone = [site.choices[i].damage for site, i in zip(asked.sites, chosen, strict=True)]
+        return sum(alone) + sum((a * b) ** 0.5 for a, b in itertools.pairwise(alone))
+
+    changes = {site.layer: draw.random() for site in sites}
+    return Allocation(asked.sites, asked.capacity_bytes, measured, lambda: changes)
+
+
+def best_sum(asked: Allocation) -> float:
+    every = itertools.product(*(range(len(site.choices)) for site in asked.sites))
+    return min(asked.damage(chosen) for chosen in every if asked.fits(chosen))
+
+
+@pytest.mark.parametrize("name", CHOOSERS)
+@pytest.mark.parametrize("room", [0.0, 0.1, 0.35, 0.8, 1.0])
+def test_every_chooser_keeps_within_the_bytes(name, room):
+    for seed in range(4):
+        asked = question(seed, 6, room)
+        chosen = CHOOSERS[name](asked)
+        assert len(chosen) == len(asked.sites) and asked.fits(chosen)
+        if room == 1.0:  # all fits: nothing may be given up
+            assert asked.damage(chosen) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_exact_choosers_equal_brute_force(seed):
+    asked = question(seed, 5, 0.3)
+    least = best_sum(asked)
+    assert asked.damage(CHOOSERS["adaquant"](asked)) == pytest.approx(least, rel=1e-6)
+    assert asked.damage(CHOOSERS["layer-adaptive-dp-pruning"](asked)) == pytest.approx(least, rel=1e-6)
+
+
+def test_closed_form_bits_lose_alike_everywhere_and_less_than_uniform_ones():
+    gains = []
+    for seed in range(12):
+        asked = question(seed, 12, 0.1)
+        chosen = CHOOSERS["baq"](asked)
+        alike = [s.choices[i].damage / s.num_weights for s, i in zip(asked.sites, chosen, strict=True)]
+        even = [s.choices[i].damage / s.num_weights for s, i in zip(asked.sites, asked.uniform(), strict=True)]
+        assert max(alike) <= max(even) * 1.01
+        gains.append(asked.damage(chosen) / asked.damage(asked.uniform()))
+        assert asked.damage(chosen) <= 3 * asked.damage(CHOOSERS["adaquant"](asked))
+    assert sum(gains) / len(gains) < 0.9
+
+
+def test_evolution_follows_what_is_measured_of_the_whole():
+    for seed in range(4):
+        asked = question(seed, 10, 0.2)
+        assert asked.measure(CHOOSERS["evopress"](asked)) < asked.measure(asked.uniform())
+
+
+def test_layers_that_change_more_get_the_higher_level():
+    asked = question(3, 12, 0.2)
+    chosen = CHOOSERS["layerwisequant"](asked)
+    changes = asked.layer_change()
+    most, least = max(changes, key=changes.get), min(changes, key=changes.get)
+
+    def bits(layer):
+        return sum(
+            8 * s.choices[i].num_bytes / s.num_weights for s, i in zip(asked.sites, chosen, strict=True) if s.layer == layer
+        )
+
+    assert bits(most) > bits(least)
+
+
+def test_choosers_add_no_options_of_their_own_and_take_none_away():
+    assert candidate_options("weights", tuple(CHOOSERS)) == candidate_options("weights")
+    assert candidate_options("weights", ("gptq", "evopress")) == candidate_options("weights", ("gptq",))
