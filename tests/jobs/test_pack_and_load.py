@@ -10,6 +10,7 @@ from tests.engine.tiny import load_whole, random_ids, save_tiny
 
 import haversack  # noqa: F401  # transformers finds the quantizer
 from haversack.cost.damage import NONE, Damage
+from haversack.cost.dropped import follows_for_free
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.workload import ServeWorkload
@@ -18,6 +19,7 @@ from haversack.jobs.pack import pack
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.dropped import DroppedGrid
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.plan.make import make_plan
@@ -177,6 +179,38 @@ def test_declared_bytes_are_the_bytes_on_disk_and_in_memory(tmp_path: Path) -> N
     declared = sum(row.stored_bytes for row in found.plan.weights)
     on_disk = sum(t.num_bytes for site in folder.manifest.sites for t in folder.site_tensors(site).values())
     assert declared == on_disk == found.plan.prediction.timeline["decode"]["weights"]["device"]
+
+
+def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
+    """What stands before the end of a block is free to drop, but only with the end; and the packed model goes without."""
+    source = save_tiny("llama", tmp_path / "model")
+    model = describe_model(source)
+    dropped = WeightOption(DroppedGrid(), NearestRounding())
+    damages = {}
+    for site in model.weights:
+        of_block = 0.01 if site.id == "model.layers.1.self_attn.o_proj" else 5.0
+        lost = follows_for_free(site, dropped) or Damage(of_block, "measured")
+        damages[site.id] = {WeightOption(): NONE, dropped: lost}
+    question = Question(
+        model=model,
+        workload=ServeWorkload(24, 9),
+        machine=MACHINE,
+        budget_bytes=int(model.num_bytes * 0.9) + 2**16,
+        budget_kind="tensor",
+        weight_damages=damages,
+        kv_damages={site.id: {KVOption(): NONE} for site in model.attention},
+    )
+    found = make_plan(question)
+    assert found.fits and found.plan.prediction.damage.nats == pytest.approx(0.01)
+    gone = {row.site for row in found.plan.weights if row.option}
+    assert "model.layers.1.self_attn.o_proj" in gone and all(".1.self_attn." in site for site in gone)
+    pack(model, found.plan, tmp_path / "packed")
+    whole = load_whole(source, torch.float32)
+    whole.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        packed, wanted = load(tmp_path / "packed")(ids, use_cache=False).logits, whole(ids, use_cache=False).logits
+    assert torch.allclose(packed, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:

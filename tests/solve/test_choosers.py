@@ -25,7 +25,7 @@ def question(seed: int, num_sites: int = 4, room: float = 0.5) -> Allocation:
         sites.append(AllocationSite(f"site {i}", i // 2, weights, front([*choices, Choice("as is", 2 * weights, 0.0)])))
     least = sum(site.choices[0].num_bytes for site in sites)
     most = sum(site.choices[-1].num_bytes for site in sites)
-    asked = Allocation(tuple(sites), int(least + room * (most - least)), lambda chosen: 0.0, lambda: {})
+    asked = Allocation(tuple(sites), int(least + room * (most - least)), lambda chosen: 0.0, dict)
 
     def measured(chosen):  # neighbours in a layer make each other worse
         alone = [site.choices[i].damage for site, i in zip(asked.sites, chosen, strict=True)]
@@ -86,7 +86,9 @@ def test_layers_that_change_more_get_the_higher_level():
 
     def bits(layer):
         return sum(
-            8 * s.choices[i].num_bytes / s.num_weights for s, i in zip(asked.sites, chosen, strict=True) if s.layer == layer
+            8 * s.choices[i].num_bytes / s.num_weights
+            for s, i in zip(asked.sites, chosen, strict=True)
+            if s.layer == layer
         )
 
     assert bits(most) > bits(least)

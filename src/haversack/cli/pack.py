@@ -27,6 +27,12 @@ def pack(
     asked: Asked,
     calibrating: Calibrating,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Execute this plan instead of making one.")] = None,
+    retune: Annotated[
+        int,
+        typer.Option(
+            help="Passes over the calibration text that tune scales and norms together; needs room for the model."
+        ),
+    ] = 0,
     trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
@@ -34,7 +40,7 @@ def pack(
     from haversack.describe.model import describe_model
     from haversack.errors import OutputError
     from haversack.formats.output import check_output
-    from haversack.jobs.pack import check_belongs, check_packable, unfinished
+    from haversack.jobs.pack import check_belongs, check_packable, retune_plan, unfinished
     from haversack.jobs.pack import pack as pack_job
     from haversack.plan.question import Answer
     from haversack.plan.schema import Plan
@@ -77,8 +83,13 @@ def pack(
                 with console.reader_may_leave():
                     console.print_json(plan_json(answer))
         statistics = None if found is None else found.statistics
-        folder, notes = pack_job(described, answer.require_fit(), output, statistics=statistics, progress=progress)
+        plan, retuned = answer.require_fit(), None
+        if retune and found is not None:
+            retuned = retune_plan(described, plan, found, retune, progress)
+        folder, notes = pack_job(described, plan, output, statistics=statistics, retuned=retuned, progress=progress)
     notes = (*(() if found is None else found.notes), *notes)
+    if retuned is not None:
+        notes = (*notes, f"scales and norms tuned: {retuned.before:.4g} to {retuned.after:.4g} nats on text held back")
     if json:
         console.print_json({"folder": str(folder.path), "notes": list(notes), **plan_json(answer)})
         return 0

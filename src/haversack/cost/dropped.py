@@ -15,16 +15,20 @@ _END_OF = {"query": "output", "key": "output", "value": "output", "qkv": "output
 """Role of the matrix that ends a block, by those of the matrices before it."""
 
 
+def _is_dropped(option: WeightOption) -> bool:
+    return isinstance(option.grid, DroppedGrid) and not option.corrections
+
+
 def follows_for_free(site: WeightSite, option: WeightOption) -> Damage | None:
     """The damage of dropping a matrix that stands before the end of its block, None of any other choice."""
-    if isinstance(option.grid, DroppedGrid) and site.role in _END_OF:
+    if _is_dropped(option) and site.role in _END_OF:
         return Damage(0.0, "proxied", source="dropped only with the end of its block, whose damage holds all")
     return None
 
 
 def dropped_together(rows: Sequence[Sequence[WeightCandidate]]) -> tuple[Requires, ...]:
     """A matrix before the end of a block is dropped only where that end is; where the end can't be, it can't be either."""
-    dropped = {row[0].site: frozenset(c.id for c in row if isinstance(c.option.grid, DroppedGrid)) for row in rows}
+    dropped = {row[0].site: frozenset(c.id for c in row if _is_dropped(c.option)) for row in rows}
     ends = {(site.layer, site.expert, site.role): site for site in dropped}
     links = []
     for site, choices in dropped.items():

@@ -61,6 +61,7 @@ class Retuned:
     rest: dict[str, torch.Tensor]
     before: float
     after: float
+    settings: RetuneSettings
 
 
 def retune(
@@ -111,8 +112,8 @@ def retune(
         factor.round_as_stored()
     after = _mean_divergence(reference, student, held_back)
     if not after < before:
-        return Retuned({id: dict(tensors) for id, (_, tensors) in packed.items()}, {}, before, before)
-    return Retuned(tensors, rest, before, after)
+        return Retuned({id: dict(tensors) for id, (_, tensors) in packed.items()}, {}, before, before, settings)
+    return Retuned(tensors, rest, before, after, settings)
 
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

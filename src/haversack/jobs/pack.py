@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+from haversack.cost.calibrated import Calibration
 from haversack.describe.assemble import read_codes, read_parameter, read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
 from haversack.engine.load import LAYOUTS
+from haversack.engine.retune import Retuned, RetuneSettings, retune
 from haversack.engine.site_statistics import Statistics
 from haversack.errors import CheckpointError, InterruptedJobError, OutputError, PlanError
 from haversack.formats.packed_folder import PackedFolder, PackedFolderWriter, PackedSite, partial_path, unfinished_plan
@@ -32,9 +35,11 @@ def pack(
     output: str | Path,
     *,
     statistics: Statistics | None = None,
+    retuned: Retuned | None = None,
     progress: Progress | None = None,
 ) -> tuple[PackedFolder, tuple[str, ...]]:
-    """Pack a described folder by a plan; the folder, and notes on what had to be changed at single sites.
+    """Pack a described folder by a plan; the folder, and notes on what had to be changed at single sites. What `retuned` holds is
+    written as it is (`retune_plan`).
 
     Raises PlanError if the plan was made for another model, OutputError if the output can't be written,
     InterruptedJobError on Ctrl-C (finished work is kept).
@@ -58,7 +63,7 @@ def pack(
         output, model.folder, plan_text=plan.to_json(), sites=sites, rest=model.rest, layouts=LAYOUTS
     )
     total = sum(site.num_parameters for site in model.weights)
-    with writer, _begun_alike(writer, checkpoint, statistics), stoppable() as stopped:
+    with writer, _begun_alike(writer, checkpoint, statistics, retuned), stoppable() as stopped:
         missing = set(writer.missing_sites)
         done = 0
         for site in model.weights:
@@ -70,7 +75,9 @@ def pack(
                     )
                 weight = require_finite(read_site(checkpoint, site), site.id)
                 option = options[site.id]
-                if option.is_neutral:
+                if retuned is not None and site.id in retuned.tensors:
+                    writer.write_site(site.id, retuned.tensors[site.id])
+                elif option.is_neutral:
                     writer.write_site(site.id, {"weight": weight})
                 else:
                     task = WeightTask(weight.float())
@@ -83,9 +90,39 @@ def pack(
             done += site.num_parameters
             tell("packing", done, total)
         for name in writer.missing_rest:
+            if retuned is not None and name in retuned.rest:
+                writer.write_rest(name, retuned.rest[name])
+                continue
             module, _, parameter = name.rpartition(".")
             writer.write_rest(name, require_finite(read_parameter(checkpoint, model, module, parameter), name))
         return writer.finish(), tuple(notes)
+
+
+def retune_plan(
+    model: Model, plan: Plan, calibration: Calibration, epochs: int, progress: Progress | None = None
+) -> Retuned:
+    """What a plan packs, with scales and norms tuned together in `epochs` passes over the calibration's text: holds the whole model.
+
+    Raises UsageError for epochs out of range, PlanError if the plan was made for another model.
+    """
+    check_belongs(plan, model)
+    assert model.folder is not None, "packing needs weights"
+    checkpoint, options = (
+        Checkpoint.open(model.folder),
+        {row.site: WeightOption.from_dict(row.option) for row in plan.weights},
+    )
+    settings, tell = RetuneSettings(epochs=epochs), progress or (lambda what, done, total: None)
+    packed = {}
+    for done, site in enumerate(model.weights):
+        tell("packing", done, len(model.weights))
+        option = options[site.id]
+        if option.grid is not None and not option.keeps_codes:
+            weight = require_finite(read_site(checkpoint, site), site.id).float()
+            known = site.id in calibration.statistics
+            task = calibration.statistics[site.id].task(weight) if known else WeightTask(weight)
+            packed[site.id] = (option, option.encode(task))
+    windows = calibration.windows
+    return retune(model, packed, windows.calibration, windows.search, settings=settings, progress=tell)
 
 
 def check_belongs(plan: Plan, model: Model) -> None:
@@ -141,13 +178,16 @@ def unfinished(model: Model, output: str | Path) -> Plan | None:
 
 
 @contextmanager
-def _begun_alike(writer: PackedFolderWriter, checkpoint: Checkpoint, statistics: Statistics | None) -> Iterator[None]:
+def _begun_alike(
+    writer: PackedFolderWriter, checkpoint: Checkpoint, statistics: Statistics | None, retuned: Retuned | None
+) -> Iterator[None]:
     """Tensors of other weights, or packed with other statistics, must not mix: what a pack was begun from is noted in
     its partial folder. A damaged checkpoint leaves no partial folder, since a repaired one could not go on with it."""
     note = writer.partial / "source.journal"  # journals vanish when the folder is whole
-    facts = json.dumps(
-        {"weights": checkpoint.fingerprint(), "calibration": statistics.folder.name if statistics is not None else None}
-    )
+    begun = {"weights": checkpoint.fingerprint(), "calibration": statistics.folder.name if statistics else None}
+    if retuned is not None:
+        begun["retuned"] = asdict(retuned.settings)
+    facts = json.dumps(begun)
     with explained(note, len(facts)):
         if not note.exists():
             note.write_text(facts)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from haversack.errors import UsageError
-from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.weights.base import Grid, Transform, WeightTask
+from haversack.parts.weights.base import Grid
+from haversack.parts.weights.input_scale import InputScale, around_one
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +17,7 @@ _SEARCHED_ROWS = 256
 
 
 @dataclass(frozen=True)
-class ActivationScale(Transform):
+class ActivationScale(InputScale):
     """Multiplies column c by `(mean square of its input)^(power / 2)` and divides the input by it: stores `2 in` bytes.
 
     The power is the best of `num_powers` (2 to 64) even steps from 0 to 1, by the output's error in the norm of the
@@ -49,44 +47,23 @@ class ActivationScale(Transform):
     def __post_init__(self) -> None:
         check_range(self.id, "num_powers", self.num_powers, "from 2 to 64", 2 <= self.num_powers <= 64)
 
-    def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
-        return (StoredTensor("inverse", "F16", (in_features,)),)
-
-    def apply(self, task: WeightTask, grid: Grid) -> dict[str, torch.Tensor]:
+    def inverse(self, weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
         import torch
 
-        if task.hessian is None:
-            raise UsageError(
-                f"{self.id}: scales follow calibration statistics and this site has none; calibrate first."
-            )
-        rows = task.weight[:: max(1, len(task.weight) // _SEARCHED_ROWS)]
-        best, best_error = torch.ones(task.weight.shape[1], dtype=torch.float16), float("inf")
+        mean_square = hessian.diagonal()
+        rows = weight[:: max(1, len(weight) // _SEARCHED_ROWS)]
+        best, best_error = torch.ones(weight.shape[1], dtype=torch.float16), float("inf")
         for step in range(self.num_powers):
-            inverse = self._inverse(task.hessian.diagonal(), step / (self.num_powers - 1))
+            inverse = _power_of(mean_square, step / (self.num_powers - 1))
             factor = inverse.float()
             scaled = rows / factor
-            scales = grid.fit(scaled, task.hessian.diagonal() * factor.square())
+            scales = grid.fit(scaled, mean_square * factor.square())
             change = (grid.dequantize(grid.quantize(scaled, scales), scales) - scaled) * factor
-            error = float(((change @ task.hessian) * change).sum())
+            error = float(((change @ hessian) * change).sum())
             if error < best_error:
                 best, best_error = inverse, error
-        factor = best.float()
-        task.weight = task.weight / factor
-        task.hessian = factor[:, None] * task.hessian * factor
-        return {"inverse": best}
+        return best
 
-    def transform_input(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return x * tensors["inverse"].to(x.dtype)
 
-    def restore_rows(self, rows: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return rows * tensors["inverse"].float()
-
-    def workspace_bytes(self, num_tokens: int, in_features: int, dtype: str) -> int:
-        """The scaled input, and the scales in its dtype."""
-        return (num_tokens + 1) * in_features * DTYPE_BYTES[dtype]
-
-    def _inverse(self, mean_square: torch.Tensor, power: float) -> torch.Tensor:
-        """What inputs are multiplied by, float16 `(in,)`: around 1, so that neither side overflows."""
-        scale = mean_square.clamp_min(1e-10 * float(mean_square.max().clamp_min(1e-30))).pow(power / 2)
-        middle = (scale.max() * scale.min()).sqrt()
-        return (middle / scale).clamp(2.0**-14, 2.0**14).half()
+def _power_of(mean_square: torch.Tensor, power: float) -> torch.Tensor:
+    return around_one(mean_square.clamp_min(1e-10 * float(mean_square.max().clamp_min(1e-30))).pow(power / 2))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from haversack.codecs.bitmap import pack_bits, unpack_bits
 from haversack.codecs.codebooks import BITS
 from haversack.errors import CheckpointError, UsageError
 from haversack.ledger import StoredTensor
@@ -165,14 +166,14 @@ class SparseGrid(DecodedGrid):
 
     def pack(self, codes: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         mask = scales["mask"]
-        places = {"places": _bytes_of(mask)}
+        places = {"places": pack_bits(mask)}
         if self.codes is None:
             return {**places, "values": scales["values"].contiguous()}
         state = {name: tensor for name, tensor in scales.items() if name != "mask"}
         return {**places, **self.codes.pack(_side_by_side(codes, mask), state)}
 
     def decode(self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int) -> torch.Tensor:
-        mask = _mask_of(tensors["places"][rows], self.padded_features(in_features))
+        mask = unpack_bits(tensors["places"][rows], self.padded_features(in_features)).bool()
         if self.codes is None:
             kept = tensors["values"][rows].float()
         else:
@@ -201,19 +202,3 @@ def _side_by_side(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def _spread(kept: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Kept values `(out, kept)` in their places `(out, padded)`, zeros elsewhere."""
     return kept.new_zeros(mask.shape).masked_scatter_(mask, kept)
-
-
-def _bytes_of(mask: torch.Tensor) -> torch.Tensor:
-    """Bit i of byte j is column 8 j + i."""
-    import torch
-    import torch.nn.functional as F
-
-    bits = F.pad(mask.byte(), (0, -mask.shape[1] % 8)).view(len(mask), -1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-
-
-def _mask_of(places: torch.Tensor, columns: int) -> torch.Tensor:
-    import torch
-
-    bits = places[..., None] >> torch.arange(8, dtype=torch.uint8, device=places.device)
-    return bits.bitwise_and_(1).bool().flatten(1)[:, :columns]
