@@ -41,7 +41,7 @@ from haversack.describe.machine import known
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
 from haversack.describe.workload import ServeWorkload
-from haversack.engine.retune import retune
+from haversack.engine.retune import RetuneSettings, retune
 from haversack.ledger import total_bytes
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption, WeightTask
@@ -60,7 +60,7 @@ PEER_REQUESTS = 8
 
 EVALUATIONS, SOLVE_SECONDS = 6, 20.0
 OURS, NEAREST = "ours", "nearest"
-OUR_RECIPES = ("gptq", "normal-tables", "normal-superblocks", "vptq", "qtip", "byte-superblocks")
+OUR_RECIPES = ("gptq", "normal-tables", "normal-superblocks", "vptq", "qtip", "normal-bytes")
 """What the planner chooses from: all that pays in bytes, slow to decode or not, for bytes are what is compared here."""
 
 
@@ -297,7 +297,13 @@ class Bench:
                     }
                 )["kl"]
                 windows = self.calibration.windows
-                tuned = retune(self.model, packed, windows.calibration, windows.search)
+                tuned = retune(
+                    self.model,
+                    packed,
+                    windows.calibration,
+                    windows.search,
+                    settings=RetuneSettings(epochs=2, rate=3e-3),
+                )
                 packed = {id: (option, tuned.tensors[id]) for id, option in options.items()}
                 rest = tuned.rest
             for site in self.model.weights:

@@ -5,7 +5,7 @@
     fp4          e2m1 of the OCP Microscaling specification (Rouhani et al. 2023, arXiv 2310.10537); codes are its
                  bits, sign first
     fp8          e4m3 without infinities (Micikevicius et al. 2022, arXiv 2209.05433, section 3); codes are its bits
-    int2 to int8 integers around zero, -2^(bits-1) to 2^(bits-1) - 1, rising
+    int2 to int4 integers around zero, -2^(bits-1) to 2^(bits-1) - 1, rising
     max2 to max4 4, 8 and 16 values of least squared error for a normal distribution of deviation 1 (Max 1960,
                  "Quantizing for minimum distortion", table 1), to bfloat16's precision, which kernels multiply; codes count
                  from the lowest value up
@@ -33,7 +33,6 @@ BITS = {
     "int2": 2,
     "int3": 3,
     "int4": 4,
-    "int8": 8,
     "max2": 2,
     "max3": 3,
     "max4": 4,

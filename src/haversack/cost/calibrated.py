@@ -49,6 +49,9 @@ from haversack.recipes.base import candidate_options
 SAMPLED_ROWS = 512
 """Rows of a matrix that are packed to estimate an option's damage; rounding treats rows alike, so that a sample scales."""
 
+SEARCHED_ROWS = 64
+"""Of options whose codes are searched for along rows, which takes a hundred times as long."""
+
 _VERSION = 4
 """Counts changes of how damages are found; part of their file's name."""
 
@@ -297,17 +300,21 @@ class _Weigher:
     """Estimates damages of options at one site on a sample of its rows."""
 
     def __init__(self, site: WeightSite, weight: torch.Tensor, statistics: SiteStatistics):
-        step = max(1, site.out_features // SAMPLED_ROWS)
-        self.rows = slice(0, None, step)
-        self.weight = weight[self.rows].contiguous()
-        self.pairs = [(h, importance[self.rows]) for h, importance in statistics.pairs]
-        self.statistics = statistics
-        # What the sample stands for: the damage of noise as large as each row, over all rows and over the sample.
-        whole, part = 0.0, 0.0
-        for h, importance in statistics.pairs:
-            of_rows = weight.square() @ h.diagonal() * importance
-            whole, part = whole + float(of_rows.sum()), part + float(of_rows[self.rows].sum())
-        self.scale = whole / part if part > 0 else float(step)
+        self.whole, self.statistics = weight, statistics
+        self._samples: dict[int, tuple[slice, float]] = {}
+
+    def _sample(self, option: WeightOption) -> tuple[slice, float]:
+        """Rows, and what they stand for: the damage of noise as large as each row, over all rows and over the sample."""
+        searched = option.grid is not None and option.grid.num_states > 0
+        number = SEARCHED_ROWS if searched else SAMPLED_ROWS
+        if number not in self._samples:
+            rows = slice(0, None, max(1, len(self.whole) // number))
+            all_rows, part = 0.0, 0.0
+            for h, importance in self.statistics.pairs:
+                of_rows = self.whole.square() @ h.diagonal() * importance
+                all_rows, part = all_rows + float(of_rows.sum()), part + float(of_rows[rows].sum())
+            self._samples[number] = rows, all_rows / part if part > 0 else float(rows.step)
+        return self._samples[number]
 
     def damages(self, options: Sequence[WeightOption]) -> dict[WeightOption, float]:
         """Nats per token of every option.
@@ -339,11 +346,15 @@ class _Weigher:
 
     def damage(self, option: WeightOption) -> float:
         """Nats per token of one option, packed and read back."""
-        tensors = option.encode(self.statistics.task(self.weight.clone()))
-        change = option.dense(tensors, *self.weight.shape) - self.weight
+        rows, scale = self._sample(option)
+        weight = self.whole[rows].contiguous()
+        tensors = option.encode(self.statistics.task(weight.clone()))
+        change = option.dense(tensors, *weight.shape) - weight
+        nats = 0.0
         with products_in_bfloat16():  # off by 0.4% at most, where the proxy itself is off by tens of percent
-            nats = sum(0.5 * float(((change @ h) * change).sum(1) @ importance) for h, importance in self.pairs)
-        return nats * self.scale
+            for h, importance in self.statistics.pairs:
+                nats += 0.5 * float(((change @ h) * change).sum(1) @ importance[rows])
+        return nats * scale
 
 
 def _kv_damages(

@@ -120,10 +120,10 @@ def finish(model: Any, packed: PackedModel) -> Any:
 
 def _read(reader: Any, sites: list[WeightSite], tensors: Mapping[str, Mapping[str, CheckpointTensor]]) -> dict:
     rows = {f"{site.id}.{name}": (site.id, name) for site in sites for name in tensors[site.id]}
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    found: dict[str, dict[str, torch.Tensor]] = {site.id: {} for site in sites}  # dropped matrices store nothing
     for full, tensor in reader([t for site in sites for t in tensors[site.id].values()]).items():
         site_id, name = rows[full]
-        found.setdefault(site_id, {})[name] = tensor
+        found[site_id][name] = tensor
     return found
 
 

@@ -34,7 +34,7 @@ class BeamFeedback(Rounding):
     factorises (noted). Columns are visited in their own order; a code is settled `delay` (1 to 30) columns later, at
     most as many as 60 bits hold, by the best path then. `beams` 1 is nearest rounding with feedback; grids with memory
     keep one path per state instead, whatever `beams` says. After the search the scales of each row are multiplied by the factor of least output
-    error, and `turns` (1 to 8) says how often there is a search.
+    error.
 
     Cost for `(out, in)`: about `out in beams (delay + 2^bits)` operations beside `in^3 / 3 + 4 out in^2` flops;
     workspace: two copies of `hessian`, three of `weight`, float32. Error: none known beyond that of one beam. Source:
@@ -52,21 +52,17 @@ class BeamFeedback(Rounding):
     beams: int = 32
     damping: float = 0.01
     delay: int = 24
-    turns: int = 1
 
     def __post_init__(self) -> None:
         check_range(self.id, "beams", self.beams, "from 1 to 256", 1 <= self.beams <= 256)
         check_range(self.id, "damping", self.damping, "above 0 and at most 1", 0 < self.damping <= 1)
         check_range(self.id, "delay", self.delay, "from 1 to 30", 1 <= self.delay <= 30)
-        check_range(self.id, "turns", self.turns, "from 1 to 8", 1 <= self.turns <= 8)
 
     def round(self, task: WeightTask, grid: Grid) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         hessian = required_hessian(task)
         factor, _ = damped_factor(hessian, self.damping, task.notes)
         scales = grid.fit(task.weight, hessian.diagonal())
         codes = self.search(task.weight, grid, scales, factor)
-        for _ in range(self.turns - 1):
-            codes = self.search(task.weight, grid, _rescaled(task.weight, hessian, grid, codes, scales), factor)
         return codes, _rescaled(task.weight, hessian, grid, codes, scales)
 
     def search(

@@ -1,4 +1,4 @@
-"""Bytes in superblocks: integers of 8 bits in small groups whose scales are 4-bit integers, and a normal table of 256 values."""
+"""Normal tables of 256 values: bytes whose values lie dense where weights do."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from haversack.recipes.base import Recipe
 
 
 def options() -> tuple[WeightOption, ...]:
-    grids = (CodebookGrid("max8", 0), CodebookGrid("int8", 32, "u4"), CodebookGrid("int8", 16, "u4"))
+    grids = (CodebookGrid("max8", 0), CodebookGrid("max8", 128), CodebookGrid("max8", 32, "u4"))
     return tuple(WeightOption(grid, HessianFeedback()) for grid in grids)
 
 
 RECIPE = Recipe(
-    id="byte-superblocks",
+    id="normal-bytes",
     resident="weights",
-    title="8-bit integers in groups of 16 and 32 with 4-bit scales, and Max's 256 normal values by row",
-    source=Source("Kawrakow", 2023, "k-quants (llama.cpp, pull request 1684)"),
+    title="Max's normal quantizer of 256 values, rounded with second-order feedback",
+    source=Source("Max", 1960, "Quantizing for minimum distortion", None, "table 1"),
     options=options,
     candidates=False,  # until kernels read tables of 256 values: decoding tiles costs many times the time
 )
