@@ -11,7 +11,7 @@ from haversack.recipes.base import Recipe
 
 
 def options() -> tuple[WeightOption, ...]:
-    ranks = (32, 64, 96, 128, 192, 256, 384)
+    ranks = (32, 64, 96, 128, 160, 192)
     return tuple(
         WeightOption(DroppedGrid(), NearestRounding(), corrections=(LowRankCorrection(rank),)) for rank in ranks
     )
