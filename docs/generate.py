@@ -38,7 +38,7 @@ COMMANDS = {
     "help": "haversack --help",
     "plan-70b": "haversack plan docs/models/llama-70b --budget 48GiB --context 8192",
     "plan-70b-small": "haversack plan docs/models/llama-70b --budget 4GiB --context 8192",
-    "plan-a-small": f"haversack plan {MODEL} --tensor-budget 5MiB --context 512",
+    "plan-a-small": f"haversack plan {MODEL} --tensor-budget 4MiB --context 512",
     "plan-turned": f"haversack plan {MODEL} --max-damage 0.01 --context 512 --calibrate {CALIBRATION} --evaluations 0",
     "pack": f"haversack pack {MODEL} --tensor-budget 9MiB --context 512 {CALIBRATION} -o {PACKED}",
     "run": f"haversack run {PACKED} --prompt 'The function returns a list of' --max-new-tokens 40",

@@ -196,9 +196,11 @@ def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
     if 0 < shortfall < kv:
         tokens = int(workload.context_tokens * (1 - shortfall / kv))
         if tokens > 1:
-            return f"{sentence}, or a context of about {tokens} tokens instead of {workload.context_tokens}."
-    if workload.users > 1:
-        return f"{sentence}, or fewer users than {workload.users}."
+            sentence += f", or a context of about {tokens} tokens instead of {workload.context_tokens}"
+    elif workload.users > 1:
+        sentence += f", or fewer users than {workload.users}"
+    if question.weight_damages is None:
+        sentence += "; `--calibrate` may find less, since it weighs options that nobody published figures for"
     return sentence + "."
 
 
