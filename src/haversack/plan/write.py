@@ -33,7 +33,7 @@ from haversack.plan.schema import (
 )
 from haversack.recipes.base import candidate_options
 from haversack.solve.exact import Solution
-from haversack.units import format_bytes
+from haversack.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from haversack.plan.refine import Refined
@@ -188,7 +188,7 @@ def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
     if needed <= (question.budget_bytes or needed):
         damage, seconds = plan.prediction.damage.nats, plan.prediction.seconds_per_token
         loses = f" and loses {damage:.3g} nats per token" if damage is not None else ""
-        speed = f"{workload.users / seconds:.3g} tokens/s" if seconds else "its speed"
+        speed = f"{format_rate(workload.users / seconds)} tokens/s" if seconds else "its speed"
         return f"The nearest plan decodes at {speed}{loses}; relax the bound that it misses."
     sentence = f"A budget of {format_bytes(needed)} would do"
     kv = plan.ledger.timeline["decode"].get("kv", {}).get("device", 0)
