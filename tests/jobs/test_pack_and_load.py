@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import DoesNotFitError, PlanError
-from haversack.jobs.pack import pack
+from haversack.formats.packed_folder import PackedFolder
+from haversack.jobs.pack import pack, retune_plan
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.weights.base import WeightOption
@@ -30,6 +33,7 @@ FAMILIES = (
 )  # fmt: skip
 MACHINE = Machine("test", 2, 2**33, 2**33)
 EIGHT = WeightOption(grid=IntegerGrid(8, 64, symmetric=True), rounding=NearestRounding())
+TWO = WeightOption(grid=IntegerGrid(2, 64, symmetric=False), rounding=NearestRounding())
 FOUR = WeightOption(grid=IntegerGrid(4, 64, symmetric=False), rounding=NearestRounding())
 
 
@@ -179,6 +183,27 @@ def test_declared_bytes_are_the_bytes_on_disk_and_in_memory(tmp_path: Path) -> N
     declared = sum(row.stored_bytes for row in found.plan.weights)
     on_disk = sum(t.num_bytes for site in folder.manifest.sites for t in folder.site_tensors(site).values())
     assert declared == on_disk == found.plan.prediction.timeline["decode"]["weights"]["device"]
+
+
+def test_retuned_scales_and_norms_are_what_is_packed(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "model")
+    model, ids = describe_model(source), random_ids(3, 20)
+    found = answer(model, (TWO,), 0.5)
+    windows = SimpleNamespace(calibration=ids, search=ids)
+    calibration: Any = SimpleNamespace(statistics={}, windows=windows)
+    retuned = retune_plan(model, found.plan, calibration, 8)
+    assert retuned.after < retuned.before
+    pack(model, found.plan, tmp_path / "plain")
+    pack(model, found.plan, tmp_path / "tuned", retuned=retuned)
+    sizes = [
+        sum(f.num_bytes for f in PackedFolder.open(tmp_path / n).manifest.files.values()) for n in ("plain", "tuned")
+    ]
+    assert sizes[0] == sizes[1]
+    with torch.no_grad():
+        wanted = torch.log_softmax(load_whole(source, torch.float32)(ids).logits, -1)
+        for name, nats in (("plain", retuned.before), ("tuned", retuned.after)):
+            got = torch.log_softmax(load(tmp_path / name)(ids, use_cache=False).logits, -1)
+            assert float((wanted.exp() * (wanted - got)).sum(-1).mean()) == pytest.approx(nats, rel=0.02)
 
 
 def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:

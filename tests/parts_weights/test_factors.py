@@ -1,0 +1,115 @@
+"""Matrices made of factors alone, learned clipping, smoothing, and bytes on a normal table."""
+
+import pytest
+import torch
+
+from haversack.codecs.codebooks import codebook
+from haversack.errors import UsageError
+from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.parts.weights.codebook import CodebookGrid
+from haversack.parts.weights.dropped import DroppedGrid
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.learned_clipping import LearnedClipping
+from haversack.parts.weights.low_rank import LowRankCorrection
+from haversack.parts.weights.nearest import NearestRounding
+from haversack.parts.weights.sign_stack import SignStack
+from haversack.parts.weights.smoothing import SmoothingScale
+from haversack.parts.weights.tensor_network import TensorNetwork
+from haversack.parts.weights.trellis import TrellisGrid
+
+NEAREST = NearestRounding()
+
+
+def task_of(rows: int, columns: int, seed: int = 0) -> WeightTask:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + 0.3 * torch.eye(columns)
+    x = torch.randn(4 * columns, columns, generator=generator) @ mixing * torch.linspace(0.1, 3, columns)
+    return WeightTask(torch.randn(rows, columns, generator=generator) * 0.05, x.T @ x / len(x))
+
+
+def alone(*corrections) -> WeightOption:
+    return WeightOption(DroppedGrid(), NEAREST, corrections=corrections)
+
+
+def dense(option: WeightOption, task: WeightTask) -> torch.Tensor:
+    return option.dense(option.encode(WeightTask(task.weight, task.hessian)), *task.weight.shape)
+
+
+def error(option: WeightOption, task: WeightTask) -> float:
+    change = dense(option, task) - task.weight
+    return float(((change @ task.hessian) * change).sum())
+
+
+def test_the_first_blocks_of_a_stack_are_the_shorter_stack():
+    """What makes any prefix of a stored matrix a model of its own."""
+    task = task_of(24, 70)
+    whole = alone(SignStack(6, 3)).encode(WeightTask(task.weight, task.hessian))
+    errors = []
+    for blocks in range(1, 7):
+        shorter = alone(SignStack(blocks, 3))
+        prefix = {name: tensor[:blocks] for name, tensor in whole.items()}
+        assert all(torch.equal(prefix[n], t) for n, t in shorter.encode(WeightTask(task.weight, task.hessian)).items())
+        errors.append(float((shorter.dense(prefix, 24, 70) - task.weight).square().sum()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("shape", [(24, 36), (7, 11), (1, 64), (30, 49)])
+def test_a_bond_that_is_wide_enough_is_the_matrix(shape):
+    task = task_of(*shape)
+    assert torch.allclose(dense(alone(TensorNetwork(4096)), task), task.weight, atol=2e-4)
+    errors = [float((dense(alone(TensorNetwork(bond)), task) - task.weight).square().sum()) for bond in (1, 3, 9, 27)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_kronecker_product_has_one_bond():
+    weight = torch.kron(torch.randn(4, 5), torch.randn(6, 7)) / 4
+    assert torch.allclose(dense(alone(TensorNetwork(1)), WeightTask(weight)), weight, atol=5e-3)
+
+
+def test_ranks_by_what_each_matrix_loses_beat_one_rank_for_all():
+    """Two matrices of one shape, one of them nearly of rank 4: as many bytes, shared by the spectrum."""
+    task, other = task_of(40, 48), task_of(40, 48, 1)
+    other.weight = torch.randn(40, 4) @ torch.randn(4, 48) / 10 + other.weight / 100
+    same = sum(error(alone(LowRankCorrection(16)), t) for t in (task, other))
+    own = error(alone(LowRankCorrection(26)), task) + error(alone(LowRankCorrection(6)), other)
+    assert own < 0.7 * same
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [IntegerGrid(2, 64, False), IntegerGrid(3, 64), CodebookGrid("max2", 32), CodebookGrid("max3", 16, "u4")],
+    ids=str,
+)
+def test_clipping_that_is_learned_loses_less(grid):
+    task = task_of(48, 128)
+    nearest = error(WeightOption(grid, NEAREST), task)
+    learned = error(WeightOption(grid, LearnedClipping()), task)
+    assert learned < 0.97 * nearest
+    assert error(WeightOption(grid, LearnedClipping(turns=4)), task) <= 1.001 * nearest  # but for scales' own rounding
+
+
+def test_learned_clipping_needs_values_to_clip_to():
+    with pytest.raises(UsageError, match="needs a grid of few values per group, not trellis"):
+        WeightOption(TrellisGrid(2), LearnedClipping()).encode(task_of(4, 64))
+
+
+def test_smoothing_changes_no_product_and_shares_outliers():
+    task = task_of(32, 64)
+    task.weight[:, 5] *= 0.02
+    task.hessian[5] *= 30
+    task.hessian[:, 5] *= 30  # a large input that meets small weights
+    option = WeightOption(IntegerGrid(4, 64), NEAREST, (SmoothingScale(),))
+    part, given = option.transforms[0], WeightTask(task.weight, task.hessian)
+    stored = part.apply(given, option.grid)
+    x = torch.randn(3, 64)
+    assert torch.allclose(part.transform_input(x, stored) @ given.weight.T, x @ task.weight.T, atol=1e-4)
+    assert error(option, task) < error(WeightOption(IntegerGrid(4, 64), NEAREST), task)
+    with pytest.raises(UsageError, match="smoothing: scales follow calibration statistics"):
+        option.encode(WeightTask(task.weight))
+
+
+def test_bytes_on_a_normal_table_lose_half_of_what_even_steps_do():
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    normal = (codebook("max8").nearest_values(x) - x).square().mean()
+    even = min(((x / s).round().clamp(-128, 127) * s - x).square().mean() for s in torch.linspace(0.025, 0.04, 31))
+    assert normal < 0.5 * even
