@@ -45,5 +45,4 @@ RECIPE = Recipe(
     ),
     options=tuple,
     choose=choose,
-    catalogue=("baq",),
 )

@@ -52,5 +52,4 @@ RECIPE = Recipe(
     ),
     options=tuple,
     choose=choose,
-    catalogue=("evopress",),
 )

@@ -56,5 +56,4 @@ RECIPE = Recipe(
     ),
     options=tuple,
     choose=choose,
-    catalogue=("inter-layer-hessian-mixed-precision-ptq",),
 )

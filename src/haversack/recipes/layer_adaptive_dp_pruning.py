@@ -49,5 +49,4 @@ RECIPE = Recipe(
     ),
     options=tuple,
     choose=choose,
-    catalogue=("layer-adaptive-dp-pruning",),
 )

@@ -32,5 +32,4 @@ RECIPE = Recipe(
     ),
     options=tuple,
     choose=choose,
-    catalogue=("layerwisequant",),
 )
