@@ -5,6 +5,17 @@ import random
 
 import pytest
 
+from haversack.cost.damage import NONE, Damage
+from haversack.describe.machine import Machine
+from haversack.describe.model import describe_model
+from haversack.describe.workload import ServeWorkload
+from haversack.errors import UsageError
+from haversack.parts.kv.base import KVOption
+from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.nearest import NearestRounding
+from haversack.plan.make import make_plan
+from haversack.plan.question import Question
 from haversack.recipes.allocation import Allocation, AllocationSite, Choice, front
 from haversack.recipes.base import all_recipes, candidate_options
 
@@ -97,3 +108,60 @@ def test_layers_that_change_more_get_the_higher_level():
 def test_choosers_add_no_options_of_their_own_and_take_none_away():
     assert candidate_options("weights", tuple(CHOOSERS)) == candidate_options("weights")
     assert candidate_options("weights", ("gptq", "evopress")) == candidate_options("weights", ("gptq",))
+
+
+class SummingMeter:
+    """Measures what the solver adds up, so that no weights are needed."""
+
+    def measure(self, built, chosen):
+        return built.problem.evaluate(chosen).damage
+
+    def judge(self, built, chosen):
+        return Damage(built.problem.evaluate(chosen).damage, "measured")
+
+
+def ask(budget_bytes, recipes, meter):
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256, "vocab_size": 512,
+        "max_position_embeddings": 512, "dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = describe_model(config)
+    options = [WeightOption(IntegerGrid(bits, 64), NearestRounding()) for bits in (2, 3, 4, 8)]
+    damages = {
+        site.id: {WeightOption(): NONE} | {o: Damage(4.0**-o.grid.bits * (1 + i % 5), "proxied") for o in options}
+        for i, site in enumerate(model.weights)
+    }
+    caches = {site.id: {KVOption(): NONE} for site in model.attention}
+    machine = Machine("test", 2, 2**33, 2**33)
+    workload = ServeWorkload(24, 9)
+    return make_plan(
+        Question(
+            model,
+            workload,
+            machine,
+            budget_bytes,
+            budget_kind="tensor",
+            weight_damages=damages,
+            kv_damages=caches,
+            recipes=recipes,
+        ),
+        meter=meter,
+    )
+
+
+@pytest.mark.parametrize("name", ["adaquant", "baq", "evopress", "layer-adaptive-dp-pruning"])
+def test_what_a_chooser_takes_becomes_an_ordinary_plan(name):
+    budget = 900_000
+    planned, chosen = ask(budget, (), None), ask(budget, (name,), SummingMeter())
+    assert chosen.fits and chosen.plan.prediction.peak_bytes <= budget
+    assert chosen.plan.recipes == (name,)
+    least = planned.plan.prediction.damage.nats
+    assert 0 < least <= chosen.plan.prediction.damage.nats * (1 + 1e-6)
+    if name == "adaquant":  # the same program over the same bytes, workspaces apart
+        assert chosen.plan.prediction.damage.nats <= 1.1 * least
+
+
+def test_a_chooser_without_a_budget_or_measurements_is_refused():
+    with pytest.raises(UsageError, match="evopress chooses by plans that are measured"):
+        ask(900_000, ("evopress",), None)

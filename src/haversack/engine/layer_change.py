@@ -38,7 +38,8 @@ def layer_changes(model: StreamedModel, token_ids: torch.Tensor) -> tuple[LayerC
 
         with model.layer(layer), ProductObserver(watched_parameters(model, layer), on_output=note):
             after = model.run_layer(layer, hidden)
-        parts, passing = {}, hidden
+        parts: dict[str, float] = {}
+        passing = hidden
         for name in ("attention", "feed-forward"):
             if name in products:
                 parts[name] = _change(passing, passing + products[name])

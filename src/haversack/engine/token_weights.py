@@ -104,7 +104,7 @@ class _Received:
     """While it is entered, notes how much attention each token of what runs gets."""
 
     def __init__(self, model: StreamedModel):
-        self._registered = registered(model.module, _NAME, self._attend)  # type: ignore[arg-type]
+        self._registered = registered(model.module, _NAME, self._attend)
         self._sums: list[torch.Tensor] = []
 
     def __enter__(self) -> _Received:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from haversack.cost.calibrated import Calibration
 from haversack.describe.assemble import read_codes, read_parameter, read_site
@@ -184,7 +185,10 @@ def _begun_alike(
     """Tensors of other weights, or packed with other statistics, must not mix: what a pack was begun from is noted in
     its partial folder. A damaged checkpoint leaves no partial folder, since a repaired one could not go on with it."""
     note = writer.partial / "source.journal"  # journals vanish when the folder is whole
-    begun = {"weights": checkpoint.fingerprint(), "calibration": statistics.folder.name if statistics else None}
+    begun: dict[str, Any] = {
+        "weights": checkpoint.fingerprint(),
+        "calibration": statistics.folder.name if statistics else None,
+    }
     if retuned is not None:
         begun["retuned"] = asdict(retuned.settings)
     facts = json.dumps(begun)

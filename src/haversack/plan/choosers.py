@@ -28,8 +28,10 @@ def choose_by(recipe_id: str, built: ServingProblem, solution: Solution, meter: 
     if recipe is None or recipe.choose is None:
         choosers = ", ".join(r.id for r in all_recipes().values() if r.choose is not None)
         raise UsageError(f"{recipe_id!r} chooses no plan; name one of {choosers}.")
+    capacity = built.problem.capacity_bytes.get("device")
+    if capacity is None:
+        raise UsageError(f"{recipe_id} shares a budget among the weights, and none was given; state one.")
     question = _Weights(built, solution, meter)
-    capacity = built.problem.capacity_bytes["device"]
     room = capacity - solution.evaluation.peak_bytes["device"] + question.num_bytes(solution.chosen)
     excess = 0
     for _ in range(_TRIES):

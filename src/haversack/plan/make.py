@@ -16,7 +16,7 @@ from haversack.describe.model import paused_collection
 from haversack.describe.workload import check_positions
 from haversack.engine.decoder.forecast import forecast_step
 from haversack.engine.profile import profile_forward
-from haversack.errors import UnsupportedModelError
+from haversack.errors import UnsupportedModelError, UsageError
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
 from haversack.parts.placement.mapped import Mapped
@@ -25,14 +25,14 @@ from haversack.parts.placement.streamed import Streamed
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.question import Answer, Question
 from haversack.plan.write import write_answer
-from haversack.recipes.base import any_named, candidate_options
+from haversack.recipes.base import all_recipes, any_named, candidate_options
 from haversack.solve.bound import bound
 from haversack.solve.exact import NoSolutionError, Solution, Solver
 from haversack.solve.front import FrontPoint, pareto_front, undominated_points, uniform_baselines
 from haversack.solve.problem import Problem, as_tuple
 
 if TYPE_CHECKING:
-    from haversack.plan.refine import PlanMeter
+    from haversack.plan.refine import PlanMeter, Refined
 
 PREFILL_CHUNKS = (512, 128, 32)
 """Chunks tried in this order; a smaller one is taken only where it saves damage or makes a plan fit."""
@@ -81,11 +81,32 @@ def make_plan(
     tell("solving", len(chunks), len(chunks))
     built, solution, chunk = best
     refined = None
-    if meter is not None and solution.fits and solution.minimised == "damage" and solution.evaluation.damage > 0:
+    if solution.fits and (chooser := _chooser(question)) is not None:
+        refined = _chosen_by(chooser, built, solution, meter)
+        solution = refined.solution
+    elif meter is not None and solution.fits and solution.minimised == "damage" and solution.evaluation.damage > 0:
         refined = meter.refine(built, solution)
         solution = refined.solution
     with paused_collection():
         return write_answer(question, built, solution, chunk, refined, _front(built, solution, question))
+
+
+def _chooser(question: Question) -> str | None:
+    """The named recipe that chooses instead of the planner, where one is named."""
+    return next((name for name in question.recipes if all_recipes()[name].choose is not None), None)
+
+
+def _chosen_by(chooser: str, built: ServingProblem, solution: Solution, meter: PlanMeter | None) -> Refined:
+    """The solution with the weights that a chooser takes, and its damage. Raises UsageError where plans are not measured."""
+    from haversack.plan.choosers import choose_by
+    from haversack.plan.refine import Refined
+
+    if meter is None:
+        raise UsageError(
+            f"{chooser} chooses by plans that are measured; give the model's weights and measure, or leave it out."
+        )
+    chosen = choose_by(chooser, built, solution, meter)
+    return Refined(chosen, meter.judge(built, chosen.chosen), ())
 
 
 def _chunks(question: Question) -> tuple[int, ...]:

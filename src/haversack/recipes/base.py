@@ -117,8 +117,8 @@ def preference(objective: str) -> Preference | None:
 
 
 def any_named(resident: str, recipes: Sequence[str]) -> bool:
-    """Whether one of these ids is a recipe for the resident."""
-    return any(recipe.resident == resident and recipe.id in recipes for recipe in all_recipes().values())
+    """Whether one of these ids is a recipe for the resident that offers options."""
+    return any(r.resident == resident and r.id in recipes and r.choose is None for r in all_recipes().values())
 
 
 def check_recipes(ids: Sequence[str], residents: Sequence[str]) -> None:
