@@ -12,7 +12,7 @@ from haversack.recipes.base import Recipe
 
 def options() -> tuple[WeightOption, ...]:
     return tuple(
-        WeightOption(DroppedGrid(), NearestRounding(), corrections=(SignStack(blocks, 4),)) for blocks in range(1, 9)
+        WeightOption(DroppedGrid(), NearestRounding(), corrections=(SignStack(blocks, 4),)) for blocks in (2, 3, 4, 6)
     )
 
 

@@ -11,7 +11,7 @@ from haversack.recipes.base import Recipe
 
 
 def options() -> tuple[WeightOption, ...]:
-    bonds = (64, 128, 256)
+    bonds = (64, 128)
     return tuple(WeightOption(DroppedGrid(), NearestRounding(), corrections=(TensorNetwork(bond),)) for bond in bonds)
 
 

@@ -65,7 +65,7 @@ class LowRankCorrection(Correction):
         if task.hessian is not None:
             factor, _ = damped_factor(task.hessian, _DAMPING, [])
         rank = self._rank(*error.shape)
-        left, sizes, right = _leading_directions(error @ factor, rank)
+        left, sizes, right = leading_directions(error @ factor, rank)
         shared = sizes[:rank].sqrt()
         down = torch.linalg.solve_triangular(factor, shared[:, None] * right[:rank], upper=True, left=False)
         # Directions that no input has may come out large: each pair is balanced, so that float16 holds both.
@@ -91,7 +91,7 @@ class LowRankCorrection(Correction):
         return min(self.rank, out_features, in_features)
 
 
-def _leading_directions(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def leading_directions(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """At least `rank` singular triples of `(rows, columns)`: left `(rows, n)`, sizes, right `(n, columns)`.
 
     By iterating a random subspace, where a small part of them is wanted (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm

@@ -52,6 +52,8 @@ class SignStack(Correction):
     def correct(self, task: WeightTask, approximation: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
 
+        from haversack.parts.weights.low_rank import leading_directions
+
         left, columns = task.weight - approximation, torch.ones(task.weight.shape[1])
         if task.hessian is not None:
             root = task.hessian.diagonal().clamp_min(0).sqrt()
@@ -60,8 +62,9 @@ class SignStack(Correction):
         found: dict[str, list[torch.Tensor]] = {"signs": [], "up": [], "down": []}
         for _ in range(self.blocks):
             negative = left < 0
-            up, sizes, down = torch.linalg.svd(left.abs() * columns, full_matrices=False)
             rank = min(self.rank, *left.shape)
+            up, sizes, down = leading_directions(left.abs() * columns, rank)
+            sizes = sizes[:rank]
             shared = sizes[:rank].sqrt()
             up, down = (up[:, :rank] * shared).half(), (shared[:, None] * down[:rank] / columns).half()
             for name, tensor in (("signs", pack_bits(negative)), ("up", up), ("down", down)):

@@ -46,13 +46,13 @@ class TensorNetwork(Correction):
         return (StoredTensor("first", "F16", (bond, out_1, in_1)), StoredTensor("second", "F16", (bond, out_2, in_2)))
 
     def correct(self, task: WeightTask, approximation: torch.Tensor) -> dict[str, torch.Tensor]:
-        import torch
+        from haversack.parts.weights.low_rank import leading_directions
 
         error = task.weight - approximation
         (out_1, out_2), (in_1, in_2) = _split(error.shape[0]), _split(error.shape[1])
         regrouped = error.view(out_1, out_2, in_1, in_2).transpose(1, 2).reshape(out_1 * in_1, out_2 * in_2)
-        left, sizes, right = torch.linalg.svd(regrouped, full_matrices=False)
         bond = self._bond(*error.shape)
+        left, sizes, right = leading_directions(regrouped, bond)
         shared = sizes[:bond, None].sqrt()
         return {
             "first": (left.T[:bond] * shared).view(bond, out_1, in_1).half(),
