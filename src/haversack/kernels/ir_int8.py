@@ -319,9 +319,9 @@ def _add_columns(module: Module, case: Int8Case) -> None:
         limit = f.binary("sub", last, 16 * r)
         whole = f.value("i1", f"icmp sge {limit}, 15")
         panel, codes = f.offset(a["panel"], 64 * r), f.offset(low, 16 * r * fmt.row_bytes)
-        given = ", ".join(map(str, [panel, codes, a["block"], a["units"], limit]))
-        f.when(whole, partial(f.do, f"call void @unpack({given})"))
-        f.when(f.binary("xor", whole, "true"), partial(f.do, f"call void @unpack_clamped({given})"))
+        listed = ", ".join(map(str, [panel, codes, a["block"], a["units"], limit]))
+        f.when(whole, partial(f.do, f"call void @unpack({listed})"))
+        f.when(f.binary("xor", whole, "true"), partial(f.do, f"call void @unpack_clamped({listed})"))
     segment = f.times(a["block"], BLOCK_COLUMNS // case.segment_columns)
     group = f.binary("udiv", f.times(a["block"], BLOCK_COLUMNS), case.group_columns)
     scales = f.offset(a["scales"], f.times(a["first"], fmt.scale_row_bytes))
@@ -361,11 +361,16 @@ def _unit_bytes(case: Int8Case) -> int:
 
 
 def _ask(f: Function, case: Int8Case, pointer: Value) -> list[Value]:
-    """Ask for a row's codes of the next panel: short runs that a CPU sees no stream in. Never faults."""
-    f.module.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+    """Ask for a row's codes of the next panel: short runs that a CPU sees no stream in."""
     for line in range(0, _panel_bytes(case), 64):
-        f.do(f"call void @llvm.prefetch.p0({f.offset(pointer, line)}, i32 0, i32 2, i32 1)")
+        _prefetch(f, f.offset(pointer, line), 2)
     return []
+
+
+def _prefetch(f: Function, pointer: Value, locality: int) -> None:
+    """Ask for a line, for L1 (`locality` 3) or L2 (2); never faults."""
+    f.module.declare("declare void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+    f.do(f"call void @llvm.prefetch.p0({pointer}, i32 0, i32 {locality}, i32 1)")
 
 
 def _add_unpack(module: Module, case: Int8Case, *, clamped: bool) -> None:
@@ -442,12 +447,11 @@ def _transposed(f: Function, pointer: Value, offsets: Sequence[Value | int], wor
         """In each lane of four: elements of a (0 to 3) and b (4 to 7)."""
         return f.shuffle(a, b, [4 * lane + (p if p < 4 else 16 + p - 4) for lane in range(4) for p in picks])
 
-    low = [within(mixed[0], mixed[1], (0, 4, 1, 5)), within(mixed[2], mixed[3], (0, 4, 1, 5))]
-    found = [within(*low, (0, 1, 4, 5)), within(*low, (2, 3, 6, 7))]
-    if words == 2:
-        return found
-    high = [within(mixed[0], mixed[1], (2, 6, 3, 7)), within(mixed[2], mixed[3], (2, 6, 3, 7))]
-    return [*found, within(*high, (0, 1, 4, 5)), within(*high, (2, 3, 6, 7))]
+    found = []
+    for pair in ((0, 4, 1, 5), (2, 6, 3, 7))[: words // 2]:
+        first, second = within(mixed[0], mixed[1], pair), within(mixed[2], mixed[3], pair)
+        found += [within(first, second, half) for half in ((0, 1, 4, 5), (2, 3, 6, 7))]
+    return found
 
 
 def _add_scales(module: Module, case: Int8Case) -> None:
@@ -495,6 +499,8 @@ def _add_tile(module: Module, case: Int8Case, tokens: int) -> None:
 
     def products(_: Value, carried: list[Value]) -> list[Value]:
         panel, columns, *sums = carried
+        for t in range(tokens):
+            _prefetch(f, f.offset(columns, (tokens + t) * case.token_bytes), 3)
         for step in range(UNROLLED):
             at = f.offset(panel, 4 * BLOCK_ROWS * step)
             codes = [f.load(_I16, f.offset(at, 64 * r), 64) for r in range(ROW_VECTORS)]
