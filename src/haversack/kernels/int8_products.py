@@ -20,7 +20,7 @@ from haversack.kernels.ir_int8 import BLOCK_ROWS, MULTIPLY_ARGUMENTS, QUANTIZE_A
 from haversack.kernels.llvm import Target, compile_text
 from haversack.kernels.threads import parallel_address, team_threads
 
-LEAST_TOKENS = 12
+LEAST_TOKENS = 9
 """Tokens from which unpacking a panel for all is faster than one token's kernel, which unpacks for four at a time."""
 
 MOST_TOKENS = 512

@@ -22,7 +22,7 @@ from functools import partial
 from haversack.codecs.bitpack import UNIT_COLUMNS
 from haversack.kernels.dot_schemes import multiply_add
 from haversack.kernels.format import SCALE_BYTES, PackedFormat
-from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
+from haversack.kernels.ir import Function, Module, Value, element_of, splat_constant, vector, zeros
 from haversack.kernels.ir_float import bf16_of, bf16_to_float, scale_to_float
 from haversack.kernels.ir_team import add_team_entry, smaller
 from haversack.kernels.llvm import Target
@@ -87,8 +87,11 @@ class Int8Case:
         return -(-self.columns // self.segment_columns)
 
     @property
-    def block_segments(self) -> int:
-        return -(-min(self.columns, BLOCK_COLUMNS) // self.segment_columns)
+    def panel_segments(self) -> set[int]:
+        """Segments of whole panels and of the last one, if there are."""
+        full, tail = divmod(self.columns, BLOCK_COLUMNS)
+        sizes = ([BLOCK_COLUMNS] if full else []) + ([tail] if tail else [])
+        return {-(-size // self.segment_columns) for size in sizes}
 
     @property
     def size(self) -> int:
@@ -116,7 +119,7 @@ class Int8Case:
     @property
     def stack_bytes(self) -> int:
         """What a thread's stack holds while it multiplies: panel, sums, a panel's scales, and zero points."""
-        return BLOCK_ROWS * (BLOCK_COLUMNS + 4 * SPAN_TOKENS + 8 * self.block_segments + 64)
+        return BLOCK_ROWS * (BLOCK_COLUMNS + 4 * SPAN_TOKENS + 8 * max(self.panel_segments) + 64)
 
 
 def supports(fmt: PackedFormat, target: Target) -> bool:
@@ -139,7 +142,8 @@ def int8_text(case: Int8Case) -> str:
     )
     for clamped in (False, True):
         _add_unpack(module, case, clamped=clamped)
-    _add_scales(module, case)
+    for segments in sorted(case.panel_segments):
+        _add_scales(module, case, segments)
     for tokens in range(1, TILE_TOKENS + 1):
         _add_tile(module, case, tokens)
     _add_columns(module, case)
@@ -277,11 +281,11 @@ def _add_block(module: Module, case: Int8Case) -> None:
     """`block(tokens, codes, scales, zeros, out, rows, first, count)`: rows from `first`, `count` tokens."""
     arguments = [("ptr", "tokens"), *_MATRIX, ("ptr", "out"), ("i64", "rows"), ("i64", "first"), ("i64", "count")]
     f = Function(module, "block", arguments)
-    a = f.arguments
+    a, fmt = f.arguments, case.fmt
     panel = f.value("ptr", f"alloca [{BLOCK_ROWS * BLOCK_COLUMNS} x i8], align 64")
     sums = f.value("ptr", f"alloca [{BLOCK_ROWS * SPAN_TOKENS} x float], align 64")
-    factors = f.value("ptr", f"alloca [{BLOCK_ROWS * case.block_segments} x float], align 64")
-    points = f.value("ptr", f"alloca [{BLOCK_ROWS * case.block_segments} x i32], align 64")
+    factors = f.value("ptr", f"alloca [{BLOCK_ROWS * max(case.panel_segments)} x float], align 64")
+    points = f.value("ptr", f"alloca [{BLOCK_ROWS * max(case.panel_segments)} x i32], align 64")
 
     def clear(i: Value, _: list[Value]) -> list[Value]:
         for r in range(ROW_VECTORS):
@@ -289,12 +293,20 @@ def _add_block(module: Module, case: Int8Case) -> None:
         return []
 
     f.loop(a["count"], [], clear)
-    given = [panel, sums, factors, points, a["tokens"], *(a[n] for _, n in _MATRIX), a["rows"], a["first"], a["count"]]
+    last = f.binary("sub", f.binary("sub", a["rows"], a["first"]), 1)  # of the rows that are there
+    codes, scales, zero_points = (
+        f.offset(a[name], f.times(a["first"], row_bytes))
+        for (_, name), row_bytes in zip(_MATRIX, (fmt.row_bytes, fmt.scale_row_bytes, fmt.num_groups), strict=True)
+    )
+    given = [panel, sums, factors, points, a["tokens"], codes, last, a["count"]]
 
     def columns(block: Value, num_columns: int) -> list[Value]:
         segments = -(-num_columns // case.segment_columns)
         steps = min(case.segment_columns, num_columns) // 4
         units = -(-num_columns // UNIT_COLUMNS)
+        group = f.binary("udiv", f.times(block, BLOCK_COLUMNS), case.group_columns)
+        at = [f.offset(scales, f.times(group, SCALE_BYTES[fmt.scales])), f.offset(zero_points, group)]
+        f.do(f"call void @scales{segments}({', '.join(map(str, [factors, points, *at, last]))})")
         counts = [Value("i64", str(number)) for number in (segments, steps, units)]
         f.do(f"call void @columns({', '.join(map(str, [*given, block, *counts]))})")
         return []
@@ -309,26 +321,19 @@ def _add_block(module: Module, case: Int8Case) -> None:
 
 def _add_columns(module: Module, case: Int8Case) -> None:
     """`columns(...)`: unpack one panel, multiply it with every token of the span."""
-    pointers = [("ptr", n) for n in ("panel", "sums", "factors", "points", "tokens")] + _MATRIX
-    numbers = [("i64", n) for n in ("rows", "first", "count", "block", "segments", "steps", "units")]
+    pointers = [("ptr", n) for n in ("panel", "sums", "factors", "points", "tokens", "codes")]
+    numbers = [("i64", n) for n in ("last", "count", "block", "segments", "steps", "units")]
     f = Function(module, "columns", [*pointers, *numbers])
     a, fmt = f.arguments, case.fmt
-    last = f.binary("sub", f.binary("sub", a["rows"], a["first"]), 1)  # of the rows that are there
-    low = f.offset(f.offset(a["codes"], f.times(a["first"], fmt.row_bytes)), f.times(a["block"], _panel_bytes(case)))
+    low = f.offset(a["codes"], f.times(a["block"], _panel_bytes(case)))
     for r in range(ROW_VECTORS):
-        limit = f.binary("sub", last, 16 * r)
+        limit = f.binary("sub", a["last"], 16 * r)
         whole = f.value("i1", f"icmp sge {limit}, 15")
         panel, codes = f.offset(a["panel"], 64 * r), f.offset(low, 16 * r * fmt.row_bytes)
         listed = ", ".join(map(str, [panel, codes, a["block"], a["units"], limit]))
         f.when(whole, partial(f.do, f"call void @unpack({listed})"))
         f.when(f.binary("xor", whole, "true"), partial(f.do, f"call void @unpack_clamped({listed})"))
     segment = f.times(a["block"], BLOCK_COLUMNS // case.segment_columns)
-    group = f.binary("udiv", f.times(a["block"], BLOCK_COLUMNS), case.group_columns)
-    scales = f.offset(a["scales"], f.times(a["first"], fmt.scale_row_bytes))
-    points = f.offset(a["zeros"], f.times(a["first"], fmt.num_groups))
-    given = [a["factors"], a["points"], f.offset(scales, f.times(group, SCALE_BYTES[fmt.scales]))]
-    given += [f.offset(points, group), a["segments"], last]
-    f.do(f"call void @scales({', '.join(map(str, given))})")
     tiles = f.binary("udiv", f.binary("add", a["count"], TILE_TOKENS - 1), TILE_TOKENS)
     beyond = f.offset(low, _panel_bytes(case))
 
@@ -454,40 +459,29 @@ def _transposed(f: Function, pointer: Value, offsets: Sequence[Value | int], wor
     return found
 
 
-def _add_scales(module: Module, case: Int8Case) -> None:
-    """`scales(factors, points, scales, zeros, segments, last)`: a panel's scales as floats and zero points as int32, row by row
-    of each segment; rows beyond `last` repeat it."""
-    arguments = [("ptr", n) for n in ("factors", "points", "scales", "zeros")] + [("i64", "segments"), ("i64", "last")]
-    f = Function(module, "scales", arguments)
+def _add_scales(module: Module, case: Int8Case, segments: int) -> None:
+    """`scales{segments}(factors, points, scales, zeros, last)`: a panel's scales as floats and zero points as int32, segment by
+    segment the block's rows; rows beyond `last` repeat it."""
+    arguments = [("ptr", n) for n in ("factors", "points", "scales", "zeros")] + [("i64", "last")]
+    f = Function(module, f"scales{segments}", arguments)
     a, fmt = f.arguments, case.fmt
-    element, size = ("i16", 2) if fmt.scales == "f16" else ("i8", 1)
-    stored = f.value("ptr", f"alloca [{BLOCK_ROWS} x {element}], align 64")
-    kept = f.value("ptr", f"alloca [{BLOCK_ROWS} x i8], align 64")
+    element = vector(segments, "i16" if fmt.scales == "f16" else "i8")
 
-    def segment(s: Value, _: list[Value]) -> list[Value]:
-        def row(r: Value, _: list[Value]) -> list[Value]:
-            source = smaller(f, r, a["last"])
-            scale = f.load(
-                element, f.offset(f.offset(a["scales"], f.times(source, fmt.scale_row_bytes)), f.times(s, size)), size
-            )
-            f.store(scale, f.offset(stored, f.times(r, size)), size)
-            if not fmt.symmetric:
-                zero = f.load("i8", f.offset(f.offset(a["zeros"], f.times(source, fmt.num_groups)), s))
-                f.store(zero, f.offset(kept, r), 1)
-            return []
-
-        f.loop(BLOCK_ROWS, [], row)
-        at = f.times(s, 4 * BLOCK_ROWS)
-        for r in range(ROW_VECTORS):
-            bits = f.load(vector(16, element), f.offset(stored, 16 * size * r), 16 * size)
-            place = f.offset(f.offset(a["factors"], at), 64 * r)
-            f.store(scale_to_float(f, bits, fmt.scales, case.target), place, 64)
-            if not fmt.symmetric:
-                points = f.cast("zext", f.load("<16 x i8>", f.offset(kept, 16 * r), 16), _I16)
-                f.store(points, f.offset(f.offset(a["points"], at), 64 * r), 64)
+    def row(r: Value, _: list[Value]) -> list[Value]:
+        source = smaller(f, r, a["last"])
+        stored = f.load(element, f.offset(a["scales"], f.times(source, fmt.scale_row_bytes)))
+        spread(scale_to_float(f, stored, fmt.scales, case.target), f.offset(a["factors"], f.times(r, 4)))
+        if not fmt.symmetric:
+            kept = f.load(vector(segments, "i8"), f.offset(a["zeros"], f.times(source, fmt.num_groups)))
+            spread(f.cast("zext", kept, vector(segments, "i32")), f.offset(a["points"], f.times(r, 4)))
         return []
 
-    f.loop(a["segments"], [], segment)
+    def spread(values: Value, place: Value) -> None:
+        for s in range(segments):
+            one = f.value(element_of(values.type), f"extractelement {values}, i32 {s}")
+            f.store(one, f.offset(place, 4 * BLOCK_ROWS * s), 4)
+
+    f.loop(BLOCK_ROWS, [], row)
     f.end()
 
 
