@@ -341,7 +341,12 @@ def _add_columns(module: Module, case: Int8Case) -> None:
         begin, end = (_part(f, a["count"], each, tiles) for each in (i, f.binary("add", i, 1)))
         size = f.binary("sub", end, begin)
         token = f.offset(a["tokens"], f.times(begin, case.token_bytes))
-        given = [a["panel"], f.offset(token, f.times(a["block"], BLOCK_COLUMNS))]
+        columns = f.times(a["block"], BLOCK_COLUMNS)
+        is_last = f.value("i1", f"icmp eq {end}, {a['count'].name}")
+        begin_again = f.offset(f.offset(a["tokens"], columns), BLOCK_COLUMNS)
+        following = f.offset(f.offset(a["tokens"], f.times(end, case.token_bytes)), columns)
+        further = f.value("ptr", f"select {is_last}, {begin_again}, {following}")
+        given = [a["panel"], f.offset(token, columns), further]
         given += [f.offset(f.offset(token, at), f.times(segment, 4)) for at in (case.scales_at, case.starts_at)]
         given += [a["factors"], a["points"], f.offset(a["sums"], f.times(begin, 4 * BLOCK_ROWS))]
         given += [a["segments"], a["steps"]]
@@ -486,15 +491,17 @@ def _add_scales(module: Module, case: Int8Case, segments: int) -> None:
 
 
 def _add_tile(module: Module, case: Int8Case, tokens: int) -> None:
-    """`tile{tokens}(...)`: so many tokens times a panel, added to their sums."""
-    names = ("panel", "tokens", "scales", "starts", "factors", "points", "sums")
+    """`tile{tokens}(...)`: so many tokens times a panel, added to their sums. The next tile's activations, at `further`, and its
+    sums are asked for meanwhile."""
+    names = ("panel", "tokens", "further", "scales", "starts", "factors", "points", "sums")
     f = Function(module, f"tile{tokens}", [*(("ptr", n) for n in names), ("i64", "segments"), ("i64", "steps")])
     a = f.arguments
 
     def products(_: Value, carried: list[Value]) -> list[Value]:
-        panel, columns, *sums = carried
+        panel, columns, further, beyond, *sums = carried
         for t in range(tokens):
-            _prefetch(f, f.offset(columns, (tokens + t) * case.token_bytes), 3)
+            _prefetch(f, f.offset(further, t * case.token_bytes), 3)
+        _prefetch(f, beyond, 3)
         for step in range(UNROLLED):
             at = f.offset(panel, 4 * BLOCK_ROWS * step)
             codes = [f.load(_I16, f.offset(at, 64 * r), 64) for r in range(ROW_VECTORS)]
@@ -503,10 +510,10 @@ def _add_tile(module: Module, case: Int8Case, tokens: int) -> None:
                 for r in range(ROW_VECTORS):
                     place = t * ROW_VECTORS + r
                     sums[place] = f.call(_I16, "llvm.x86.avx512.vpdpbusd.512", sums[place], codes[r], four)
-        return [f.offset(panel, 4 * BLOCK_ROWS * UNROLLED), f.offset(columns, 4 * UNROLLED), *sums]
+        moved = [f.offset(pointer, 4 * UNROLLED) for pointer in (columns, further)]
+        return [f.offset(panel, 4 * BLOCK_ROWS * UNROLLED), *moved, f.offset(beyond, 64), *sums]
 
     def segment(s: Value, carried: list[Value]) -> list[Value]:
-        panel, columns = carried
         at, given = f.times(s, 4 * BLOCK_ROWS), f.times(s, 4)
         begin, starts = f.offset(a["starts"], given), []
         for t in range(tokens):
@@ -517,7 +524,8 @@ def _add_tile(module: Module, case: Int8Case, tokens: int) -> None:
                 else:
                     zero = f.load(_I16, f.offset(f.offset(a["points"], at), 64 * r), 64)
                     starts.append(f.binary("mul", start, zero))
-        panel, columns, *sums = f.loop(a["steps"], [panel, columns, *starts], products, step=UNROLLED)
+        found = f.loop(a["steps"], [*carried, *starts], products, step=UNROLLED)
+        pointers, sums = found[: len(carried)], found[len(carried) :]
         scales, factors = f.offset(a["scales"], given), f.offset(a["factors"], at)
         for t in range(tokens):
             scale = f.splat(f.load("float", f.offset(scales, t * case.token_bytes), 4), 16)
@@ -526,9 +534,10 @@ def _add_tile(module: Module, case: Int8Case, tokens: int) -> None:
                 place = f.offset(a["sums"], 64 * (t * ROW_VECTORS + r))
                 value = f.cast("sitofp", sums[t * ROW_VECTORS + r], _F16)
                 f.store(multiply_add(f, value, factor, f.load(_F16, place, 64)), place, 64)
-        return [panel, columns]
+        return pointers
 
-    f.loop(a["segments"], [a["panel"], a["tokens"]], segment)
+    further_sums = f.offset(a["sums"], 4 * BLOCK_ROWS * tokens)
+    f.loop(a["segments"], [a["panel"], a["tokens"], a["further"], further_sums], segment)
     f.end()
 
 
