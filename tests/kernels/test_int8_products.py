@@ -10,6 +10,9 @@ from haversack.kernels import compiled, ir_int8, llvm, registry
 from haversack.kernels.activations import rounded_activations
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.int8_products import LEAST_TOKENS, MOST_TOKENS, CompiledInt8Products
+from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.nearest import NearestRounding
 
 HOST = llvm.host_target()
 KERNEL = CompiledInt8Products(HOST)
@@ -123,6 +126,9 @@ def test_the_registry_prefers_it_for_many_tokens_by_8_bits():
     assert registry.choose_kernel(fmt, LEAST_TOKENS, torch.bfloat16, 8).NAME == KERNEL.NAME
     assert registry.choose_kernel(fmt, LEAST_TOKENS - 1, torch.bfloat16, 8).NAME == "llvm-avx512-vnni"
     assert registry.choose_kernel(fmt, 512, torch.bfloat16, 16).activation_bits == 16
+    packed = WeightOption(grid=IntegerGrid(4, 128, activation_bits=8), rounding=NearestRounding())
+    assert packed.kernel_name(512, 4096, 4096, "BF16") == KERNEL.NAME
+    assert packed.workspace_bytes(512, 4096, 4096, "BF16") == KERNEL.workspace_bytes(fmt, 512, 4096, torch.bfloat16, 8)
 
 
 def test_what_it_does_not_support_says_so():
