@@ -14,7 +14,7 @@ from haversack.errors import HaversackError, OutputError
 from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
 from haversack.plan.schema import Plan
-from haversack.units import format_seconds
+from haversack.units import format_rate, format_seconds
 
 Progress = Callable[[str, int, int], None]
 VERIFIED_NAME = "verified.json"
@@ -130,7 +130,7 @@ def _figures(seconds: dict[str, dict[str, float | None]], measured: dict[str, An
     predicted, found = seconds["decode step"]["predicted"], seconds["decode step"]["measured"]
     tokens_per_step = measured["decode_tokens_per_second"] * (found or 0.0)
     rows += [
-        ("tokens/s", f"{tokens_per_step / predicted:.3g}" if predicted else "", f"{measured['decode_tokens_per_second']:.3g}"),
+        ("tokens/s", format_rate(tokens_per_step / predicted) if predicted else "", format_rate(measured["decode_tokens_per_second"])),
         ("fraction of the bound", "1", f"{predicted / found:.2f}" if predicted and found else "-"),
     ]  # fmt: skip
     rows.append(("decode loop", "", measured["loop"]))
