@@ -34,7 +34,8 @@ _MULTIPLY = ctypes.CFUNCTYPE(None, *[_WORD[t] for t, _ in MULTIPLY_ARGUMENTS], c
 
 @dataclass(frozen=True)
 class CompiledInt8Products:
-    """Panels of unsigned codes times int8 activations. A panel and its sums lie on the threads' stacks, some 100 KiB."""
+    """Panels of unsigned codes times int8 activations. A panel and its sums lie on the threads' stacks, which no ledger counts:
+    some 110 KB, and while a token is rounded four bytes per column."""
 
     target: Target
     NAME: ClassVar[str] = "llvm-int8-panels-avx512-vnni"

@@ -10,7 +10,7 @@ broadcast brings to all rows. After each *segment* (a group of columns, or `BLOC
 integers go, times both scales, to sums in float32, which stay in L2. What a code of zero stands for is taken off where
 sums of integers start: `- zero * (sum of the segment's activations)`, exact in int32.
 
-Panel and sums lie on the threads' stacks (`Int8Case.stack_bytes`), the activations in the workspace.
+Panel and sums lie on the threads' stacks, some 110 KB, the activations in the workspace.
 """
 
 from __future__ import annotations
@@ -115,11 +115,6 @@ class Int8Case:
     def workspace_bytes(self, num_tokens: int) -> int:
         """Bytes that both entries use for `num_tokens` tokens, with 64 to align them."""
         return num_tokens * self.token_bytes + 64
-
-    @property
-    def stack_bytes(self) -> int:
-        """What a thread's stack holds while it multiplies: panel, sums, a panel's scales, and zero points."""
-        return BLOCK_ROWS * (BLOCK_COLUMNS + 4 * SPAN_TOKENS + 8 * max(self.panel_segments) + 64)
 
 
 def supports(fmt: PackedFormat, target: Target) -> bool:
