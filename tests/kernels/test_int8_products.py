@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_cases import make_case, make_input
 
+from allocations import peak_bytes
 from haversack.kernels import compiled, ir_int8, llvm, registry
 from haversack.kernels.activations import rounded_activations
 from haversack.kernels.format import PackedFormat
@@ -102,17 +103,9 @@ def test_workspace_is_as_declared(dtype, num_tokens):
     case = make_case(2000, 1024, 3, 64, False)
     x = make_input(num_tokens, 1024, dtype)
 
-    def work() -> None:
-        KERNEL.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 8)
-
-    work()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    total, peak = 0, 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
+    given = (x, case.codes, case.scales, case.zeros, case.fmt, 8)
+    KERNEL.matmul(*given)
+    peak = peak_bytes(lambda: KERNEL.matmul(*given))
     workspace = peak - num_tokens * 2000 * dtype.itemsize
     declared = KERNEL.workspace_bytes(case.fmt, num_tokens, 2000, dtype, 8)
     assert 0.95 * declared <= workspace <= declared

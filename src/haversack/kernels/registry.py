@@ -313,11 +313,13 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     from haversack.kernels import compiled, generic
     from haversack.kernels.int8_products import CompiledInt8Products
     from haversack.kernels.llvm import host_target
+    from haversack.kernels.torch_packed import TorchTiles
 
     if device_type != "cpu":
         return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
-    return (CompiledInt8Products(target), *compiled.matvecs(target), compiled.CompiledTiles(target), generic)
+    own = (CompiledInt8Products(target), *compiled.matvecs(target), compiled.CompiledTiles(target))
+    return (*own, *(TorchTiles(bits) for bits in (8, 4)), generic)
 
 
 @cache
