@@ -318,7 +318,11 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     if device_type != "cpu":
         return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
-    own = (CompiledInt8Products(target), *compiled.matvecs(target), compiled.CompiledTiles(target))
+    own: tuple[PackedKernel, ...] = (
+        CompiledInt8Products(target),
+        *compiled.matvecs(target),
+        compiled.CompiledTiles(target),
+    )
     return (*own, *(TorchTiles(bits) for bits in (8, 4)), generic)
 
 
