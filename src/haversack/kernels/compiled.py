@@ -129,7 +129,12 @@ class Matvec:
         rounds = -(-num_tokens // self.case.tokens)
         workspace = torch.empty(rounds * self._round_bytes + self._fixed_bytes, dtype=torch.uint8)
         matrix = (ctypes.c_int64 * ir_run.MATRIX_WORDS)(
-            codes.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), out.data_ptr(), num_rows
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            num_rows,
         )
         self._run(
             x.data_ptr(),

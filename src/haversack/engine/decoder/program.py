@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,20 +20,23 @@ from haversack.engine.decoder.trace import Node, View
 from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
 from haversack.errors import UnsupportedModelError
-from haversack.kernels import ir_run
+from haversack.kernels import ir_run, superscales
 from haversack.kernels.attention import DecodeAttention
 from haversack.kernels.compiled import CompiledMatvec, Matvec
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_float import converts_half
 from haversack.kernels.ir_rows import RECORD, RowStep, rows_text
 from haversack.kernels.ir_tape import APPEND_RECORD, tape_text
+from haversack.kernels.ir_team import TEAM_ARGUMENTS
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
 from haversack.kernels.registry import Chosen, choose
 from haversack.kernels.threads import parallel_address
 from haversack.parts.kv.layer import RingLayer
 
-_ATTENTION_ARGUMENTS = [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")]
-_THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
+if TYPE_CHECKING:
+    from haversack.kernels.ir_superscales import SuperscaleCase
+
+_THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "job": [("ptr", "job"), *TEAM_ARGUMENTS]}
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -172,19 +175,19 @@ class StepProgram:
         x = self._view(source).view(self.batch_size, in_features)
         if not x.is_contiguous():
             raise UnsupportedModelError("a matrix reads rows that lie apart")
-        by_kernel: dict[Matvec, list[tuple[PackedMatrix, int]]] = {}
+        by_kernel: dict[Matvec, list[_Product]] = {}
         for node in nodes:
             out = self._tensor(node, 0, node.layout.shape, node.layout.strides).view(self.batch_size, -1)
             weight = node.facts["weight"]
             matrices = _matrices(weight)
             compiled = [_compiled_kernel(m, self.batch_size, x.dtype) for m, _ in matrices]
-            if matrices and all(compiled) and (len(matrices) == 1 or self.batch_size == 1):
+            if matrices and all(compiled):
                 for (matrix, rows), kernel in zip(matrices, compiled, strict=True):
                     assert kernel is not None
                     start = out.data_ptr() + (rows.start or 0) * out.element_size()
-                    by_kernel.setdefault(kernel, []).append((matrix, start))
+                    by_kernel.setdefault(kernel, []).append(_Product(matrix, start, out.stride(0)))
             else:
-                self._torch(_product(x, weight, out))
+                self._torch(_torch_product(x, weight, out))
         for kernel, group in by_kernel.items():
             self._matmul(kernel, group, x)
 
@@ -201,27 +204,57 @@ class StepProgram:
 
         self._torch(run)
 
-    def _matmul(self, kernel: Matvec, group: Sequence[tuple[PackedMatrix, int]], x: torch.Tensor) -> None:
-        words: list[int] = []
-        for matrix, out in group:
-            tensors = matrix.tensors()
-            zeros = tensors.get("zeros")
-            self._keep.append(tensors)
-            words += [tensors["codes"].data_ptr(), tensors["scales"].data_ptr()]
-            words += [0 if zeros is None else zeros.data_ptr(), out, matrix.out_features]
-        limits = [_chosen(m, kernel.case.fmt, self.batch_size, x.dtype).threads for m, _ in group]
-        threads = min([self._threads, *(limit for limit in limits if limit is not None)])
-        given = kernel.call_words(sum(m.out_features for m, _ in group), self.batch_size, threads)
-        given |= {
-            "x": x.data_ptr(),
-            "workspace": self._workspace.data_ptr(),
-            "matrices": self._record(words),
-            "num_matrices": len(group),
-        }
-        entry = kernel.module.address("run")
-        record = self._record([entry, *(given[name] for _, name in ir_run.ENTRY_ARGUMENTS)])
+    def _matmul(self, kernel: Matvec, group: Sequence[_Product], x: torch.Tensor) -> None:
+        """One call for all matrices, or one for as many as the workspace has room for scales of."""
         self._keep.append(kernel)
-        self._call(self._tape_module.address("thunk_matmul"), record)
+        limits = [_chosen(p.matrix, kernel.case.fmt, self.batch_size, x.dtype).threads for p in group]
+        threads = min([self._threads, *(limit for limit in limits if limit is not None)])
+        scales_at = kernel.case.workspace_bytes(self.batch_size)
+        words: list[int] = []
+        num_rows = used = 0
+
+        def flush() -> None:
+            nonlocal num_rows, used
+            given = kernel.call_words(num_rows, self.batch_size, threads) | {
+                "x": x.data_ptr(),
+                "workspace": self._workspace.data_ptr(),
+                "matrices": self._record(words),
+                "num_matrices": len(words) // ir_run.MATRIX_WORDS,
+            }
+            entry = kernel.module.address("run")
+            record = self._record([entry, *(given[name] for _, name in ir_run.ENTRY_ARGUMENTS)])
+            self._call(self._tape_module.address("thunk_matmul"), record)
+            words.clear()
+            num_rows = used = 0
+
+        for product in group:
+            matrix, tensors = product.matrix, product.matrix.tensors()
+            self._keep.append(tensors)
+            for first, stop in _pieces(matrix):
+                scale_bytes = _written_scale_bytes(matrix, stop - first)
+                if scales_at + used + scale_bytes > self._workspace.nbytes:
+                    flush()
+                part = {name: tensor[first:stop] for name, tensor in tensors.items()}
+                zeros, scales = part.get("zeros"), part["scales"].data_ptr()
+                if scale_bytes:
+                    scales = self._workspace.data_ptr() + scales_at + used
+                    self._write_scales(matrix, part, scales)
+                    used += scale_bytes
+                words += [part["codes"].data_ptr(), scales, 0 if zeros is None else zeros.data_ptr()]
+                words += [product.out + first * x.element_size(), stop - first, product.out_stride]
+                num_rows += stop - first
+        flush()
+
+    def _write_scales(self, matrix: PackedMatrix, tensors: Mapping[str, torch.Tensor], out: int) -> None:
+        """Second-level scales as kernels read them, to an address in the workspace: before the product, at every step."""
+        case = _superscale_case(matrix)
+        assert case is not None
+        module = superscales.compiled(case)
+        self._keep.append(module)
+        job = self._record(superscales.job_words(tensors["scales"], tensors["superscales"], out))
+        threads = min(self._threads, superscales.num_threads(len(tensors["scales"])))
+        words = [module.address("run"), job, parallel_address(), threads]
+        self._call(self._tape_module.address("thunk_job"), self._record(words))
 
     def _attention(self, nodes: Sequence[Node]) -> None:
         (node,) = nodes
@@ -257,10 +290,10 @@ class StepProgram:
         )  # fmt: skip
         self._keep.append(decoder)
         words = [decoder.module.address("run"), ctypes.addressof(decoder.job), parallel_address(), self._threads]
-        self._call(self._tape_module.address("thunk_attention"), self._record(words))
+        self._call(self._tape_module.address("thunk_job"), self._record(words))
 
     def _workspace_bytes(self) -> int:
-        """The largest workspace of any kernel; they take turns."""
+        """The largest workspace of any kernel, with the scales that are written out for it; they take turns."""
         largest = 64
         for action in self.schedule.actions:
             for node in action.nodes:
@@ -268,7 +301,8 @@ class StepProgram:
                     for matrix, _ in _matrices(node.facts["weight"]):
                         kernel = _compiled_kernel(matrix, self.batch_size, node.layout.dtype)
                         if kernel is not None:
-                            largest = max(largest, kernel.case.workspace_bytes(self.batch_size))
+                            written = max(_written_scale_bytes(matrix, b - a) for a, b in _pieces(matrix))
+                            largest = max(largest, kernel.case.workspace_bytes(self.batch_size) + written)
         return largest
 
     # The cache
@@ -360,6 +394,33 @@ class _Layer:
             self.packed_until[row] = until
 
 
+class _Product(NamedTuple):
+    """A packed matrix and where its outputs go: an address, and elements from token to token."""
+
+    matrix: PackedMatrix
+    out: int
+    out_stride: int
+
+
+def _superscale_case(matrix: PackedMatrix) -> SuperscaleCase | None:
+    assert matrix.option.grid is not None
+    return matrix.option.grid.superscale_case(matrix.in_features)
+
+
+def _pieces(matrix: PackedMatrix) -> list[tuple[int, int]]:
+    """First row and end of what is multiplied at once: everything, or as many rows as scales are written out for."""
+    assert matrix.option.grid is not None
+    rows = matrix.out_features
+    step = rows if _superscale_case(matrix) is None else matrix.option.grid.scale_rows(matrix.in_features)
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _written_scale_bytes(matrix: PackedMatrix, num_rows: int) -> int:
+    """Bytes of so many rows' scales where they must be written out, else none."""
+    case = _superscale_case(matrix)
+    return 0 if case is None else num_rows * case.row_bytes
+
+
 def _matrices(weight: Any) -> list[tuple[PackedMatrix, slice]]:
     """The packed matrices of a parameter with their rows, in one piece each; none for a plain parameter."""
     if not isinstance(weight, PackedTensor) or any((block.rows.step or 1) != 1 for block in weight.blocks):
@@ -370,8 +431,8 @@ def _matrices(weight: Any) -> list[tuple[PackedMatrix, slice]]:
 def _compiled_kernel(matrix: PackedMatrix, batch_size: int, dtype: torch.dtype) -> Matvec | None:
     """The matvec that computes this matrix for one token of each sequence; None for other kernels."""
     option = matrix.option
-    fmt = None if option.grid is None else option.grid.packed_format(matrix.in_features)
-    if option.grid is None or fmt is None or option.transforms or option.corrections:
+    fmt = None if option.grid is None else option.grid.kernel_format(matrix.in_features)
+    if option.grid is None or not isinstance(fmt, PackedFormat) or option.transforms or option.corrections:
         return None
     if dtype == torch.float16:  # the kernels behind it convert their input first
         return None
@@ -386,7 +447,7 @@ def _chosen(matrix: PackedMatrix, fmt: PackedFormat, batch_size: int, dtype: tor
     return choose(fmt, batch_size, matrix.out_features, dtype, matrix.option.grid.activation_bits)
 
 
-def _product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], Any]:
+def _torch_product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], Any]:
     """`out = x W^T` by torch or by the registry's kernels."""
     if isinstance(weight, PackedTensor):
         matrices = _matrices(weight)
