@@ -21,6 +21,7 @@ KERNELS = [
     *compiled.matvecs(HOST),
     *compiled.matvecs(SHORT_OF_AVX512),
     *compiled.matvecs(SSE),
+    compiled.CompiledPanels(HOST),
     compiled.CompiledTiles(HOST),
 ]
 # As compiled.py states them; the result's own rounding comes on top in bfloat16.
@@ -41,7 +42,7 @@ def test_lesser_machines_are_named():
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.NAME}-{len(k.target.features)}")
 @given(
     formats,
-    st.sampled_from([1, 2, 3, 7, 11]),
+    st.sampled_from([1, 2, 3, 7, 11, 25]),
     st.integers(1, 70),
     st.integers(1, 700),
     st.sampled_from([torch.float32, torch.bfloat16]),

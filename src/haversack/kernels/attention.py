@@ -22,7 +22,7 @@ from haversack.errors import UsageError
 from haversack.kernels.ir_attention import JOB, MAX_ROWS, TENSORS, AttentionCase, attention_text, supports
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
 from haversack.kernels.registry import has_triton
-from haversack.kernels.threads import parallel_address
+from haversack.kernels.threads import team_entry
 
 if TYPE_CHECKING:
     from haversack.kernels.triton_attention import TritonAttention
@@ -36,7 +36,6 @@ NO_LIMIT = 1 << 40
 """`recent_tokens` where every token is seen."""
 
 _WORDS = {name: i for i, name in enumerate(JOB)}
-_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ class DecodeAttention:
         self.tensors = dict(tensors)  # kept alive
         self.case = form.case(softcap, target)
         self.module = _module(self.case)
-        self._run = _entry(self.module)
+        self._run = team_entry(self.module, "run", [("ptr", "job")])
         self.job = (ctypes.c_int64 * len(JOB))()
         self.set(
             num_kv_heads=form.num_kv_heads,
@@ -210,7 +209,7 @@ class DecodeAttention:
                 words[f"new_{name}_stride"] = new.stride(0) * size
                 words[f"new_{name}_head_stride"] = new.stride(1) * size
         self.set(**words)
-        self._run(ctypes.addressof(self.job), parallel_address(), threads)
+        self._run(ctypes.addressof(self.job), threads)
         return out.transpose(1, 2), lse
 
 
@@ -224,10 +223,6 @@ def _by_head(query: torch.Tensor) -> torch.Tensor:
 @cache
 def _module(case: AttentionCase) -> CompiledModule:
     return compile_text(attention_text(case), case.target)
-
-
-def _entry(module: CompiledModule) -> Any:
-    return _RUN(module.address("run"))
 
 
 def _name(dtype: torch.dtype) -> str:

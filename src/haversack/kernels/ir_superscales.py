@@ -113,7 +113,9 @@ def _blocks(
         """`bits` of each code, of which byte j of `size` from `first` on holds those of codes j, j + size, ... from its low bits up."""
         spread = f.shuffle(bytes_, None, [b * case.block_bytes + first + i % size for b, i in places])
         shifts = constant("i32", [bits * (i // size) for _, i in places])
-        return f.binary("and", f.binary("lshr", f.cast("zext", spread, words), shifts), splat_constant(words, 2**bits - 1))
+        return f.binary(
+            "and", f.binary("lshr", f.cast("zext", spread, words), shifts), splat_constant(words, 2**bits - 1)
+        )
 
     packed = f.load(vector(count * case.block_bytes, "i8"), f.offset(codes, f.times(number, case.block_bytes)))
     code = field(packed, 0, half, 4)
@@ -127,6 +129,4 @@ def _blocks(
     stored = f.load(vector(count, "i16"), f.offset(superscales, f.times(number, 2)), 2)
     superscale = f.shuffle(half_to_float(f, stored, target), None, [b for b, _ in places])
     halves = f.cast("fptrunc", f.binary("fmul", value, superscale), vector(num_groups, "half"))
-    f.store(
-        f.cast("bitcast", halves, vector(num_groups, "i16")), f.offset(out, f.times(number, 2 * case.per_block)), 2
-    )
+    f.store(f.cast("bitcast", halves, vector(num_groups, "i16")), f.offset(out, f.times(number, 2 * case.per_block)), 2)

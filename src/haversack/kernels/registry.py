@@ -316,7 +316,7 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     if device_type != "cpu":
         return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
-    return (*compiled.matvecs(target), compiled.CompiledTiles(target), generic)
+    return (*compiled.matvecs(target), compiled.CompiledPanels(target), compiled.CompiledTiles(target), generic)
 
 
 @cache

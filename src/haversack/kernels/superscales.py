@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
@@ -10,9 +9,7 @@ import torch
 from haversack.kernels import ir_superscales
 from haversack.kernels.ir_superscales import JOB, SuperscaleCase, superscale_text
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
-from haversack.kernels.threads import parallel_address, team_threads
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+from haversack.kernels.threads import run_record, team_threads
 
 
 def supported() -> bool:
@@ -29,8 +26,7 @@ def expand(codes: torch.Tensor, superscales: torch.Tensor, case: SuperscaleCase)
     assert codes.shape == (rows, case.blocks * case.block_bytes) and superscales.shape == (rows, case.blocks)
     codes, superscales = codes.contiguous(), superscales.contiguous()
     out = torch.empty(rows, case.groups, dtype=torch.float16)
-    job = (ctypes.c_int64 * len(JOB))(*job_words(codes, superscales, out.data_ptr()))
-    _FUNCTION(compiled(case).address("run"))(ctypes.addressof(job), parallel_address(), num_threads(rows))
+    run_record(compiled(case), job_words(codes, superscales, out.data_ptr()), num_threads(rows))
     return out
 
 
