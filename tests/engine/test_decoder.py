@@ -23,7 +23,8 @@ from haversack.engine.reach import neutral_plan, small_copy
 from haversack.errors import UnsupportedModelError
 from haversack.jobs.pack import pack
 from haversack.jobs.run import load, loop_name, open_decoder
-from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.parts.weights.base import WeightOption, WeightTask
@@ -39,10 +40,17 @@ CACHES = {
     "packed": KVOption(None, QuantizedKV(8, 4, 32, 4)),
     "window-packed": KVOption(SinksAndWindow(2, 40), QuantizedKV(8, 8, 32, 0)),
 }
+WINDOW_AND_CODES = [KVOption(SinksAndWindow(2, 9)), KVOption(None, QuantizedKV(8, 4, 32, 4))]
+CACHES |= {
+    "by-head": by_head(WINDOW_AND_CODES),
+    "chosen": KVOption(HeavyHitters(4, 20, 8, 16)),
+    "chosen-by-head": by_head([KVOption(HeavyHitters(4, 20, 8, 16)), KVOption()]),
+}
 FAMILIES = {  # every family with one kind of cache; llama and gemma2 (windows, softcaps) with all
     "qwen2": ["plain"], "qwen3": ["window"], "mistral": ["packed"], "phi3": ["window-packed"], "olmo2": ["packed"],
-    "gemma3_text": ["window-packed"], "gpt2": ["window"], "mixtral": ["plain"], "gpt_oss": ["window-packed"],
-    "llama": list(CACHES), "gemma2": list(CACHES),
+    "gemma3_text": ["window-packed"], "gpt2": ["window"], "mixtral": ["plain"], "gpt_oss": ["window-packed", "by-head"],
+    "llama": list(CACHES),
+    "gemma2": ["plain", "window", "packed", "window-packed", "by-head"],
 }  # fmt: skip
 
 
@@ -86,6 +94,22 @@ def test_greedy_tokens_are_those_of_generate(family, cache):
     model = planned(small_copy(tiny_config(family)), CACHES[cache], 2)
     found, expected = both(model, Decoder(model), *padded_prompt(2), 75)
     assert torch.equal(found, expected)
+
+
+def test_heads_of_a_band_need_not_lie_side_by_side():
+    """Four KV heads, every other one alike, in batches of two."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=96, num_hidden_layers=2, vocab_size=64)).eval()
+    planned(model, by_head(WINDOW_AND_CODES * 2), 2)
+    decoder = Decoder(model)
+    ids, real = padded_prompt(2)
+    found, expected = both(model, decoder, ids, real, 60)
+    assert torch.equal(found, expected)
+    program = decoder.steps(decoder.generate(ids, real, 1)[1], ids[:, 0]).program
+    assert all(layer.is_compiled and len(layer.rings) == 2 for layer in program._layers.values())
 
 
 def with_packed(family: str, option: WeightOption):

@@ -126,7 +126,7 @@ def test_new_tokens_attend_to_each_other(dtype, first, new, rows, groups, dim, h
     generator = torch.Generator().manual_seed(new)
     length, heads = first + new, 2 * groups
     query, keys, values = (
-        torch.randn(rows, n, length, dim, generator=generator).to(dtype) for n in (heads, 2, 2)
+        torch.randn(rows, length, n, dim, generator=generator).to(dtype).transpose(1, 2) for n in (heads, 2, 2)
     )
     sinks = torch.randn(heads, generator=generator) if has_sinks else None
     code = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]

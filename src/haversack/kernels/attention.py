@@ -12,7 +12,7 @@ import copy
 import ctypes
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -136,21 +136,29 @@ class DecodeAttention:
         self.job = (ctypes.c_int64 * len(JOB))()
         self.set(
             num_kv_heads=form.num_kv_heads,
+            num_slab_heads=form.num_kv_heads,
             sink_tokens=sink_tokens,
             ring_tokens=max(1, ring_tokens),  # a ring of no slots holds no token, but is divided by
             recent_tokens=recent_tokens,
             num_groups=max(1, num_groups),
             slots=tensors["keys"].shape[2],
-            keys=tensors["keys"].data_ptr(),
-            values=tensors["values"].data_ptr(),
-            **{name: tensors[name].data_ptr() for name in TENSORS if name in tensors},
+            **self._slab_words(0),
         )
 
-    def another(self) -> DecodeAttention:
-        """The same kernel and cache with a job of its own: for a caller that sets every word but once."""
+    def of_heads(self, first: int, count: int) -> DecodeAttention:
+        """The same kernel and cache with a job of its own, for some KV heads: for a caller that sets every word but once."""
         other = copy.copy(self)
+        other.form = replace(
+            self.form, num_heads=self.form.num_heads // self.form.num_kv_heads * count, num_kv_heads=count
+        )
         other.job = type(self.job)(*self.job)
+        other.set(num_kv_heads=count, **self._slab_words(first))
         return other
+
+    def _slab_words(self, first_head: int) -> dict[str, int]:
+        """Where a head's part of every slab begins."""
+        names = [name for name in ("keys", "values", *TENSORS) if name in self.tensors]
+        return {name: self.tensors[name][:, first_head:].data_ptr() for name in names}
 
     def set(self, **words: int) -> None:
         """Fields of the job (see `ir_attention.JOB`)."""

@@ -40,13 +40,14 @@ JOB = (
     "next_unit", "next_item",
     "query", "query_stride", "new_keys", "new_key_stride", "new_key_head_stride",
     "new_values", "new_value_stride", "new_value_head_stride",
-    "out", "out_stride", "lse", "logits", "scaling", "num_rows", "num_kv_heads", "splits", "partials",
+    "out", "out_stride", "lse", "logits", "scaling", "num_rows", "num_kv_heads", "num_slab_heads", "splits", "partials",
     "counts", "packed_until", "sink_tokens", "ring_tokens", "recent_tokens",
     "keys", "values", "slots", "num_groups", *TENSORS,
 )  # fmt: skip
 """64-bit words of a job. Strides are bytes between sequences, or between their heads. `scaling` is a float's bits; `lse`
 `(rows, heads)` and the sinks' `logits` `(heads,)`, both float32, may be null, and so may the new tokens. `counts` and
-`packed_until` are one 64-bit integer per sequence. Slabs are contiguous, as their parts declare them, `slots` long."""
+`packed_until` are one 64-bit integer per sequence. Slabs are contiguous, as their parts declare them, `slots` long; of their
+`num_slab_heads` heads a job attends to `num_kv_heads`, and what it reads and writes begins at the first of those."""
 
 _COUNTS = {n for n in JOB if n.endswith(("stride", "tokens")) or n.startswith("num_")} | {"splits", "slots"}
 
@@ -211,7 +212,7 @@ def _add_unit(module: Module, case: AttentionCase) -> None:
     if case.key_chunks is not None:
         ir_packed_tokens.order_query(f, case.key_chunks, query, f.offset(query, query_bytes), case.rows)
 
-    slab = f.binary("add", f.binary("mul", row, _word(f, job, "num_kv_heads")), kv_head)  # of all slabs' heads
+    slab = f.binary("add", f.binary("mul", row, _word(f, job, "num_slab_heads")), kv_head)  # of all slabs' heads
     sinks, ring = _word(f, job, "sink_tokens"), _word(f, job, "ring_tokens")
     count = f.load("i64", f.offset(_word(f, job, "counts"), f.times(row, 8)), 8)
     seen = f.binary("sub", count, sinks)  # ordinals below this have been stored, unless negative

@@ -21,7 +21,7 @@ from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
 from haversack.errors import UnsupportedModelError
 from haversack.kernels import ir_run, superscales
-from haversack.kernels.attention import DecodeAttention
+from haversack.kernels.attention import CacheForm, DecodeAttention
 from haversack.kernels.compiled import CompiledMatvec, Matvec
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_float import converts_half
@@ -31,6 +31,8 @@ from haversack.kernels.ir_team import TEAM_ARGUMENTS
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
 from haversack.kernels.registry import Chosen, choose
 from haversack.kernels.threads import parallel_address
+from haversack.parts.kv.bands import BandedLayer, cut_heads
+from haversack.parts.kv.base import KVLayer
 from haversack.parts.kv.layer import RingLayer
 
 if TYPE_CHECKING:
@@ -262,35 +264,46 @@ class StepProgram:
         query, keys, values = (self._view(view) for view in node.inputs if isinstance(view, View))
         out = self._tensor(node, 0, node.layout.shape, node.layout.strides)
         sinks = None if node.facts["sinks"] is None else _constant(node.facts["sinks"])
-        decoder = layer.store.decoder(node.facts["softcap"])
         by_head = query.stride(3) == 1 and query.stride(1) == query.shape[3]
-        if not isinstance(decoder, DecodeAttention) or not by_head or keys.stride(3) != 1 or values.stride(3) != 1:
+        if not layer.is_compiled or not by_head or keys.stride(3) != 1 or values.stride(3) != 1:
             facts = {"scaling": node.facts["scaling"], "softcap": node.facts["softcap"], "sinks": sinks}
-
-            def attend() -> None:
-                out.copy_(layer.store.attend(query, keys, values, **facts)[0].transpose(1, 2))
-
-            self._torch(attend)
+            attend = layer.store.attend if layer.rings else layer.store.step
+            self._torch(lambda: out.copy_(attend(query, keys, values, **facts)[0].transpose(1, 2)))
             return
-        size = query.element_size()
+        size, groups = query.element_size(), query.shape[1] // keys.shape[1]
         logits = None if sinks is None else sinks.to(torch.float32).contiguous()
-        self._keep.append((decoder, logits))
-        splits = decoder.form.splits(self.batch_size, self._threads)
-        decoder = decoder.another()
-        decoder.set(
-            query=query.data_ptr(), query_stride=query.stride(0) * size,
-            new_keys=keys.data_ptr(), new_key_stride=keys.stride(0) * size, new_key_head_stride=keys.stride(1) * size,
-            new_values=values.data_ptr(), new_value_stride=values.stride(0) * size,
-            new_value_head_stride=values.stride(1) * size,
-            out=out.data_ptr(), out_stride=out.stride(0) * size, lse=0,
-            logits=0 if logits is None else logits.data_ptr(),
-            scaling=struct.unpack("<I", struct.pack("<f", node.facts["scaling"]))[0],
-            num_rows=self.batch_size, splits=splits, partials=self._workspace.data_ptr(),
-            counts=ctypes.addressof(self._counts), packed_until=ctypes.addressof(layer.packed_until),
-        )  # fmt: skip
-        self._keep.append(decoder)
-        words = [decoder.module.address("run"), ctypes.addressof(decoder.job), parallel_address(), self._threads]
-        self._call(self._tape_module.address("thunk_job"), self._record(words))
+        self._keep.append(logits)
+        for ring in layer.rings:
+            whole = ring.store.decoder(node.facts["softcap"])
+            assert isinstance(whole, DecodeAttention)
+            for run in ring.runs:
+                head, decoder = run.head * groups, whole.of_heads(run.slab_head, run.count)
+                decoder.set(
+                    query=query[:, head:].data_ptr(), query_stride=query.stride(0) * size,
+                    new_keys=keys[:, run.head :].data_ptr(),
+                    new_key_stride=keys.stride(0) * size, new_key_head_stride=keys.stride(1) * size,
+                    new_values=values[:, run.head :].data_ptr(), new_value_stride=values.stride(0) * size,
+                    new_value_head_stride=values.stride(1) * size,
+                    out=out[:, :, head:].data_ptr(), out_stride=out.stride(0) * size, lse=0,
+                    logits=0 if logits is None else logits[head:].data_ptr(),
+                    scaling=struct.unpack("<I", struct.pack("<f", node.facts["scaling"]))[0],
+                    num_rows=self.batch_size, splits=self._splits(whole.form, decoder.form),
+                    partials=self._workspace.data_ptr(),
+                    counts=ctypes.addressof(self._counts), packed_until=ctypes.addressof(ring.packed_until),
+                )  # fmt: skip
+                self._keep.append(decoder)
+                words = [
+                    decoder.module.address("run"),
+                    ctypes.addressof(decoder.job),
+                    parallel_address(),
+                    self._threads,
+                ]
+                self._call(self._tape_module.address("thunk_job"), self._record(words))
+
+    def _splits(self, whole: CacheForm, run: CacheForm) -> int:
+        """Parts of the context for a run of heads, in no more workspace than all heads of its ring take."""
+        states = whole.num_heads * whole.splits(self.batch_size, self._threads)
+        return max(1, min(run.splits(self.batch_size, self._threads), states // run.num_heads))
 
     def _workspace_bytes(self) -> int:
         """The largest workspace of any kernel, with the scales that are written out for it; they take turns."""
@@ -315,83 +328,121 @@ class StepProgram:
         for i, node in enumerate(attentions):
             planned = cache.planned[i if node.facts["layer"] is None else node.facts["layer"]]
             store = planned.store
-            if not isinstance(store, RingLayer) or store.batch_size != self.batch_size:
-                raise UnsupportedModelError(f"{planned.site.id}: its cache is of another kind or batch")
+            if store is None or store.batch_size != self.batch_size:
+                raise UnsupportedModelError(f"{planned.site.id}: its cache is empty or of another batch")
             if planned.site.window_tokens != node.facts["window"]:
                 raise UnsupportedModelError(f"{planned.site.id}: it attends with a window of {node.facts['window']}")
-            decoder = store.decoder(node.facts["softcap"])
-            if isinstance(decoder, DecodeAttention):
+            layers[node] = layer = _Layer(planned, store, node.facts["softcap"])
+            for ring in layer.rings if layer.is_compiled else ():
+                decoder = ring.store.decoder(node.facts["softcap"])
+                assert isinstance(decoder, DecodeAttention)
                 needed = decoder.form.workspace_bytes(self.batch_size, self._threads)
                 if needed > self._workspace.nbytes:
                     self._workspace = torch.empty(needed, dtype=torch.uint8)
-            layers[node] = _Layer(planned, store, node, self.batch_size)
         return layers
 
     def follow(self) -> None:
         """Take over from the cache what it holds: before the first step, and when others stored tokens or took them back."""
-        counts = {tuple(layer.store.counts) for layer in self._layers.values()}
+        counts = {layer.store.seen_tokens() for layer in self._layers.values()}
         if len(counts) != 1:
             raise UnsupportedModelError("the cache's layers have seen different tokens")
         for row, count in enumerate(next(iter(counts))):
             self._counts[row] = count
             self.positions[row, 0] = count
-        for layer in self._layers.values():
-            layer.follow()
+        for ring in self._rings():
+            ring.follow()
+
+    def _rings(self) -> list[_Ring]:
+        return [ring for layer in self._layers.values() for ring in layer.rings]
 
     def _bind_appends(self) -> Callable[[], None]:
         calls: list[int] = []
         for node, layer in self._layers.items():
-            store = layer.store
             _, keys, values = (self._view(view) for view in node.inputs if isinstance(view, View))
-            layer.new = (keys, values)
-            words = {
-                "num_rows": self.batch_size,
-                "num_kv_heads": keys.shape[1],
-                "counts": ctypes.addressof(self._counts),
-                "sink_tokens": store.regions.sink_tokens,
-                "ring_tokens": store.ring_tokens,
-                "slots": store.tensors["keys"].shape[2],
-            }
-            for name, new in (("key", keys), ("value", values)):
-                words[f"new_{name}s"] = new.data_ptr()
-                words[f"new_{name}_stride"] = new.stride(0) * new.element_size()
-                words[f"new_{name}_head_stride"] = new.stride(1) * new.element_size()
-                words[f"{name}s"] = store.tensors[f"{name}s"].data_ptr()
-                words[f"{name}_bytes"] = new.shape[3] * new.element_size()
-            calls += [self._tape_module.address("append"), self._record([words[n] for n in APPEND_RECORD])]
-        tape, run, count = self._record(calls), self._run, len(calls) // 2
-        return lambda: run(tape, count)
+            for ring in layer.rings:
+                ring.new = (keys, values)
+                for run in ring.runs:
+                    calls += [self._tape_module.address("append"), self._record(self._append_words(ring, run))]
+        tape, run_tape, count = self._record(calls), self._run, len(calls) // 2
+        return lambda: run_tape(tape, count)
+
+    def _append_words(self, ring: _Ring, run: _Run) -> list[int]:
+        store = ring.store
+        words = {
+            "num_rows": self.batch_size,
+            "num_kv_heads": run.count,
+            "num_slab_heads": store.site.num_kv_heads,
+            "counts": ctypes.addressof(self._counts),
+            "sink_tokens": store.regions.sink_tokens,
+            "ring_tokens": store.ring_tokens,
+            "slots": store.tensors["keys"].shape[2],
+        }
+        for name, new in zip(("key", "value"), ring.new, strict=True):
+            words[f"new_{name}s"] = new[:, run.head :].data_ptr()
+            words[f"new_{name}_stride"] = new.stride(0) * new.element_size()
+            words[f"new_{name}_head_stride"] = new.stride(1) * new.element_size()
+            words[f"{name}s"] = store.tensors[f"{name}s"][:, run.slab_head :].data_ptr()
+            words[f"{name}_bytes"] = new.shape[3] * new.element_size()
+        return [words[name] for name in APPEND_RECORD]
 
     def _store(self) -> None:
-        """The new token of every sequence into every layer; by the layers themselves where one packs a group."""
-        layers = self._layers.values()
-        if any(layer.store.packs_at_next_append() for layer in layers):
-            for layer in layers:
-                layer.store.append(*layer.new)
-                layer.follow()
+        """The new token of every sequence into every ring; by the rings themselves where one packs a group. Other layers have
+        stored it when they attended."""
+        rings = self._rings()
+        if any(ring.store.packs_at_next_append() for ring in rings):
+            for ring in rings:
+                ring.store.append(*(cut_heads(new, ring.heads) for new in ring.new))
+                ring.follow()
         else:
             self._append()
-            for layer in layers:
-                layer.store.note_appended()
-        for layer in layers:
+            for ring in rings:
+                ring.store.note_appended()
+        for layer in self._layers.values():
             layer.planned.columns += 1
         for row in range(self.batch_size):
             self._counts[row] += 1
         self.positions += 1
 
 
-class _Layer:
-    """A layer of the cache as a program sees it."""
+class _Run(NamedTuple):
+    """KV heads that lie side by side both in the layer, from `head` on, and in their slab, from `slab_head` on."""
 
-    def __init__(self, planned: Any, store: RingLayer, node: Node, batch_size: int):
-        self.planned = planned
+    head: int
+    slab_head: int
+    count: int
+
+
+class _Ring:
+    """A ring of the cache and the layer's KV heads that it holds, as a program sees it."""
+
+    def __init__(self, store: RingLayer, heads: Sequence[int]):
         self.store = store
-        self.packed_until = (ctypes.c_int64 * batch_size)()
-        self.new: tuple[torch.Tensor, torch.Tensor]
+        self.heads = tuple(heads)
+        self.packed_until = (ctypes.c_int64 * store.batch_size)()
+        self.new: tuple[torch.Tensor, torch.Tensor]  # of all the layer's heads
+        starts = [i for i, head in enumerate(self.heads) if not i or head != self.heads[i - 1] + 1]
+        ends = [*starts[1:], len(self.heads)]
+        self.runs = [_Run(self.heads[i], i, end - i) for i, end in zip(starts, ends, strict=True)]
 
     def follow(self) -> None:
         for row, until in enumerate(self.store.packed_until):
             self.packed_until[row] = until
+
+
+class _Layer:
+    """A layer of the cache as a program sees it: rings, which compiled code writes to and, if it can, attends to; or none, and
+    the layer attends and stores by itself."""
+
+    def __init__(self, planned: Any, store: KVLayer, softcap: float | None):
+        self.planned = planned
+        self.store = store
+        parts: list[tuple[Sequence[int], KVLayer]] = [(range(store.site.num_kv_heads), store)]
+        if isinstance(store, BandedLayer):
+            parts = [(band.heads, layer) for band, layer in zip(store.bands, store.layers, strict=True)]
+        rings = [_Ring(part, heads) for heads, part in parts if isinstance(part, RingLayer)]
+        self.rings = rings if len(rings) == len(parts) else []
+        decoders = [ring.store.decoder(softcap) for ring in self.rings]
+        self.is_compiled = bool(decoders) and all(isinstance(decoder, DecodeAttention) for decoder in decoders)
 
 
 class _Product(NamedTuple):
