@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from haversack.errors import UsageError
-from haversack.kernels.ir_attention import JOB, MAX_ROWS, TENSORS, AttentionCase, attention_text, supports
+from haversack.kernels.ir_attention import JOB, attention_text
+from haversack.kernels.ir_attention_case import MAX_ROWS, TENSORS, AttentionCase, supports
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
 from haversack.kernels.registry import has_triton
 from haversack.kernels.threads import team_entry

@@ -277,7 +277,7 @@ class StepProgram:
             whole = ring.store.decoder(node.facts["softcap"])
             assert isinstance(whole, DecodeAttention)
             for run in ring.runs:
-                head, decoder = run.head * groups, whole.of_heads(run.slab_head, run.count)
+                head, decoder = run.head * groups, whole.of_heads(run.slab_head, run.num_heads)
                 decoder.set(
                     query=query[:, head:].data_ptr(), query_stride=query.stride(0) * size,
                     new_keys=keys[:, run.head :].data_ptr(),
@@ -370,7 +370,7 @@ class StepProgram:
         store = ring.store
         words = {
             "num_rows": self.batch_size,
-            "num_kv_heads": run.count,
+            "num_kv_heads": run.num_heads,
             "num_slab_heads": store.site.num_kv_heads,
             "counts": ctypes.addressof(self._counts),
             "sink_tokens": store.regions.sink_tokens,
@@ -409,7 +409,7 @@ class _Run(NamedTuple):
 
     head: int
     slab_head: int
-    count: int
+    num_heads: int
 
 
 class _Ring:

@@ -30,9 +30,9 @@ _NUM_SHRINKS = {2: 16, 3: 14, 4: 12, 8: 4}
 SCALE_TILE_BYTES, _ROW_MULTIPLE = 4 << 20, 64
 """Second-level scales are written out for so many bytes' rows at once: what a matrix of 4,096 by 8,192 has in groups of 16."""
 
-SUPERSCALE_SECONDS_PER_WEIGHT = 1.6e-11
-"""One thread's, beside the product: 2,048 x 2,048 in cache took 33 to 37 ps per weight where the same codes under plain scales took 15 to 19
-(torch 2.13, AVX-512 of an EPYC)."""
+SECONDS_PER_SUPERSCALE = 1.3e-10
+"""One thread's to write one second-level scale out, beside the product: 91 to 155 ps for groups of 16 and 32 in a matrix of 2,048 x 2,048
+in cache (torch 2.13, AVX-512 of an EPYC, beside other work)."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class CodebookGrid(DecodedGrid):
     def decode_seconds(self, num_weights: int) -> float:
         if not self._has_kernels:
             return super().decode_seconds(num_weights)
-        return num_weights * SUPERSCALE_SECONDS_PER_WEIGHT if self._has_superscales else 0.0
+        return num_weights / self.group_size * SECONDS_PER_SUPERSCALE if self._has_superscales else 0.0
 
     @property
     def _has_kernels(self) -> bool:
