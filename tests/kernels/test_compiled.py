@@ -177,6 +177,25 @@ def test_tiles_workspace_is_as_declared(dtype):
     assert 0.7 * declared <= workspace <= declared < 2000 * 1024 * 4
 
 
+@pytest.mark.skipif(not HOST.has("avx512bf16") or HOST.has("amx-bf16"), reason="panels are for vectors of bfloat16")
+@pytest.mark.parametrize(("in_features", "threads"), [(1024, 1), (4200, 1), (4200, 3)])
+def test_panels_of_long_rows_in_the_declared_workspace(in_features, threads):
+    """Rows of one stretch and of three, each thread with panels of its own."""
+    case = make_case(300, in_features, 4, 64, False)
+    x = make_input(40, in_features, torch.bfloat16)
+    kernel = compiled.CompiledPanels(HOST)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16)
+        peak = _peak_bytes(lambda: kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16))
+        declared = kernel.workspace_bytes(case.fmt, 40, 300, torch.bfloat16, 16)
+    finally:
+        torch.set_num_threads(before)
+    assert error_of(y, x, case) < TOLERANCE[torch.bfloat16]
+    assert 0.9 * declared <= peak - 2 * 40 * 300 <= declared
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_matvec_workspace_is_as_declared(dtype):
     case = make_case(300, 700, 3, 64, False)
