@@ -317,7 +317,11 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     if device_type != "cpu":
         return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
-    own = (*compiled.matvecs(target), compiled.CompiledPanels(target), compiled.CompiledTiles(target))
+    own: tuple[PackedKernel, ...] = (
+        *compiled.matvecs(target),
+        compiled.CompiledPanels(target),
+        compiled.CompiledTiles(target),
+    )
     return (*own, *(TorchTiles(bits) for bits in (8, 4)), generic)
 
 
