@@ -18,14 +18,17 @@ from haversack.engine.decoder import attach as attaching
 from haversack.engine.decoder.loop import LOOP, Decoder
 from haversack.engine.generation import install_kv_plan
 from haversack.engine.kv_cache import KVPlan
+from haversack.engine.measure import packed_matrix
 from haversack.engine.reach import neutral_plan, small_copy
 from haversack.errors import UnsupportedModelError
 from haversack.jobs.pack import pack
 from haversack.jobs.run import load, loop_name, open_decoder
-from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
-from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.base import WeightOption, WeightTask
+from haversack.parts.weights.codebook import CodebookGrid
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.plan.make import make_plan
@@ -37,10 +40,17 @@ CACHES = {
     "packed": KVOption(None, QuantizedKV(8, 4, 32, 4)),
     "window-packed": KVOption(SinksAndWindow(2, 40), QuantizedKV(8, 8, 32, 0)),
 }
+WINDOW_AND_CODES = [KVOption(SinksAndWindow(2, 9)), KVOption(None, QuantizedKV(8, 4, 32, 4))]
+CACHES |= {
+    "by-head": by_head(WINDOW_AND_CODES),
+    "chosen": KVOption(HeavyHitters(4, 20, 8, 16)),
+    "chosen-by-head": by_head([KVOption(HeavyHitters(4, 20, 8, 16)), KVOption()]),
+}
 FAMILIES = {  # every family with one kind of cache; llama and gemma2 (windows, softcaps) with all
     "qwen2": ["plain"], "qwen3": ["window"], "mistral": ["packed"], "phi3": ["window-packed"], "olmo2": ["packed"],
-    "gemma3_text": ["window-packed"], "gpt2": ["window"], "mixtral": ["plain"], "gpt_oss": ["window-packed"],
-    "llama": list(CACHES), "gemma2": list(CACHES),
+    "gemma3_text": ["window-packed"], "gpt2": ["window"], "mixtral": ["plain"], "gpt_oss": ["window-packed", "by-head"],
+    "llama": list(CACHES),
+    "gemma2": ["plain", "window", "packed", "window-packed", "by-head"],
 }  # fmt: skip
 
 
@@ -86,23 +96,36 @@ def test_greedy_tokens_are_those_of_generate(family, cache):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "bits", "batch_size"),
-    [*itertools.product(["qwen3"], [2, 3, 4, 8], [1, 5, 8]), ("gemma2", 4, 1), ("olmo2", 3, 2)],
-)
-def test_with_packed_weights(family, bits, batch_size):
-    """In float32: a random model's logits in bfloat16 have ties, which the last bit of a sum decides."""
-    from haversack.engine.measure import packed_matrix
-    from haversack.parts.weights.base import WeightTask
+def test_heads_of_a_band_need_not_lie_side_by_side():
+    """Four KV heads, every other one alike, in batches of two."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=96, num_hidden_layers=2, vocab_size=64)).eval()
+    planned(model, by_head(WINDOW_AND_CODES * 2), 2)
+    decoder = Decoder(model)
+    ids, real = padded_prompt(2)
+    found, expected = both(model, decoder, ids, real, 60)
+    assert torch.equal(found, expected)
+    program = decoder.steps(decoder.generate(ids, real, 1)[1], ids[:, 0]).program
+    assert all(layer.is_compiled and len(layer.rings) == 2 for layer in program._layers.values())
+
+
+def with_packed(family: str, option: WeightOption):
+    """A small model in float32 with every matrix packed alike."""
     model = small_copy(tiny_config(family))
-    described = describe_model(model.config.to_dict())
-    option = WeightOption(IntegerGrid(bits, 64, symmetric=bits % 2 == 0, search=False), NearestRounding())
     packed = []
-    for site in described.weights:
-        weight = model.get_submodule(site.module)._parameters[site.parameter]
-        packed.append(PackedSite(site, packed_matrix(site, option, option.encode(WeightTask(weight.detach().float())))))
+    for site in describe_model(model.config.to_dict()).weights:
+        weight = model.get_submodule(site.module)._parameters[site.parameter].detach().float()
+        weight = weight[tuple(slice(*span) for span in site.module_slice.index)]
+        packed.append(PackedSite(site, packed_matrix(site, option, option.encode(WeightTask(weight)))))
     attach(model, packed, torch.float32)
+    return model
+
+
+def check_packed_steps(model, batch_size: int) -> None:
+    """In float32: a random model's logits in bfloat16 have ties, which the last bit of a sum decides."""
     planned(model, KVOption(), batch_size)
     ids, real = padded_prompt(batch_size)
     told = model.generate(
@@ -117,6 +140,44 @@ def test_with_packed_weights(family, bits, batch_size):
             logits = told.logits[place - ids.shape[1]][row]
             gap = logits[told.sequences[row, place]] - logits[found[row, place]]
             assert 0 <= gap <= TIE * logits.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("family", "bits", "batch_size"),
+    [*itertools.product(["qwen3"], [2, 3, 4, 8], [1, 5, 8]), ("gemma2", 4, 1), ("olmo2", 3, 2)],
+)
+def test_with_packed_weights(family, bits, batch_size):
+    grid = IntegerGrid(bits, 64, symmetric=bits % 2 == 0, search=False)
+    check_packed_steps(with_packed(family, WeightOption(grid, NearestRounding())), batch_size)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "group_size", "scales", "batch_size", "tile_bytes"),
+    [
+        ("llama", "max4", 32, "u4", 1, 4 << 20),
+        ("llama", "max2", 16, "u4", 3, 4 << 20),
+        ("phi3", "max3", 32, "s6", 2, 1 << 10),  # fused parameters, and scales written out for some rows at a time
+        ("qwen3", "max4", 16, "u6", 1, 1 << 10),
+    ],
+)
+def test_second_level_scales_are_written_out_within_the_step(
+    family, values, group_size, scales, batch_size, tile_bytes, monkeypatch
+):
+    """Compiled throughout, but for the packed embedding; and in no more workspace than the options declare."""
+    from haversack.parts.weights import codebook
+
+    monkeypatch.setattr(codebook, "SCALE_TILE_BYTES", tile_bytes)
+    option = WeightOption(CodebookGrid(values, group_size, scales, search=False), NearestRounding())
+    model = with_packed(family, option)
+    check_packed_steps(model, batch_size)
+    ids, real = padded_prompt(batch_size)
+    decoder = Decoder(model)
+    program = decoder.steps(decoder.generate(ids, real, 1)[1], ids[:, 0]).program
+    assert len(program._stretches) <= 3
+    sites = describe_model(model.config.to_dict()).weights
+    declared = [option.workspace_bytes(batch_size, s.out_features, s.in_features, "F32") for s in sites]
+    attention = max(layer.store.decoder(None).form.workspace_bytes(batch_size) for layer in program._layers.values())
+    assert program._workspace.nbytes <= max(*declared, attention)
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

@@ -22,6 +22,7 @@ KERNELS = [
     *compiled.matvecs(HOST),
     *compiled.matvecs(SHORT_OF_AVX512),
     *compiled.matvecs(SSE),
+    compiled.CompiledPanels(HOST),
     compiled.CompiledTiles(HOST),
 ]
 # As compiled.py states them; the result's own rounding comes on top in bfloat16.
@@ -42,7 +43,7 @@ def test_lesser_machines_are_named():
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.NAME}-{len(k.target.features)}")
 @given(
     formats,
-    st.sampled_from([1, 2, 3, 7, 11]),
+    st.sampled_from([1, 2, 3, 7, 11, 25]),
     st.integers(1, 70),
     st.integers(1, 700),
     st.sampled_from([torch.float32, torch.bfloat16]),
@@ -101,7 +102,7 @@ def test_a_table_has_a_compiled_kernel_that_holds_its_values(bits):
         pytest.skip("this CPU has no bfloat16 dot products")
     exact, other = (make_table_case(4, 256, bits, 32, "e8m0", e).fmt for e in (True, False))
     names = [registry.choose_kernel(f, 1, torch.bfloat16, 16).NAME for f in (exact, other)]
-    assert names == ["llvm-avx512-bf16" if bits == 4 else "llvm-avx512-f32", "llvm-avx512-f32"]
+    assert names == ["llvm-avx512-bf16", "llvm-avx512-f32"]
     assert registry.choose_kernel(exact, 1, torch.bfloat16, 8).activation_bits == 16
 
 
@@ -175,6 +176,25 @@ def test_tiles_workspace_is_as_declared(dtype):
     workspace = peak - 40 * 2000 * dtype.itemsize
     declared = kernel.workspace_bytes(case.fmt, 40, 2000, dtype, 16)
     assert 0.7 * declared <= workspace <= declared < 2000 * 1024 * 4
+
+
+@pytest.mark.skipif(not HOST.has("avx512bf16") or HOST.has("amx-bf16"), reason="panels are for vectors of bfloat16")
+@pytest.mark.parametrize(("in_features", "threads"), [(1024, 1), (4200, 1), (4200, 3)])
+def test_panels_of_long_rows_in_the_declared_workspace(in_features, threads):
+    """Rows of one stretch and of three, each thread with panels of its own."""
+    case = make_case(300, in_features, 4, 64, False)
+    x = make_input(40, in_features, torch.bfloat16)
+    kernel = compiled.CompiledPanels(HOST)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16)
+        peak = peak_bytes(lambda: kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16))
+        declared = kernel.workspace_bytes(case.fmt, 40, 300, torch.bfloat16, 16)
+    finally:
+        torch.set_num_threads(before)
+    assert error_of(y, x, case) < TOLERANCE[torch.bfloat16]
+    assert 0.9 * declared <= peak - 2 * 40 * 300 <= declared
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,14 +5,13 @@ import torch
 
 from haversack.errors import UsageError
 from haversack.kernels import read_bandwidth
-from haversack.kernels.threads import parallel_address
 
 
 def test_every_byte_is_read():
     """The sum of all words comes out, so nothing was skipped."""
     data = torch.arange(3 * read_bandwidth.TURN_BYTES // 8)
     total = ctypes.c_int64()
-    read_bandwidth._reader()(data.data_ptr(), 3, ctypes.addressof(total), parallel_address(), 2)
+    read_bandwidth._reader()(data.data_ptr(), 3, ctypes.addressof(total), 2)
     assert total.value == int(data.sum())
 
 

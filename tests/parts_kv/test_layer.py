@@ -93,13 +93,14 @@ def hidden_for(length: int, sink_tokens: int = 0, window_tokens: int | None = No
     represent=st.sampled_from([PlainKV(), QuantizedKV(8, 8, 32, 0), QuantizedKV(8, 8, 32, 7)]),
     keep=st.booleans(),
     capped=st.booleans(),
+    has_sinks=st.booleans(),
 )
-def test_attends_to_what_it_should_hold(steps, sink_tokens, window_tokens, represent, keep, capped):
+def test_attends_to_what_it_should_hold(steps, sink_tokens, window_tokens, represent, keep, capped, has_sinks):
     length = sum(steps)
     query, keys, values = tokens(2, length)
     option = KVOption(None if keep else SinksAndWindow(sink_tokens, window_tokens), represent)
     layer = option.build(site(), batch_size=2, capacity_tokens=length, dtype="F32")
-    softcap, sinks = (5.0, torch.tensor([0.5, -1.0, 2.0, 0.0])) if capped else (None, None)
+    softcap, sinks = 5.0 if capped else None, torch.tensor([0.5, -1.0, 2.0, 0.0]) if has_sinks else None
     hidden = hidden_for(length) if keep else hidden_for(length, sink_tokens, window_tokens)
     expected, expected_lse = reference(query, keys, values, hidden, softcap, sinks)
     output, lse = run(layer, query, keys, values, steps, softcap=softcap, sinks=sinks)
@@ -108,6 +109,41 @@ def test_attends_to_what_it_should_hold(steps, sink_tokens, window_tokens, repre
     torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=0)
     assert layer.num_bytes() == layer.max_bytes()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    first=st.integers(0, 40),
+    new=st.integers(2, 700),
+    rows=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    dim=st.sampled_from([16, 40, 64]),
+    has_sinks=st.booleans(),
+)
+def test_new_tokens_attend_to_each_other(dtype, first, new, rows, groups, dim, has_sinks):
+    """Through torch's flash attention, over what came before and learned sinks, longer than a block of queries: against float64."""
+    generator = torch.Generator().manual_seed(new)
+    length, heads = first + new, 2 * groups
+    query, keys, values = (
+        torch.randn(rows, length, n, dim, generator=generator).to(dtype).transpose(1, 2) for n in (heads, 2, 2)
+    )
+    sinks = torch.randn(heads, generator=generator) if has_sinks else None
+    code = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
+    layer = KVOption().build(site(heads, 2, dim), batch_size=rows, capacity_tokens=length, dtype=code)
+    layer.append(keys[:, :, :first], values[:, :, :first])
+    output, lse = layer.attend(*(x[:, :, first:] for x in (query, keys, values)), scaling=SCALING, sinks=sinks)
+    k, v = (x.double().repeat_interleave(groups, 1) for x in (keys, values))
+    scores = (query[:, :, first:].double() @ k.transpose(-1, -2) * SCALING).masked_fill(
+        hidden_for(length)[first:], -torch.inf
+    )
+    total = scores.logsumexp(-1)
+    extra = None if sinks is None else sinks.double()[:, None].expand_as(total)
+    weights = (scores - (total if extra is None else torch.logaddexp(total, extra))[..., None]).exp()
+    # float32 sums; in 16 bits weights are rounded before they meet values, and the parts and their sum once more
+    step = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-18}[dtype]
+    assert ((output.double() - weights @ v).abs() <= 3 * step * (weights @ v.abs()) + 1e-6).all()
+    torch.testing.assert_close(lse.double(), total, atol=2e-4, rtol=0)
 
 
 OPTIONS = [

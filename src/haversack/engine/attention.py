@@ -22,8 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from haversack.errors import UnsupportedModelError
 from haversack.kernels.attention import CacheForm, decode_attention
-from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens
-from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, KVLayer
+from haversack.parts.kv.attention import as_block, attend_blocks, key_block_tokens, sees_causally
+from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, Attending, KVLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,13 +164,17 @@ def _attend_plain(
         if found is not None:
             return found
     num_queries, num_past = query.shape[2], key.shape[2] - query.shape[2]
+    own = (key[:, :, num_past:], value[:, :, num_past:])
+    how = Attending(scaling, softcap, sinks, real)
+    new = own if sees_causally(query, *own, how=how, window_tokens=window) else None
     columns = torch.arange(key.shape[2], device=key.device)
 
     def blocks(start: int, stop: int) -> Iterator[Block]:
         size = key_block_tokens(num_queries)
-        edges = [*range(0, num_past, size), *range(num_past, num_past + stop, min(size, KEY_BLOCK_TOKENS_PREFILL))]
+        end = num_past + stop if new is None else num_past
+        edges = [*range(0, num_past, size), *range(num_past, end, min(size, KEY_BLOCK_TOKENS_PREFILL))]
         queries = columns[num_past + start : num_past + stop, None]
-        for first, last in zip(edges, [*edges[1:], num_past + stop]):
+        for first, last in zip(edges, [*edges[1:], end]):
             tokens = columns[first:last]
             hidden = None
             if last > num_past or real is not None or window is not None:
@@ -185,12 +189,13 @@ def _attend_plain(
 
     return attend_blocks(
         query,
-        blocks,
+        blocks if new is None or num_past else None,
         num_kv_heads=key.shape[1],
         value_head_dim=value.shape[-1],
         scaling=scaling,
         softcap=softcap,
         sinks=sinks,
+        new=new,
     )
 
 

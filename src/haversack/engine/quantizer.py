@@ -30,11 +30,13 @@ class HaversackQuantizer(HfQuantizer):
     requires_calibration = False
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Opens the folder too: here transformers has not yet begun to build the model, so that ours can be described."""
+        """Opens the folder too, and begins to read: here transformers has not yet begun to build the model, so that ours can be
+        described."""
         from haversack.engine import attention
-        from haversack.engine.load import open_packed
+        from haversack.engine.load import begin_reading, open_packed
 
         self.packed = open_packed(config._name_or_path)
+        self.reading = begin_reading(self.packed)
         attention.register()
         config._attn_implementation = attention.NAME
         return config
@@ -50,7 +52,9 @@ class HaversackQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from haversack.engine.load import finish
 
-        return finish(model, self.packed)
+        finish(model, self.packed, self.reading)
+        del self.reading  # the model holds what was read
+        return model
 
     def is_serializable(self) -> bool:
         """A packed model is saved by copying its folder, not through `save_pretrained`."""

@@ -12,17 +12,18 @@ import copy
 import ctypes
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from haversack.errors import UsageError
-from haversack.kernels.ir_attention import JOB, MAX_ROWS, TENSORS, AttentionCase, attention_text, supports
+from haversack.kernels.ir_attention import JOB, attention_text
+from haversack.kernels.ir_attention_case import MAX_ROWS, TENSORS, AttentionCase, supports
 from haversack.kernels.llvm import CompiledModule, Target, compile_text, host_target
 from haversack.kernels.registry import has_triton
-from haversack.kernels.threads import parallel_address
+from haversack.kernels.threads import team_entry
 
 if TYPE_CHECKING:
     from haversack.kernels.triton_attention import TritonAttention
@@ -36,7 +37,6 @@ NO_LIMIT = 1 << 40
 """`recent_tokens` where every token is seen."""
 
 _WORDS = {name: i for i, name in enumerate(JOB)}
-_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 
 
 @dataclass(frozen=True)
@@ -133,25 +133,33 @@ class DecodeAttention:
         self.tensors = dict(tensors)  # kept alive
         self.case = form.case(softcap, target)
         self.module = _module(self.case)
-        self._run = _entry(self.module)
+        self._run = team_entry(self.module, "run", [("ptr", "job")])
         self.job = (ctypes.c_int64 * len(JOB))()
         self.set(
             num_kv_heads=form.num_kv_heads,
+            num_slab_heads=form.num_kv_heads,
             sink_tokens=sink_tokens,
             ring_tokens=max(1, ring_tokens),  # a ring of no slots holds no token, but is divided by
             recent_tokens=recent_tokens,
             num_groups=max(1, num_groups),
             slots=tensors["keys"].shape[2],
-            keys=tensors["keys"].data_ptr(),
-            values=tensors["values"].data_ptr(),
-            **{name: tensors[name].data_ptr() for name in TENSORS if name in tensors},
+            **self._slab_words(0),
         )
 
-    def another(self) -> DecodeAttention:
-        """The same kernel and cache with a job of its own: for a caller that sets every word but once."""
+    def of_heads(self, first: int, count: int) -> DecodeAttention:
+        """The same kernel and cache with a job of its own, for some KV heads: for a caller that sets every word but once."""
         other = copy.copy(self)
+        other.form = replace(
+            self.form, num_heads=self.form.num_heads // self.form.num_kv_heads * count, num_kv_heads=count
+        )
         other.job = type(self.job)(*self.job)
+        other.set(num_kv_heads=count, **self._slab_words(first))
         return other
+
+    def _slab_words(self, first_head: int) -> dict[str, int]:
+        """Where a head's part of every slab begins."""
+        names = [name for name in ("keys", "values", *TENSORS) if name in self.tensors]
+        return {name: self.tensors[name][:, first_head:].data_ptr() for name in names}
 
     def set(self, **words: int) -> None:
         """Fields of the job (see `ir_attention.JOB`)."""
@@ -210,7 +218,7 @@ class DecodeAttention:
                 words[f"new_{name}_stride"] = new.stride(0) * size
                 words[f"new_{name}_head_stride"] = new.stride(1) * size
         self.set(**words)
-        self._run(ctypes.addressof(self.job), parallel_address(), threads)
+        self._run(ctypes.addressof(self.job), threads)
         return out.transpose(1, 2), lse
 
 
@@ -224,10 +232,6 @@ def _by_head(query: torch.Tensor) -> torch.Tensor:
 @cache
 def _module(case: AttentionCase) -> CompiledModule:
     return compile_text(attention_text(case), case.target)
-
-
-def _entry(module: CompiledModule) -> Any:
-    return _RUN(module.address("run"))
 
 
 def _name(dtype: torch.dtype) -> str:

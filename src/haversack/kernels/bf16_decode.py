@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
@@ -10,14 +9,12 @@ import torch
 from haversack.codecs.huffman import PADDING_BYTES, decoding_table
 from haversack.kernels.ir_bf16_decode import JOB, TURN_ROWS, bf16_decode_text
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
-from haversack.kernels.threads import parallel_address
+from haversack.kernels.threads import run_record, team_threads
 
 NAME = "llvm-huffman-rows"
 
 SECONDS_PER_WEIGHT = 1.3e-9
 """Of one thread of a Zen 5: the fastest of 300 runs over 262,144 weights, on a busy machine."""
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 
 
 def decode_rows(
@@ -46,9 +43,8 @@ def decode_rows(
     }
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     numbers = {"rows": len(index), "columns": columns}
-    job = (ctypes.c_int64 * len(JOB))(*[tensors[n].data_ptr() if n in tensors else numbers[n] for n in JOB])
-    threads = max(1, min(torch.get_num_threads(), len(index) // TURN_ROWS))
-    _FUNCTION(_module().address("run"))(ctypes.addressof(job), parallel_address(), threads)
+    words = [tensors[n].data_ptr() if n in tensors else numbers[n] for n in JOB]
+    run_record(_module(), words, team_threads(len(index) // TURN_ROWS))
 
 
 @cache

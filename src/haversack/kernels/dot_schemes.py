@@ -121,7 +121,8 @@ class Avx512Bf16(DotScheme):
     4-bit codes are looked up straight from their 16-bit words, garbage and all: only the low bits of the index matter,
     because the table of 32 repeats. 8-bit codes are two lookups, of 16 * high - 128 and of low. Codes of 2 and 3 bits
     are put into the mantissa of 2^(7-p) where they lie, at bit p of a word, which makes 2^(7-p) + code in one
-    instruction (`(word & mask) | exponent`); those offsets cost up to 6 of the 24 bits that sums are kept in.
+    instruction (`(word & mask) | exponent`); those offsets cost up to 6 of the 24 bits that sums are kept in. With a table
+    they are looked up, as 4-bit codes are.
     """
 
     name = "avx512-bf16"
@@ -130,8 +131,8 @@ class Avx512Bf16(DotScheme):
 
     @property
     def holds_table(self) -> bool:
-        """Four bits, and values of bfloat16's precision."""
-        return self.table is None or (self.bits == 4 and all(_is_bf16(value) for value in self.table))
+        """Values of bfloat16's precision."""
+        return self.table is None or all(_is_bf16(value) for value in self.table)
 
     @property
     def activation_columns(self) -> list[list[int]]:
@@ -148,13 +149,6 @@ class Avx512Bf16(DotScheme):
         if self.bits == 8:
             tables = [_bf16_table([float(q) for q in range(16)]), _bf16_table([16.0 * q - 128 for q in range(16)])]
             return [Operand(self._look_up(f, tables[s % 2], _shift(f, words, 4 * s)), s // 2) for s in range(4)]
-        if self.bits == 4:
-            table = _bf16_table(self.code_values)
-            places = [(plane, half) for plane in range(2) for half in range(2)]
-            return [
-                Operand(self._look_up(f, table, _shift(f, words, 8 * half + 4 * plane)), 2 * plane + half)
-                for plane, half in places
-            ]
         if high is None:
             sources = {0: words}
         else:  # bits 0-2 and 4-6 of each byte: planes 0 and 2, then planes 1 and 3
@@ -162,6 +156,12 @@ class Avx512Bf16(DotScheme):
             even = _merge(f, words, _shift(f, bits, -2), 0x3333)
             odd = _merge(f, _shift(f, words, 2), bits, 0x3333)
             sources = {0: even, 1: odd}
+        if self._looks_up:
+            table = _bf16_table(self.code_values)
+            return [
+                Operand(self._look_up(f, table, _shift(f, sources[source], bit)), number)
+                for number, (source, bit) in enumerate(self._places())
+            ]
         shifted: dict[tuple[int, int], Value] = {}
         found = []
         for number, (source, shift, position) in enumerate(self._mantissas()):
@@ -174,7 +174,7 @@ class Avx512Bf16(DotScheme):
         return found
 
     def offsets(self) -> list[Value] | None:
-        if self.bits > 3:
+        if self._looks_up or self.bits == 8:
             return None
         centre = 1 << (self.bits - 1)
         bits = [_bf16_bits(2.0 ** (7 - position) + centre) for _, _, position in self._mantissas()]
@@ -183,12 +183,21 @@ class Avx512Bf16(DotScheme):
             for b in bits
         ]
 
+    @property
+    def _looks_up(self) -> bool:
+        """Whether each code is one lookup: 2 and 3 bits without a table are not."""
+        return self.bits == 4 or (self.table is not None and self.bits < 8)
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Per activation vector (2 * plane + half): source, and the code's lowest bit in its words."""
+        if self.bits == 3:
+            return [(plane % 2, 8 * half + 4 * (plane // 2)) for plane in range(4) for half in range(2)]
+        return [(0, 8 * half + self.bits * plane) for plane in range(8 // self.bits) for half in range(2)]
+
     def _mantissas(self) -> list[tuple[int, int, int]]:
-        """Per activation vector (2 * plane + half): source, right shift, and bit position in the shifted word."""
-        if self.bits == 2:
-            at = [8 * half + 2 * plane for plane in range(4) for half in range(2)]
-            return [(0, bit // 6 * 6, bit % 6) for bit in at]
-        return [(plane % 2, 8 * half, 4 * (plane // 2)) for plane in range(4) for half in range(2)]
+        """Per activation vector: source, right shift, and bit position in the shifted word."""
+        step = 6 if self.bits == 2 else 8
+        return [(source, bit // step * step, bit % step) for source, bit in self._places()]
 
     def dot(self, f: Function, accumulator: Value, weights: Value, activations: Value) -> Value:
         return f.call("<16 x float>", "llvm.x86.avx512bf16.dpbf16ps.512", accumulator, weights, activations)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
 
 from haversack.kernels.ir_feedback import JOB, TURN_ROWS, feedback_text
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
-from haversack.kernels.threads import parallel_address
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+from haversack.kernels.threads import run_record
 
 
 def padded_rows(out_features: int) -> int:
@@ -58,9 +55,7 @@ def round_block(
     assert rows % TURN_ROWS == 0 and all(tensor.is_contiguous() for tensor in tensors.values())
     words = [tensors[name].data_ptr() if name in tensors else 0 for name in JOB]
     words[JOB.index("columns")], words[JOB.index("rows")] = columns, rows
-    job = (ctypes.c_int64 * len(JOB))(*words)
-    run = _FUNCTION(_module(num_codes, table).address("run"))
-    run(ctypes.addressof(job), parallel_address(), torch.get_num_threads())
+    run_record(_module(num_codes, table), words, torch.get_num_threads())
     return codes, change
 
 

@@ -34,7 +34,7 @@ def supports(fmt: PackedFormat) -> bool:
 def dequantize_text(fmt: PackedFormat, dtype: str, target: Target) -> str:
     """The whole module, entry `dequantize`; `dtype` is "float32" or "bfloat16"."""
     module = Module()
-    _add_row(module, fmt, dtype, target)
+    add_units(module, fmt, dtype, target)
     _add_row_number(module)
     add_team_entry(
         module,
@@ -60,17 +60,19 @@ def _turn(f: Function, fmt: PackedFormat, dtype: str, fields: dict[str, Value], 
         codes = f.offset(fields["codes"], f.times(number, fmt.row_bytes))
         scales = f.offset(fields["scales"], f.times(number, fmt.scale_row_bytes))
         zeros = f.offset(fields["zeros"], f.times(number, fmt.num_groups))
-        f.do(f"call void @row({codes}, {scales}, {zeros}, {f.offset(fields['out'], f.times(i, row_bytes))})")
+        out = f.offset(fields["out"], f.times(i, row_bytes))
+        f.do(f"call void @units({codes}, {scales}, {zeros}, {out}, i64 0, i64 {fmt.unit_columns // 64})")
         return []
 
     f.loop(last, [], row, first=first)
 
 
-def _add_row(module: Module, fmt: PackedFormat, dtype: str, target: Target) -> None:
-    """`row(codes, scales, zeros, out)`: one row, unit by unit."""
+def add_units(module: Module, fmt: PackedFormat, dtype: str, target: Target) -> None:
+    """`units(codes, scales, zeros, out, first, last)`: those units of 64 columns of a row, to `out`."""
     scheme = VectorsF32(fmt, target)
     num_units = fmt.unit_columns // 64
-    f = Function(module, "row", [("ptr", "codes"), ("ptr", "scales"), ("ptr", "zeros"), ("ptr", "out")])
+    pointers = [("ptr", "codes"), ("ptr", "scales"), ("ptr", "zeros"), ("ptr", "out")]
+    f = Function(module, "units", [*pointers, ("i64", "first"), ("i64", "last")])
     a = f.arguments
     size = 4 if dtype == "float32" else 2
 
@@ -110,11 +112,12 @@ def _add_row(module: Module, fmt: PackedFormat, dtype: str, target: Target) -> N
             value = f.binary("fmul", value, scale)
             if dtype != "float32":
                 value = bf16_of(f, value, target)
-            place = f.offset(f.offset(a["out"], f.times(u, 64 * size)), 16 * size * operand.activations)
+            written = f.binary("sub", u, a["first"])
+            place = f.offset(f.offset(a["out"], f.times(written, 64 * size)), 16 * size * operand.activations)
             f.store(value, place, 16)
         return []
 
-    f.loop(num_units, [], unit)
+    f.loop(a["last"], [], unit, first=a["first"])
     f.end()
 
 

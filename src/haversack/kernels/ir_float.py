@@ -90,3 +90,8 @@ def sum_of_lanes(f: Function, lanes: Value) -> Value:
     """The sum of sixteen floats, in any order."""
     f.module.declare("declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)")
     return f.value("float", f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {lanes})")
+
+
+def float_bytes(form: str) -> int:
+    """Of one number of a float type."""
+    return 4 if form == "float32" else 2

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from haversack.kernels.dot_schemes import DotScheme, multiply_add
+from haversack.kernels.dot_schemes import DotScheme, Operand, multiply_add
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir import Function, Module, Value, splat_constant, vector, zeros
 from haversack.kernels.ir_float import bf16_of, scale_to_float, sum_of_lanes
@@ -234,110 +234,133 @@ _BLOCK_ARGUMENTS = [
 
 def _add_block(module: Module, case: MatmulCase, num_rows: int) -> None:
     """`block{num_rows}`: that many rows from `first`."""
-    fmt, scheme, tokens = case.fmt, case.scheme, range(case.tokens)
     f = Function(module, f"block{num_rows}", _BLOCK_ARGUMENTS)
-    arguments = f.arguments
-    rows = [f.binary("add nuw nsw", arguments["first"], r) for r in range(num_rows)]
-    codes = [f.offset(arguments["codes"], f.times(row, fmt.row_bytes)) for row in rows]
-    scales = [f.offset(arguments["scales"], f.times(row, case.fmt.scale_row_bytes)) for row in rows]
-    low_bytes = case.num_units * scheme.unit_bytes
-    high = [f.offset(pointer, low_bytes) for pointer in codes] if fmt.bits == 3 else None
-    # Activation vectors whose lanes belong to the same groups are summed together.
-    sets = list(dict.fromkeys(case.lane_groups))
-    # Two sums per row and token where registers allow: one chain of dependent dot products would set the pace.
-    chains = 2 if num_rows * case.tokens * len(sets) <= 4 else 1
-    chunk_bytes = len(scheme.activation_columns) * case.tokens * case.terms * case.vector_bytes
-    starts = f.offset(arguments["round"], case.activation_bytes)
-    _prefetch_scales(f, case, scales[0], num_rows)
-    floats = [_scales_as_floats(f, case, pointer) for pointer in scales]
-    # What a row's sums are multiplied with, per row and token: its scales, times the token's if it is quantized.
-    factors = [_factors(f, case, pointer, t) for pointer in floats for t in tokens]
+    block = _Block(f, case, num_rows)
+    sums = _sum_of_segments(block)
+    if not case.fmt.symmetric:
+        sums = _take_zeros(f, case, sums, block.rows, block.floats)
+    for r in range(num_rows):
+        for t in range(case.tokens):
+            _store(f, case, sums[r * case.tokens + t], block.rows[r], t)
+    f.end()
 
-    def dots(accumulators: list[Value], chunk: Value | int, units: int) -> list[Value]:
-        """Accumulators, ordered row, token, set, chain, plus the products of one chunk."""
+
+class _Block:
+    """A block of rows while it is written: where its rows' codes and scales lie, and how many sums it keeps.
+
+    Accumulators are ordered row, token, set, chain; sums row, token.
+    """
+
+    def __init__(self, f: Function, case: MatmulCase, num_rows: int):
+        self.f, self.case, self.num_rows = f, case, num_rows
+        fmt, arguments = case.fmt, f.arguments
+        self.rows = [f.binary("add nuw nsw", arguments["first"], r) for r in range(num_rows)]
+        self.codes = [f.offset(arguments["codes"], f.times(row, fmt.row_bytes)) for row in self.rows]
+        scales = [f.offset(arguments["scales"], f.times(row, fmt.scale_row_bytes)) for row in self.rows]
+        low_bytes = case.num_units * case.scheme.unit_bytes
+        self.high = [f.offset(pointer, low_bytes) for pointer in self.codes] if fmt.bits == 3 else None
+        # Activation vectors whose lanes belong to the same groups are summed together.
+        self.sets = list(dict.fromkeys(case.lane_groups))
+        # Two sums per row and token where registers allow: one chain of dependent dot products would set the pace.
+        self.chains = 2 if num_rows * case.tokens * len(self.sets) <= 4 else 1
+        self.starts = f.offset(arguments["round"], case.activation_bytes)
+        _prefetch_scales(f, case, scales[0], num_rows)
+        self.floats = [_scales_as_floats(f, case, pointer) for pointer in scales]
+        # What a row's sums are multiplied with, per row and token: its scales, times the token's if it is quantized.
+        self.factors = [_factors(f, case, pointer, t) for pointer in self.floats for t in range(case.tokens)]
+
+    def start(self, segment: Value | int) -> list[Value]:
+        """Accumulators of a segment before its first chunk."""
+        f, case, scheme = self.f, self.case, self.case.scheme
+        if scheme.offsets() is None:
+            return [zeros(scheme.accumulator)] * (self.num_rows * case.tokens * len(self.sets) * self.chains)
+        per_token = []
+        for t in range(case.tokens):
+            per_token.append(f.load(scheme.accumulator, _start_pointer(f, case, self.starts, segment, t), 64))
+            per_token += [zeros(scheme.accumulator)] * (self.chains - 1)
+        return per_token * self.num_rows
+
+    def dots(self, accumulators: list[Value], chunk: Value | int, units: int) -> list[Value]:
+        """Accumulators plus the products of one chunk of so many units."""
+        f, case, scheme = self.f, self.case, self.case.scheme
         accumulators = list(accumulators)
-        _prefetch_codes(f, case, chunk, num_rows)
-        low_at = f.times(chunk, scheme.chunk_bytes)
-        operands = []
-        for r in range(num_rows):
-            low = f.offset(codes[r], low_at)
-            above = None
-            if high is not None:
-                step = 8 * scheme.chunk_units
-                above = f.offset(high[r], f.times(chunk, step))
-            operands.append(scheme.operands(f, low, above, units))
-        at = f.times(chunk, chunk_bytes)
-        vectors = f.offset(arguments["round"], at)
+        _prefetch_codes(f, case, chunk, self.num_rows)
+        operands = self._operands(chunk, units)
+        chunk_bytes = len(scheme.activation_columns) * case.tokens * case.terms * case.vector_bytes
+        vectors = f.offset(f.arguments["round"], f.times(chunk, chunk_bytes))
         type_ = vector(len(scheme.activation_columns[0]), scheme.activation_element)
-        for number, step_operands in enumerate(zip(*operands, strict=True)):
-            activations = step_operands[0].activations
-            part = sets.index(case.lane_groups[activations])
-            for t in tokens:
+        align = 64 if case.vector_bytes == 64 else 16
+        for number, of_rows in enumerate(zip(*operands, strict=True)):
+            activations = of_rows[0].activations
+            part = self.sets.index(case.lane_groups[activations])
+            for t in range(case.tokens):
                 for term in range(case.terms):
                     place = (activations * case.tokens + t) * case.terms + term
-                    x = f.load(
-                        type_, f.offset(vectors, place * case.vector_bytes), 64 if case.vector_bytes == 64 else 16
-                    )
-                    for r in range(num_rows):
-                        slot = ((r * case.tokens + t) * len(sets) + part) * chains + (number + term) % chains
-                        accumulators[slot] = scheme.dot(f, accumulators[slot], step_operands[r].weights, x)
+                    x = f.load(type_, f.offset(vectors, place * case.vector_bytes), align)
+                    for r in range(self.num_rows):
+                        slot = (r * case.tokens + t) * len(self.sets) + part
+                        slot = slot * self.chains + (number + term) % self.chains
+                        accumulators[slot] = scheme.dot(f, accumulators[slot], of_rows[r].weights, x)
         return accumulators
 
-    def start(segment: Value | int) -> list[Value]:
-        if scheme.offsets() is None:
-            return [zeros(scheme.accumulator)] * (num_rows * case.tokens * len(sets) * chains)
-        per_token = []
-        for t in tokens:
-            per_token.append(f.load(scheme.accumulator, _start_pointer(f, case, starts, segment, t), 64))
-            per_token += [zeros(scheme.accumulator)] * (chains - 1)
-        return per_token * num_rows
+    def _operands(self, chunk: Value | int, units: int) -> list[list[Operand]]:
+        """Weights of a chunk, row by row."""
+        f, scheme = self.f, self.case.scheme
+        low_at = f.times(chunk, scheme.chunk_bytes)
+        found = []
+        for r in range(self.num_rows):
+            low, above = f.offset(self.codes[r], low_at), None
+            if self.high is not None:
+                above = f.offset(self.high[r], f.times(chunk, 8 * scheme.chunk_units))
+            found.append(scheme.operands(f, low, above, units))
+        return found
 
-    def scaled(sums: list[Value], accumulators: list[Value], segment: Value | int, groups: int) -> list[Value]:
-        """`sums`, ordered row, token, plus a segment's accumulators times its scales."""
+    def scaled(self, sums: list[Value], accumulators: list[Value], segment: Value | int, groups: int) -> list[Value]:
+        """Sums plus a segment's accumulators times the scales of its `groups` groups."""
+        f, case, scheme = self.f, self.case, self.case.scheme
+        floats = scheme.accumulator == "<16 x float>"
+        offset = f.times(segment, 4 * case.chunk_groups)
         result = []
-        at = 4 * case.chunk_groups
-        offset = f.times(segment, at)
         for slot, total in enumerate(sums):
-            for part, lane_groups in enumerate(sets):
-                first = (slot * len(sets) + part) * chains
+            for part, lane_groups in enumerate(self.sets):
+                first = (slot * len(self.sets) + part) * self.chains
                 inner = accumulators[first]
-                for other in accumulators[first + 1 : first + chains]:
-                    inner = f.binary("fadd" if scheme.accumulator == "<16 x float>" else "add", inner, other)
-                if scheme.accumulator != "<16 x float>":
+                for other in accumulators[first + 1 : first + self.chains]:
+                    inner = f.binary("fadd" if floats else "add", inner, other)
+                if not floats:
                     inner = f.cast("sitofp", inner, "<16 x float>")
-                factor = _lane_factors(f, f.offset(factors[slot], offset), lane_groups, groups)
+                factor = _lane_factors(f, f.offset(self.factors[slot], offset), lane_groups, groups)
                 total = multiply_add(f, inner, factor, total)
             result.append(total)
         return result
 
-    sums = [zeros("<16 x float>")] * (num_rows * case.tokens)
-    full_chunks, tail_units = divmod(case.num_units, scheme.chunk_units)
+
+def _sum_of_segments(block: _Block) -> list[Value]:
+    """Sums of a block's whole rows, sixteen lanes each: chunks into accumulators, scaled once per segment."""
+    f, case = block.f, block.case
+    units = case.scheme.chunk_units
+    full_chunks, tail_units = divmod(case.num_units, units)
+    sums = [zeros("<16 x float>")] * (block.num_rows * case.tokens)
     if case.whole_row:
-        accumulators = f.loop(full_chunks, start(0), lambda c, acc: dots(acc, c, scheme.chunk_units))
+        accumulators = f.loop(full_chunks, block.start(0), lambda c, carried: block.dots(carried, c, units))
         if tail_units:
-            accumulators = dots(accumulators, full_chunks, tail_units)
-        sums = scaled(sums, accumulators, 0, 1)
-    else:
+            accumulators = block.dots(accumulators, full_chunks, tail_units)
+        return block.scaled(sums, accumulators, 0, 1)
 
-        def segment(s: Value, carried: list[Value]) -> list[Value]:
-            accumulators = start(s)
-            first = f.times(s, case.segment_chunks)
-            for c in range(case.segment_chunks):
-                chunk = f.binary("add nuw nsw", first, c) if c else first
-                accumulators = dots(accumulators, chunk, scheme.chunk_units)
-            return scaled(carried, accumulators, s, case.chunk_groups)
+    def segment(s: Value, carried: list[Value]) -> list[Value]:
+        accumulators = block.start(s)
+        first = f.times(s, case.segment_chunks)
+        for c in range(case.segment_chunks):
+            chunk = f.binary("add nuw nsw", first, c) if c else first
+            accumulators = block.dots(accumulators, chunk, units)
+        return block.scaled(carried, accumulators, s, case.chunk_groups)
 
-        full_segments = full_chunks // case.segment_chunks
-        sums = f.loop(full_segments, sums, segment)
-        if tail_units:
-            accumulators = dots(start(full_segments), full_chunks, tail_units)
-            sums = scaled(sums, accumulators, full_segments, max(1, tail_units * 64 // fmt.group_size))
-    if not fmt.symmetric:
-        sums = _take_zeros(f, case, sums, rows, floats)
-    for r in range(num_rows):
-        for t in tokens:
-            _store(f, case, sums[r * case.tokens + t], rows[r], t)
-    f.end()
+    full_segments = full_chunks // case.segment_chunks
+    sums = f.loop(full_segments, sums, segment)
+    if tail_units:
+        accumulators = block.dots(block.start(full_segments), full_chunks, tail_units)
+        sums = block.scaled(sums, accumulators, full_segments, max(1, tail_units * 64 // case.fmt.group_size))
+    return sums
 
 
 def _start_pointer(f: Function, case: MatmulCase, starts: Value, segment: Value | int, token: int) -> Value:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from haversack.kernels.ir import Function, Module, Value, splat_constant, zeros
-from haversack.kernels.ir_attention import exponential
 from haversack.kernels.ir_float import bits_of, floats_of
+from haversack.kernels.ir_math import exponential
 from haversack.kernels.llvm import Target
 
 _F16 = "<16 x float>"

@@ -2,9 +2,9 @@
 
     run(x, workspace, matrices, num_matrices, tokens, parallel, threads)
 
-`matrices` is an array of five 64-bit words each: codes, scales, zeros, out, rows. Several matrices that read the same
+`matrices` is an array of six 64-bit words each: codes, scales, zeros, out, rows, stride. Several matrices that read the same
 activations (query, key and value; gate and up) are one call: prepared once, one start of the team. `out` of a matrix is
-`(tokens, rows)`, contiguous.
+`(tokens, rows)`, with `stride` elements from token to token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ RUN_ARGUMENTS = [("ptr", "x"), ("ptr", "workspace"), ("ptr", "matrices"), ("i64"
 ENTRY_ARGUMENTS = [*RUN_ARGUMENTS, *TEAM_ARGUMENTS]
 """All arguments of `run`, for whoever prepares a call."""
 
-MATRIX_WORDS = 5
-"""64-bit words per matrix: codes, scales, zeros, out, rows."""
+MATRIX_WORDS = 6
+"""64-bit words per matrix: codes, scales, zeros, out, rows, stride."""
 
 
 def matmul_text(case: MatmulCase) -> str:
@@ -84,7 +84,7 @@ def _turn(f: Function, case: MatmulCase, fields: dict[str, Value], turn: Value) 
         """`carried` is the number of this matrix's first row."""
         at = f.offset(fields["matrices"], f.times(m, 8 * MATRIX_WORDS))
         codes, scales, zeros, out = (f.load("ptr", f.offset(at, 8 * i), 8) for i in range(4))
-        rows = _rows_of_matrix(f, fields["matrices"], m)
+        rows, stride = _rows_of_matrix(f, fields["matrices"], m), f.load("i64", f.offset(at, 40), 8)
         first = f.call("i64", "llvm.smax.i64", f.binary("sub", turn_first, carried[0]), Value("i64", "0"))
         last = smaller(f, f.binary("sub", turn_last, carried[0]), rows)
 
@@ -100,9 +100,9 @@ def _turn(f: Function, case: MatmulCase, fields: dict[str, Value], turn: Value) 
                 ask = next_codes if case.rounds == 1 else f.offset(next_codes, f.times(part, part_bytes))
                 done = f.times(r, case.tokens)
                 here = f.offset(fields["rounds"], f.times(r, case.round_bytes))
-                result = f.offset(out, f.times(f.binary("mul", done, rows), size))
+                result = f.offset(out, f.times(f.binary("mul", done, stride), size))
                 valid = f.binary("sub", tokens, done)
-                given = [here, codes, scales, zeros, result, rows, valid, ask, start, end]
+                given = [here, codes, scales, zeros, result, stride, valid, ask, start, end]
                 f.do(f"call void @rows({', '.join(map(str, given))})")
                 return []
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
+from haversack.kernels.ir import Function, Module, Value, constant, splat_constant, vector
 from haversack.kernels.ir_float import half_to_float
 from haversack.kernels.ir_team import add_record_entry, smaller
 from haversack.kernels.llvm import Target
 
 TURN_ROWS = 64
+
+LANES = 32
+"""Codes of whole superblocks that are taken apart together; none has more."""
 
 JOB = ("codes", "superscales", "out", "rows")
 """Words of a job: packed codes `(rows, block_bytes * blocks)`, float16 `(rows, blocks)` and `(rows, groups)`."""
@@ -43,6 +46,11 @@ class SuperscaleCase:
     def blocks(self) -> int:
         return -(-self.groups // self.per_block)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's scales once they are written out."""
+        return 2 * self.groups
+
 
 def supports(target: Target) -> bool:
     """CPUs that round vectors of float32 to float16 themselves."""
@@ -64,26 +72,28 @@ def superscale_text(case: SuperscaleCase, target: Target) -> str:
 def _turn(f: Function, case: SuperscaleCase, target: Target, at: dict[str, Value], number: Value) -> None:
     first = f.times(number, TURN_ROWS)
     last = smaller(f, f.binary("add", first, TURN_ROWS), at["rows"])
+    at_once = LANES // case.padded
 
     def row(r: Value, _: list[Value]) -> list[Value]:
         codes = f.offset(at["codes"], f.times(r, case.blocks * case.block_bytes))
         superscales = f.offset(at["superscales"], f.times(r, 2 * case.blocks))
         out = f.offset(at["out"], f.times(r, 2 * case.groups))
 
-        def block(b: Value, _: list[Value]) -> list[Value]:
-            _block(f, case, target, codes, superscales, out, b, case.per_block)
+        def blocks(b: Value, _: list[Value]) -> list[Value]:
+            _blocks(f, case, target, codes, superscales, out, b, at_once * case.per_block)
             return []
 
-        whole = case.groups // case.per_block
-        f.loop(Value("i64", str(whole)), [], block)
-        if case.groups % case.per_block:
-            _block(f, case, target, codes, superscales, out, Value("i64", str(whole)), case.groups % case.per_block)
+        whole = case.groups // (at_once * case.per_block) * at_once
+        f.loop(whole, [], blocks, step=at_once)
+        rest = case.groups - whole * case.per_block
+        if rest:
+            _blocks(f, case, target, codes, superscales, out, Value("i64", str(whole)), rest)
         return []
 
     f.loop(last, [], row, first=first)
 
 
-def _block(
+def _blocks(
     f: Function,
     case: SuperscaleCase,
     target: Target,
@@ -93,27 +103,30 @@ def _block(
     number: Value,
     num_groups: int,
 ) -> None:
-    """The first `num_groups` scales of one superblock."""
-    lanes, half, quarter = case.padded, case.padded // 2, case.padded // 4
-    start = f.offset(codes, f.binary("mul", number, case.block_bytes))
-    low = f.load(vector(half, "i8"), start)
-    low_half = f.binary("and", low, splat_constant(low.type, 15))
-    high_half = f.binary("lshr", low, splat_constant(low.type, 4))
-    code = f.shuffle(low_half, high_half, range(lanes))
+    """The first `num_groups` scales of as many superblocks as they take, from superblock `number` on."""
+    count = -(-num_groups // case.per_block)
+    places = [divmod(group, case.per_block) for group in range(num_groups)]
+    half, quarter = case.padded // 2, case.padded // 4
+    words = vector(num_groups, "i32")
+
+    def field(bytes_: Value, first: int, size: int, bits: int) -> Value:
+        """`bits` of each code, of which byte j of `size` from `first` on holds those of codes j, j + size, ... from its low bits up."""
+        spread = f.shuffle(bytes_, None, [b * case.block_bytes + first + i % size for b, i in places])
+        shifts = constant("i32", [bits * (i // size) for _, i in places])
+        return f.binary(
+            "and", f.binary("lshr", f.cast("zext", spread, words), shifts), splat_constant(words, 2**bits - 1)
+        )
+
+    packed = f.load(vector(count * case.block_bytes, "i8"), f.offset(codes, f.times(number, case.block_bytes)))
+    code = field(packed, 0, half, 4)
     if case.bits == 6:
-        high = f.load(vector(quarter, "i8"), f.offset(start, half))
-        spread = f.shuffle(high, None, [i % quarter for i in range(lanes)])
-        shifts = Value(spread.type, "<" + ", ".join(f"i8 {2 * (i // quarter)}" for i in range(lanes)) + ">")
-        bits = f.binary("and", f.binary("lshr", spread, shifts), splat_constant(spread.type, 3))
-        code = f.binary("or", code, f.binary("shl", bits, splat_constant(bits.type, 4)))
-    floats = vector(lanes, "float")
-    value = f.cast("uitofp", f.cast("zext", code, vector(lanes, "i32")), floats)
+        high = field(packed, half, quarter, 2)
+        code = f.binary("or", code, f.binary("shl", high, splat_constant(words, 4)))
+    floats = vector(num_groups, "float")
+    value = f.cast("uitofp", code, floats)
     if case.signed:
         value = f.binary("fadd", value, splat_constant(floats, f"-{1 << (case.bits - 1)}.0"))
-    stored = f.load("i16", f.offset(superscales, f.times(number, 2)), 2)
-    superscale = half_to_float(f, f.splat(stored, lanes), target)
-    halves = f.cast("fptrunc", f.binary("fmul", value, superscale), vector(lanes, "half"))
-    words = f.cast("bitcast", halves, vector(lanes, "i16"))
-    if num_groups < lanes:
-        words = f.shuffle(words, None, range(num_groups))
-    f.store(words, f.offset(out, f.binary("mul", number, 2 * case.per_block)), 2)
+    stored = f.load(vector(count, "i16"), f.offset(superscales, f.times(number, 2)), 2)
+    superscale = f.shuffle(half_to_float(f, stored, target), None, [b for b, _ in places])
+    halves = f.cast("fptrunc", f.binary("fmul", value, superscale), vector(num_groups, "half"))
+    f.store(f.cast("bitcast", halves, vector(num_groups, "i16")), f.offset(out, f.times(number, 2 * case.per_block)), 2)

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from haversack.kernels.ir import Function, Module, Value
 
 APPEND_RECORD = (
-    "num_rows", "num_kv_heads", "counts", "sink_tokens", "ring_tokens", "slots",
+    "num_rows", "num_kv_heads", "num_slab_heads", "counts", "sink_tokens", "ring_tokens", "slots",
     "new_keys", "new_key_stride", "new_key_head_stride", "keys", "key_bytes",
     "new_values", "new_value_stride", "new_value_head_stride", "values", "value_bytes",
 )  # fmt: skip
-"""Strides are bytes; `key_bytes` are those of one head's key."""
+"""Strides are bytes; `key_bytes` are those of one head's key. Of a slab's `num_slab_heads` heads `num_kv_heads` are written, `keys` and
+`values` being where the first of them begins."""
 
 _POINTERS = {"counts", "new_keys", "keys", "new_values", "values"}
 
@@ -68,7 +69,8 @@ def _add_append(module: Module) -> None:
         slot = f.value("i64", f"select {in_sinks}, {count}, {within}")
 
         def head(h: Value, _: list[Value]) -> list[Value]:
-            at = f.binary("add", f.binary("mul", f.binary("add", f.binary("mul", r, heads), h), words["slots"]), slot)
+            slab = f.binary("add", f.binary("mul", r, words["num_slab_heads"]), h)
+            at = f.binary("add", f.binary("mul", slab, words["slots"]), slot)
             for name in ("key", "value"):
                 width = words[f"{name}_bytes"]
                 source = f.offset(words[f"new_{name}s"], f.binary("mul", r, words[f"new_{name}_stride"]))

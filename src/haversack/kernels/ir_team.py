@@ -31,20 +31,24 @@ def add_team_entry(
     arguments: Sequence[tuple[str, str]],
     prepare: Callable[[Function], Mapping[str, Value]],
     turn: Callable[[Function, dict[str, Value], Value], None],
+    *,
+    own_slots: bool = False,
 ) -> None:
     """An entry that calls `turn(f, fields, number)` for numbers 0, 1, ... `num_turns` - 1, each in one thread.
 
     `prepare(f)` is written first, for one thread, and returns values that turns want beside the arguments; one of them
-    is `num_turns`. `fields` are those and the arguments, `threads` as i64. Every one is a pointer or an i64.
+    is `num_turns`. `fields` are those and the arguments, `threads` as i64. Every one is a pointer or an i64. With `own_slots`,
+    field `slot` is a number below `threads` that no other thread has.
     """
     f = Function(module, name, [*arguments, *TEAM_ARGUMENTS])
     fields = {n: f.arguments[n] for _, n in arguments}
     fields["threads"] = f.cast("sext", f.arguments["threads"], "i64")
     fields |= prepare(f)
-    job = f.value("ptr", f"alloca [{len(fields) + 1} x i64], align 64")
-    f.store(Value("i64", "0"), job, 8)
+    job = f.value("ptr", f"alloca [{len(fields) + _COUNTERS} x i64], align 64")
+    for i in range(_COUNTERS):
+        f.store(Value("i64", "0"), f.offset(job, 8 * i), 8)
     for i, value in enumerate(fields.values()):
-        f.store(value, f.offset(job, 8 * (i + 1)), 8)
+        f.store(value, f.offset(job, 8 * (i + _COUNTERS)), 8)
     parallel, threads = f.arguments["parallel"], f.arguments["threads"]
     given = f.value("i1", f"icmp ne {parallel}, null")
     together = f.binary("and", given, f.value("i1", f"icmp sgt {threads}, 1"))
@@ -52,7 +56,11 @@ def add_team_entry(
     # After a team this finds no turn left; without one it does them all.
     f.do(f"call void @work_{name}({job})")
     f.end()
-    _add_work(module, name, {n: v.type for n, v in fields.items()}, turn)
+    _add_work(module, name, {n: v.type for n, v in fields.items()}, turn, own_slots)
+
+
+_COUNTERS = 2
+"""First words of a job: turns taken, and slots."""
 
 
 def add_record_entry(
@@ -83,11 +91,15 @@ def _add_work(
     name: str,
     types: Mapping[str, str],
     turn: Callable[[Function, dict[str, Value], Value], None],
+    own_slots: bool,
 ) -> None:
-    """`work_name(job)`: one thread's turns, until there are none left."""
+    """`work_name(job)`: one thread's turns, until there are none left. The slot beyond the last is the caller's, who then finds
+    no turn left."""
     f = Function(module, f"work_{name}", [("ptr", "job")])
     job = f.arguments["job"]
-    fields = {n: f.load(t, f.offset(job, 8 * (i + 1)), 8) for i, (n, t) in enumerate(types.items())}
+    fields = {n: f.load(t, f.offset(job, 8 * (i + _COUNTERS)), 8) for i, (n, t) in enumerate(types.items())}
+    if own_slots:
+        fields["slot"] = f.value("i64", f"atomicrmw add {f.offset(job, 8)}, i64 1 monotonic")
 
     def take() -> Value:
         return f.value("i64", f"atomicrmw add {job}, i64 1 monotonic")

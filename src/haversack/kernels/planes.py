@@ -10,7 +10,6 @@ rounding them costs. Tiles: in float32 the same; where activations are bfloat16 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,16 +24,12 @@ from haversack.kernels.format import PlaneFormat
 from haversack.kernels.ir_planes import ARGUMENTS, TILE_ARGUMENTS, PlaneCase, plane_tiles_text, planes_text, way_of
 from haversack.kernels.ir_team import SMALLEST_TURN_BYTES
 from haversack.kernels.llvm import Target, compile_text
-from haversack.kernels.threads import parallel_address, team_threads
+from haversack.kernels.threads import team_entry, team_threads
 
 MOST_PLANES = 96
 """Tokens times bits up to which planes are multiplied as they lie; beyond, tiles are written out for a matmul. 4,096 by 4,096, one
 thread of a busy machine, bfloat16, fastest of 7: at 1 bit 64 tokens took 16 ms by tables and 20 by tiles, 128 tokens 30 and 28; at 4
 bits 16 tokens 9.7 and 10.3, 32 tokens 21 and 10."""
-
-_WORD = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64}
-_RUN = ctypes.CFUNCTYPE(None, *[_WORD[t] for t, _ in ARGUMENTS], ctypes.c_void_p, ctypes.c_int32)
-_TILE = ctypes.CFUNCTYPE(None, *[_WORD[t] for t, _ in TILE_ARGUMENTS], ctypes.c_void_p, ctypes.c_int32)
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,6 @@ class CompiledPlanes:
             len(codes),
             out_features,
             len(x),
-            parallel_address(),
             _num_threads(codes.nbytes),
         )
         return out.to(x.dtype)
@@ -147,7 +141,6 @@ class CompiledPlaneTiles:
                 scales[first : first + step].data_ptr(),
                 tile.data_ptr(),
                 len(some),
-                parallel_address(),
                 _num_threads(some.nbytes),
             )
             product = products[: len(x) * rows].view(len(x), rows)
@@ -172,17 +165,13 @@ def plane_kernels(target: Target) -> tuple[CompiledPlanes | CompiledPlaneTiles, 
 @cache
 def _compiled(case: PlaneCase) -> Callable[..., None]:
     module = compile_text(planes_text(case), case.target)
-    function = _RUN(module.address("run"))
-    function.module = module  # type: ignore[attr-defined]  # the code lives as long as the function
-    return function
+    return team_entry(module, "run", ARGUMENTS)
 
 
 @cache
 def _tile_writer(fmt: PlaneFormat, dtype: str, target: Target) -> Callable[..., None]:
     module = compile_text(plane_tiles_text(fmt, dtype, target), target)
-    function = _TILE(module.address("dequantize"))
-    function.module = module  # type: ignore[attr-defined]
-    return function
+    return team_entry(module, "dequantize", TILE_ARGUMENTS)
 
 
 def _num_threads(packed_bytes: int) -> int:

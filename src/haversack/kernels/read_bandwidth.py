@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -12,10 +13,12 @@ from haversack.errors import UsageError
 from haversack.kernels.ir import Function, Module, Value, zeros
 from haversack.kernels.ir_team import add_team_entry
 from haversack.kernels.llvm import compile_text, host_target
-from haversack.kernels.threads import parallel_address
+from haversack.kernels.threads import team_entry
 
 TURN_BYTES = 256 << 10
 """Bytes of one thread's turn."""
+
+_ARGUMENTS = [("ptr", "data"), ("i64", "num_turns"), ("ptr", "total")]
 
 
 def read_bytes_per_second(data: torch.Tensor, num_threads: int | None = None) -> float:
@@ -30,26 +33,20 @@ def read_bytes_per_second(data: torch.Tensor, num_threads: int | None = None) ->
     turns = num_bytes // TURN_BYTES
     total = ctypes.c_int64()
     started = time.perf_counter()
-    run(data.data_ptr(), turns, ctypes.addressof(total), parallel_address(), num_threads or torch.get_num_threads())
+    run(data.data_ptr(), turns, ctypes.addressof(total), num_threads or torch.get_num_threads())
     return turns * TURN_BYTES / (time.perf_counter() - started)
 
 
 @cache
-def _reader():
+def _reader() -> Callable[..., None]:
     module = compile_text(_text(), host_target())
-    signature = ctypes.CFUNCTYPE(
-        None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32
-    )
-    function = signature(module.address("run"))
-    function.module = module  # type: ignore[attr-defined]  # the code lives as long as the function
-    return function
+    return team_entry(module, "run", _ARGUMENTS)
 
 
 def _text() -> str:
     """`run(data, turns, total, parallel, threads)`: the sum of all 64-bit words, so that no read can be left out."""
     module = Module()
-    arguments = [("ptr", "data"), ("i64", "num_turns"), ("ptr", "total")]
-    add_team_entry(module, "run", arguments, lambda f: {}, _turn)
+    add_team_entry(module, "run", _ARGUMENTS, lambda f: {}, _turn)
     return module.text()
 
 

@@ -321,6 +321,7 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     own: tuple[PackedKernel, ...] = (
         CompiledInt8Products(target),
         *compiled.matvecs(target),
+        compiled.CompiledPanels(target),
         compiled.CompiledTiles(target),
     )
     return (*own, *(TorchTiles(bits) for bits in (8, 4)), generic)

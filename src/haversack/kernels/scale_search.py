@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
 
 from haversack.kernels.ir_scale_search import JOB, LANES, scale_search_text, unit_vectors
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
-from haversack.kernels.threads import parallel_address
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+from haversack.kernels.threads import run_record
 
 
 def best_offers(
@@ -49,9 +46,7 @@ def best_offers(
     units = (width + padding) // unit_columns
     numbers = {"rows": rows, "groups": groups, "units": units, "offers": scale.shape[0]}
     words = [tensors[name].data_ptr() if name in tensors else numbers[name] for name in JOB]
-    job = (ctypes.c_int64 * len(JOB))(*words)
-    run = _FUNCTION(_module(num_codes, unit_columns // LANES, table).address("run"))
-    run(ctypes.addressof(job), parallel_address(), torch.get_num_threads())
+    run_record(_module(num_codes, unit_columns // LANES, table), words, torch.get_num_threads())
     return best, products, squares
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import torch
@@ -10,9 +9,7 @@ import torch
 from haversack.kernels import ir_superscales
 from haversack.kernels.ir_superscales import JOB, SuperscaleCase, superscale_text
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
-from haversack.kernels.threads import parallel_address
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
+from haversack.kernels.threads import run_record, team_threads
 
 
 def supported() -> bool:
@@ -29,13 +26,22 @@ def expand(codes: torch.Tensor, superscales: torch.Tensor, case: SuperscaleCase)
     assert codes.shape == (rows, case.blocks * case.block_bytes) and superscales.shape == (rows, case.blocks)
     codes, superscales = codes.contiguous(), superscales.contiguous()
     out = torch.empty(rows, case.groups, dtype=torch.float16)
-    tensors = {"codes": codes, "superscales": superscales, "out": out}
-    job = (ctypes.c_int64 * len(JOB))(*[tensors[n].data_ptr() if n in tensors else rows for n in JOB])
-    threads = max(1, min(torch.get_num_threads(), rows // ir_superscales.TURN_ROWS))
-    _FUNCTION(_module(case).address("run"))(ctypes.addressof(job), parallel_address(), threads)
+    run_record(compiled(case), job_words(codes, superscales, out.data_ptr()), num_threads(rows))
     return out
 
 
+def job_words(codes: torch.Tensor, superscales: torch.Tensor, out: int) -> list[int]:
+    """The record of the compiled entry `run` for contiguous tensors as `expand` takes them; `out` is an address."""
+    words = {"codes": codes.data_ptr(), "superscales": superscales.data_ptr(), "out": out, "rows": codes.shape[0]}
+    return [words[name] for name in JOB]
+
+
+def num_threads(rows: int) -> int:
+    """Threads for so many rows, each of which should find a turn."""
+    return team_threads(rows // ir_superscales.TURN_ROWS)
+
+
 @cache
-def _module(case: SuperscaleCase) -> CompiledModule:
+def compiled(case: SuperscaleCase) -> CompiledModule:
+    """The compiled code, entry `run(record, parallel, threads)`."""
     return compile_text(superscale_text(case, host_target()), host_target())

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from haversack.kernels.ir_team import TEAM_ARGUMENTS
+
+if TYPE_CHECKING:
+    from haversack.kernels.llvm import CompiledModule
+
+_WORDS = {"ptr": ctypes.c_void_p, "i64": ctypes.c_int64, "i32": ctypes.c_int32}
 
 _LIMIT: ContextVar[int | None] = ContextVar("most threads of a team", default=None)
 
@@ -48,6 +56,27 @@ def team_threads(num_turns: int) -> int:
     limit = _LIMIT.get()
     threads = torch.get_num_threads()
     return max(1, min(threads if limit is None else min(threads, limit), num_turns))
+
+
+def team_entry(module: CompiledModule, name: str, arguments: Sequence[tuple[str, str]]) -> Callable[..., None]:
+    """A team's entry (`ir_team.py`) as a function of its `arguments`, `(type, name)` each, and the number of threads.
+
+    It keeps the module's code alive.
+    """
+    types = [_WORDS[type_] for type_, _ in [*arguments, *TEAM_ARGUMENTS]]
+    function, parallel = ctypes.CFUNCTYPE(None, *types)(module.address(name)), parallel_address()
+
+    def call(*given: int) -> None:
+        function(*given[:-1], parallel, given[-1])
+
+    call.module = module  # type: ignore[attr-defined]
+    return call
+
+
+def run_record(module: CompiledModule, words: Sequence[int], threads: int) -> None:
+    """Call the entry `run` of a module whose arguments lie in an array of 64-bit words (`ir_team.add_record_entry`)."""
+    record = (ctypes.c_int64 * len(words))(*words)
+    team_entry(module, "run", [("ptr", "record")])(ctypes.addressof(record), threads)
 
 
 def team_name() -> str:

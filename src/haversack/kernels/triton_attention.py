@@ -19,7 +19,7 @@ import triton.language as tl
 
 from haversack.errors import UsageError
 from haversack.kernels.attention import NO_LIMIT, CacheForm
-from haversack.kernels.ir_attention import TENSORS
+from haversack.kernels.ir_attention_case import TENSORS
 
 NAME = "triton-attention"
 

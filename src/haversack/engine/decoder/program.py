@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,20 +20,25 @@ from haversack.engine.decoder.trace import Node, View
 from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
 from haversack.errors import UnsupportedModelError
-from haversack.kernels import ir_run
-from haversack.kernels.attention import DecodeAttention
+from haversack.kernels import ir_run, superscales
+from haversack.kernels.attention import CacheForm, DecodeAttention
 from haversack.kernels.compiled import CompiledMatvec, Matvec
 from haversack.kernels.format import PackedFormat
 from haversack.kernels.ir_float import converts_half
 from haversack.kernels.ir_rows import RECORD, RowStep, rows_text
 from haversack.kernels.ir_tape import APPEND_RECORD, tape_text
+from haversack.kernels.ir_team import TEAM_ARGUMENTS
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
 from haversack.kernels.registry import Chosen, choose
 from haversack.kernels.threads import parallel_address
+from haversack.parts.kv.bands import BandedLayer, cut_heads
+from haversack.parts.kv.base import KVLayer
 from haversack.parts.kv.layer import RingLayer
 
-_ATTENTION_ARGUMENTS = [("ptr", "job"), ("ptr", "parallel"), ("i32", "threads")]
-_THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "attention": _ATTENTION_ARGUMENTS}
+if TYPE_CHECKING:
+    from haversack.kernels.ir_superscales import SuperscaleCase
+
+_THUNKS = {"matmul": ir_run.ENTRY_ARGUMENTS, "job": [("ptr", "job"), *TEAM_ARGUMENTS]}
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -172,19 +177,19 @@ class StepProgram:
         x = self._view(source).view(self.batch_size, in_features)
         if not x.is_contiguous():
             raise UnsupportedModelError("a matrix reads rows that lie apart")
-        by_kernel: dict[Matvec, list[tuple[PackedMatrix, int]]] = {}
+        by_kernel: dict[Matvec, list[_Product]] = {}
         for node in nodes:
             out = self._tensor(node, 0, node.layout.shape, node.layout.strides).view(self.batch_size, -1)
             weight = node.facts["weight"]
             matrices = _matrices(weight)
             compiled = [_compiled_kernel(m, self.batch_size, x.dtype) for m, _ in matrices]
-            if matrices and all(compiled) and (len(matrices) == 1 or self.batch_size == 1):
+            if matrices and all(compiled):
                 for (matrix, rows), kernel in zip(matrices, compiled, strict=True):
                     assert kernel is not None
                     start = out.data_ptr() + (rows.start or 0) * out.element_size()
-                    by_kernel.setdefault(kernel, []).append((matrix, start))
+                    by_kernel.setdefault(kernel, []).append(_Product(matrix, start, out.stride(0)))
             else:
-                self._torch(_product(x, weight, out))
+                self._torch(_torch_product(x, weight, out))
         for kernel, group in by_kernel.items():
             self._matmul(kernel, group, x)
 
@@ -201,27 +206,57 @@ class StepProgram:
 
         self._torch(run)
 
-    def _matmul(self, kernel: Matvec, group: Sequence[tuple[PackedMatrix, int]], x: torch.Tensor) -> None:
-        words: list[int] = []
-        for matrix, out in group:
-            tensors = matrix.tensors()
-            zeros = tensors.get("zeros")
-            self._keep.append(tensors)
-            words += [tensors["codes"].data_ptr(), tensors["scales"].data_ptr()]
-            words += [0 if zeros is None else zeros.data_ptr(), out, matrix.out_features]
-        limits = [_chosen(m, kernel.case.fmt, self.batch_size, x.dtype).threads for m, _ in group]
-        threads = min([self._threads, *(limit for limit in limits if limit is not None)])
-        given = kernel.call_words(sum(m.out_features for m, _ in group), self.batch_size, threads)
-        given |= {
-            "x": x.data_ptr(),
-            "workspace": self._workspace.data_ptr(),
-            "matrices": self._record(words),
-            "num_matrices": len(group),
-        }
-        entry = kernel.module.address("run")
-        record = self._record([entry, *(given[name] for _, name in ir_run.ENTRY_ARGUMENTS)])
+    def _matmul(self, kernel: Matvec, group: Sequence[_Product], x: torch.Tensor) -> None:
+        """One call for all matrices, or one for as many as the workspace has room for scales of."""
         self._keep.append(kernel)
-        self._call(self._tape_module.address("thunk_matmul"), record)
+        limits = [_chosen(p.matrix, kernel.case.fmt, self.batch_size, x.dtype).threads for p in group]
+        threads = min([self._threads, *(limit for limit in limits if limit is not None)])
+        scales_at = kernel.case.workspace_bytes(self.batch_size)
+        words: list[int] = []
+        num_rows = used = 0
+
+        def flush() -> None:
+            nonlocal num_rows, used
+            given = kernel.call_words(num_rows, self.batch_size, threads) | {
+                "x": x.data_ptr(),
+                "workspace": self._workspace.data_ptr(),
+                "matrices": self._record(words),
+                "num_matrices": len(words) // ir_run.MATRIX_WORDS,
+            }
+            entry = kernel.module.address("run")
+            record = self._record([entry, *(given[name] for _, name in ir_run.ENTRY_ARGUMENTS)])
+            self._call(self._tape_module.address("thunk_matmul"), record)
+            words.clear()
+            num_rows = used = 0
+
+        for product in group:
+            matrix, tensors = product.matrix, product.matrix.tensors()
+            self._keep.append(tensors)
+            for first, stop in _pieces(matrix):
+                scale_bytes = _written_scale_bytes(matrix, stop - first)
+                if scales_at + used + scale_bytes > self._workspace.nbytes:
+                    flush()
+                part = {name: tensor[first:stop] for name, tensor in tensors.items()}
+                zeros, scales = part.get("zeros"), part["scales"].data_ptr()
+                if scale_bytes:
+                    scales = self._workspace.data_ptr() + scales_at + used
+                    self._write_scales(matrix, part, scales)
+                    used += scale_bytes
+                words += [part["codes"].data_ptr(), scales, 0 if zeros is None else zeros.data_ptr()]
+                words += [product.out + first * x.element_size(), stop - first, product.out_stride]
+                num_rows += stop - first
+        flush()
+
+    def _write_scales(self, matrix: PackedMatrix, tensors: Mapping[str, torch.Tensor], out: int) -> None:
+        """Second-level scales as kernels read them, to an address in the workspace: before the product, at every step."""
+        case = _superscale_case(matrix)
+        assert case is not None
+        module = superscales.compiled(case)
+        self._keep.append(module)
+        job = self._record(superscales.job_words(tensors["scales"], tensors["superscales"], out))
+        threads = min(self._threads, superscales.num_threads(len(tensors["scales"])))
+        words = [module.address("run"), job, parallel_address(), threads]
+        self._call(self._tape_module.address("thunk_job"), self._record(words))
 
     def _attention(self, nodes: Sequence[Node]) -> None:
         (node,) = nodes
@@ -229,38 +264,49 @@ class StepProgram:
         query, keys, values = (self._view(view) for view in node.inputs if isinstance(view, View))
         out = self._tensor(node, 0, node.layout.shape, node.layout.strides)
         sinks = None if node.facts["sinks"] is None else _constant(node.facts["sinks"])
-        decoder = layer.store.decoder(node.facts["softcap"])
         by_head = query.stride(3) == 1 and query.stride(1) == query.shape[3]
-        if not isinstance(decoder, DecodeAttention) or not by_head or keys.stride(3) != 1 or values.stride(3) != 1:
+        if not layer.is_compiled or not by_head or keys.stride(3) != 1 or values.stride(3) != 1:
             facts = {"scaling": node.facts["scaling"], "softcap": node.facts["softcap"], "sinks": sinks}
-
-            def attend() -> None:
-                out.copy_(layer.store.attend(query, keys, values, **facts)[0].transpose(1, 2))
-
-            self._torch(attend)
+            attend = layer.store.attend if layer.rings else layer.store.step
+            self._torch(lambda: out.copy_(attend(query, keys, values, **facts)[0].transpose(1, 2)))
             return
-        size = query.element_size()
+        size, groups = query.element_size(), query.shape[1] // keys.shape[1]
         logits = None if sinks is None else sinks.to(torch.float32).contiguous()
-        self._keep.append((decoder, logits))
-        splits = decoder.form.splits(self.batch_size, self._threads)
-        decoder = decoder.another()
-        decoder.set(
-            query=query.data_ptr(), query_stride=query.stride(0) * size,
-            new_keys=keys.data_ptr(), new_key_stride=keys.stride(0) * size, new_key_head_stride=keys.stride(1) * size,
-            new_values=values.data_ptr(), new_value_stride=values.stride(0) * size,
-            new_value_head_stride=values.stride(1) * size,
-            out=out.data_ptr(), out_stride=out.stride(0) * size, lse=0,
-            logits=0 if logits is None else logits.data_ptr(),
-            scaling=struct.unpack("<I", struct.pack("<f", node.facts["scaling"]))[0],
-            num_rows=self.batch_size, splits=splits, partials=self._workspace.data_ptr(),
-            counts=ctypes.addressof(self._counts), packed_until=ctypes.addressof(layer.packed_until),
-        )  # fmt: skip
-        self._keep.append(decoder)
-        words = [decoder.module.address("run"), ctypes.addressof(decoder.job), parallel_address(), self._threads]
-        self._call(self._tape_module.address("thunk_attention"), self._record(words))
+        self._keep.append(logits)
+        for ring in layer.rings:
+            whole = ring.store.decoder(node.facts["softcap"])
+            assert isinstance(whole, DecodeAttention)
+            for run in ring.runs:
+                head, decoder = run.head * groups, whole.of_heads(run.slab_head, run.num_heads)
+                decoder.set(
+                    query=query[:, head:].data_ptr(), query_stride=query.stride(0) * size,
+                    new_keys=keys[:, run.head :].data_ptr(),
+                    new_key_stride=keys.stride(0) * size, new_key_head_stride=keys.stride(1) * size,
+                    new_values=values[:, run.head :].data_ptr(), new_value_stride=values.stride(0) * size,
+                    new_value_head_stride=values.stride(1) * size,
+                    out=out[:, :, head:].data_ptr(), out_stride=out.stride(0) * size, lse=0,
+                    logits=0 if logits is None else logits[head:].data_ptr(),
+                    scaling=struct.unpack("<I", struct.pack("<f", node.facts["scaling"]))[0],
+                    num_rows=self.batch_size, splits=self._splits(whole.form, decoder.form),
+                    partials=self._workspace.data_ptr(),
+                    counts=ctypes.addressof(self._counts), packed_until=ctypes.addressof(ring.packed_until),
+                )  # fmt: skip
+                self._keep.append(decoder)
+                words = [
+                    decoder.module.address("run"),
+                    ctypes.addressof(decoder.job),
+                    parallel_address(),
+                    self._threads,
+                ]
+                self._call(self._tape_module.address("thunk_job"), self._record(words))
+
+    def _splits(self, whole: CacheForm, run: CacheForm) -> int:
+        """Parts of the context for a run of heads, in no more workspace than all heads of its ring take."""
+        states = whole.num_heads * whole.splits(self.batch_size, self._threads)
+        return max(1, min(run.splits(self.batch_size, self._threads), states // run.num_heads))
 
     def _workspace_bytes(self) -> int:
-        """The largest workspace of any kernel; they take turns."""
+        """The largest workspace of any kernel, with the scales that are written out for it; they take turns."""
         largest = 64
         for action in self.schedule.actions:
             for node in action.nodes:
@@ -268,7 +314,8 @@ class StepProgram:
                     for matrix, _ in _matrices(node.facts["weight"]):
                         kernel = _compiled_kernel(matrix, self.batch_size, node.layout.dtype)
                         if kernel is not None:
-                            largest = max(largest, kernel.case.workspace_bytes(self.batch_size))
+                            written = max(_written_scale_bytes(matrix, b - a) for a, b in _pieces(matrix))
+                            largest = max(largest, kernel.case.workspace_bytes(self.batch_size) + written)
         return largest
 
     # The cache
@@ -281,83 +328,148 @@ class StepProgram:
         for i, node in enumerate(attentions):
             planned = cache.planned[i if node.facts["layer"] is None else node.facts["layer"]]
             store = planned.store
-            if not isinstance(store, RingLayer) or store.batch_size != self.batch_size:
-                raise UnsupportedModelError(f"{planned.site.id}: its cache is of another kind or batch")
+            if store is None or store.batch_size != self.batch_size:
+                raise UnsupportedModelError(f"{planned.site.id}: its cache is empty or of another batch")
             if planned.site.window_tokens != node.facts["window"]:
                 raise UnsupportedModelError(f"{planned.site.id}: it attends with a window of {node.facts['window']}")
-            decoder = store.decoder(node.facts["softcap"])
-            if isinstance(decoder, DecodeAttention):
+            layers[node] = layer = _Layer(planned, store, node.facts["softcap"])
+            for ring in layer.rings if layer.is_compiled else ():
+                decoder = ring.store.decoder(node.facts["softcap"])
+                assert isinstance(decoder, DecodeAttention)
                 needed = decoder.form.workspace_bytes(self.batch_size, self._threads)
                 if needed > self._workspace.nbytes:
                     self._workspace = torch.empty(needed, dtype=torch.uint8)
-            layers[node] = _Layer(planned, store, node, self.batch_size)
         return layers
 
     def follow(self) -> None:
         """Take over from the cache what it holds: before the first step, and when others stored tokens or took them back."""
-        counts = {tuple(layer.store.counts) for layer in self._layers.values()}
+        counts = {layer.store.seen_tokens() for layer in self._layers.values()}
         if len(counts) != 1:
             raise UnsupportedModelError("the cache's layers have seen different tokens")
         for row, count in enumerate(next(iter(counts))):
             self._counts[row] = count
             self.positions[row, 0] = count
-        for layer in self._layers.values():
-            layer.follow()
+        for ring in self._rings():
+            ring.follow()
+
+    def _rings(self) -> list[_Ring]:
+        return [ring for layer in self._layers.values() for ring in layer.rings]
 
     def _bind_appends(self) -> Callable[[], None]:
         calls: list[int] = []
         for node, layer in self._layers.items():
-            store = layer.store
             _, keys, values = (self._view(view) for view in node.inputs if isinstance(view, View))
-            layer.new = (keys, values)
-            words = {
-                "num_rows": self.batch_size,
-                "num_kv_heads": keys.shape[1],
-                "counts": ctypes.addressof(self._counts),
-                "sink_tokens": store.regions.sink_tokens,
-                "ring_tokens": store.ring_tokens,
-                "slots": store.tensors["keys"].shape[2],
-            }
-            for name, new in (("key", keys), ("value", values)):
-                words[f"new_{name}s"] = new.data_ptr()
-                words[f"new_{name}_stride"] = new.stride(0) * new.element_size()
-                words[f"new_{name}_head_stride"] = new.stride(1) * new.element_size()
-                words[f"{name}s"] = store.tensors[f"{name}s"].data_ptr()
-                words[f"{name}_bytes"] = new.shape[3] * new.element_size()
-            calls += [self._tape_module.address("append"), self._record([words[n] for n in APPEND_RECORD])]
-        tape, run, count = self._record(calls), self._run, len(calls) // 2
-        return lambda: run(tape, count)
+            for ring in layer.rings:
+                ring.new = (keys, values)
+                for run in ring.runs:
+                    calls += [self._tape_module.address("append"), self._record(self._append_words(ring, run))]
+        tape, run_tape, count = self._record(calls), self._run, len(calls) // 2
+        return lambda: run_tape(tape, count)
+
+    def _append_words(self, ring: _Ring, run: _Run) -> list[int]:
+        store = ring.store
+        words = {
+            "num_rows": self.batch_size,
+            "num_kv_heads": run.num_heads,
+            "num_slab_heads": store.site.num_kv_heads,
+            "counts": ctypes.addressof(self._counts),
+            "sink_tokens": store.regions.sink_tokens,
+            "ring_tokens": store.ring_tokens,
+            "slots": store.tensors["keys"].shape[2],
+        }
+        for name, new in zip(("key", "value"), ring.new, strict=True):
+            words[f"new_{name}s"] = new[:, run.head :].data_ptr()
+            words[f"new_{name}_stride"] = new.stride(0) * new.element_size()
+            words[f"new_{name}_head_stride"] = new.stride(1) * new.element_size()
+            words[f"{name}s"] = store.tensors[f"{name}s"][:, run.slab_head :].data_ptr()
+            words[f"{name}_bytes"] = new.shape[3] * new.element_size()
+        return [words[name] for name in APPEND_RECORD]
 
     def _store(self) -> None:
-        """The new token of every sequence into every layer; by the layers themselves where one packs a group."""
-        layers = self._layers.values()
-        if any(layer.store.packs_at_next_append() for layer in layers):
-            for layer in layers:
-                layer.store.append(*layer.new)
-                layer.follow()
+        """The new token of every sequence into every ring; by the rings themselves where one packs a group. Other layers have
+        stored it when they attended."""
+        rings = self._rings()
+        if any(ring.store.packs_at_next_append() for ring in rings):
+            for ring in rings:
+                ring.store.append(*(cut_heads(new, ring.heads) for new in ring.new))
+                ring.follow()
         else:
             self._append()
-            for layer in layers:
-                layer.store.note_appended()
-        for layer in layers:
+            for ring in rings:
+                ring.store.note_appended()
+        for layer in self._layers.values():
             layer.planned.columns += 1
         for row in range(self.batch_size):
             self._counts[row] += 1
         self.positions += 1
 
 
-class _Layer:
-    """A layer of the cache as a program sees it."""
+class _Run(NamedTuple):
+    """KV heads that lie side by side both in the layer, from `head` on, and in their slab, from `slab_head` on."""
 
-    def __init__(self, planned: Any, store: RingLayer, node: Node, batch_size: int):
-        self.planned = planned
+    head: int
+    slab_head: int
+    num_heads: int
+
+
+class _Ring:
+    """A ring of the cache and the layer's KV heads that it holds, as a program sees it."""
+
+    def __init__(self, store: RingLayer, heads: Sequence[int]):
         self.store = store
-        self.packed_until = (ctypes.c_int64 * batch_size)()
-        self.new: tuple[torch.Tensor, torch.Tensor]
+        self.heads = tuple(heads)
+        self.packed_until = (ctypes.c_int64 * store.batch_size)()
+        self.new: tuple[torch.Tensor, torch.Tensor]  # of all the layer's heads
+        starts = [i for i, head in enumerate(self.heads) if not i or head != self.heads[i - 1] + 1]
+        ends = [*starts[1:], len(self.heads)]
+        self.runs = [_Run(self.heads[i], i, end - i) for i, end in zip(starts, ends, strict=True)]
 
     def follow(self) -> None:
         for row, until in enumerate(self.store.packed_until):
             self.packed_until[row] = until
+
+
+class _Layer:
+    """A layer of the cache as a program sees it: rings, which compiled code writes to and, if it can, attends to; or none, and
+    the layer attends and stores by itself."""
+
+    def __init__(self, planned: Any, store: KVLayer, softcap: float | None):
+        self.planned = planned
+        self.store = store
+        parts: list[tuple[Sequence[int], KVLayer]] = [(range(store.site.num_kv_heads), store)]
+        if isinstance(store, BandedLayer):
+            parts = [(band.heads, layer) for band, layer in zip(store.bands, store.layers, strict=True)]
+        rings = [_Ring(part, heads) for heads, part in parts if isinstance(part, RingLayer)]
+        self.rings = rings if len(rings) == len(parts) else []
+        decoders = [ring.store.decoder(softcap) for ring in self.rings]
+        self.is_compiled = bool(decoders) and all(isinstance(decoder, DecodeAttention) for decoder in decoders)
+
+
+class _Product(NamedTuple):
+    """A packed matrix and where its outputs go: an address, and elements from token to token."""
+
+    matrix: PackedMatrix
+    out: int
+    out_stride: int
+
+
+def _superscale_case(matrix: PackedMatrix) -> SuperscaleCase | None:
+    assert matrix.option.grid is not None
+    return matrix.option.grid.superscale_case(matrix.in_features)
+
+
+def _pieces(matrix: PackedMatrix) -> list[tuple[int, int]]:
+    """First row and end of what is multiplied at once: everything, or as many rows as scales are written out for."""
+    assert matrix.option.grid is not None
+    rows = matrix.out_features
+    step = rows if _superscale_case(matrix) is None else matrix.option.grid.scale_rows(matrix.in_features)
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _written_scale_bytes(matrix: PackedMatrix, num_rows: int) -> int:
+    """Bytes of so many rows' scales where they must be written out, else none."""
+    case = _superscale_case(matrix)
+    return 0 if case is None else num_rows * case.row_bytes
 
 
 def _matrices(weight: Any) -> list[tuple[PackedMatrix, slice]]:
@@ -370,8 +482,8 @@ def _matrices(weight: Any) -> list[tuple[PackedMatrix, slice]]:
 def _compiled_kernel(matrix: PackedMatrix, batch_size: int, dtype: torch.dtype) -> Matvec | None:
     """The matvec that computes this matrix for one token of each sequence; None for other kernels."""
     option = matrix.option
-    fmt = None if option.grid is None else option.grid.packed_format(matrix.in_features)
-    if option.grid is None or fmt is None or option.transforms or option.corrections:
+    fmt = None if option.grid is None else option.grid.kernel_format(matrix.in_features)
+    if option.grid is None or not isinstance(fmt, PackedFormat) or option.transforms or option.corrections:
         return None
     if dtype == torch.float16:  # the kernels behind it convert their input first
         return None
@@ -386,7 +498,7 @@ def _chosen(matrix: PackedMatrix, fmt: PackedFormat, batch_size: int, dtype: tor
     return choose(fmt, batch_size, matrix.out_features, dtype, matrix.option.grid.activation_bits)
 
 
-def _product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], Any]:
+def _torch_product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], Any]:
     """`out = x W^T` by torch or by the registry's kernels."""
     if isinstance(weight, PackedTensor):
         matrices = _matrices(weight)

@@ -44,7 +44,7 @@ class BandedLayer(KVLayer):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         for band, layer in self._each():
-            layer.append(_cut(keys, band.heads), _cut(values, band.heads), real)
+            layer.append(cut_heads(keys, band.heads), cut_heads(values, band.heads), real)
 
     def _attend(
         self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
@@ -74,10 +74,10 @@ class BandedLayer(KVLayer):
         groups = self.site.num_heads // self.site.num_kv_heads
         for band, layer in self._each():
             queries = tuple(head * groups + i for head in band.heads for i in range(groups))
-            new = [None if x is None else _cut(x, band.heads) for x in (new_keys, new_values)]
-            sinks = None if how.sinks is None else _cut(how.sinks[None], queries)[0]
+            new = [None if x is None else cut_heads(x, band.heads) for x in (new_keys, new_values)]
+            sinks = None if how.sinks is None else cut_heads(how.sinks[None], queries)[0]
             inside = Attending(how.scaling, how.softcap, sinks, how.real)
-            cut = _cut(query, queries)
+            cut = cut_heads(query, queries)
             if store:
                 assert new[0] is not None and new[1] is not None
                 part, part_lse = layer._step(cut, new[0], new[1], inside)
@@ -141,7 +141,7 @@ def _is_span(heads: Sequence[int]) -> bool:
     return heads[-1] - heads[0] + 1 == len(heads)
 
 
-def _cut(x: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+def cut_heads(x: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
     """Heads of `(batch, heads, ...)`: a view where they lie side by side."""
     if _is_span(heads):
         return x[:, heads[0] : heads[-1] + 1]

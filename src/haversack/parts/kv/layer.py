@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
 from haversack.ledger import StoredTensor, total_bytes
-from haversack.parts.kv.attention import as_block, attend_blocks, decode_form, key_block_tokens
+from haversack.parts.kv.attention import as_block, attend_blocks, decode_form, key_block_tokens, sees_causally
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, Attending, KVLayer, PackedGroups, Regions, check_room
 
 if TYPE_CHECKING:
@@ -188,6 +188,11 @@ class RingLayer(KVLayer):
             if decoder is not None and query.dtype == self.tensors["keys"].dtype:
                 stored = (self.counts, self.packed_until)
                 return decoder(query, new_keys, new_values, *stored, scaling=how.scaling, sinks=how.sinks)
+        new = None
+        if new_keys is not None and new_values is not None:
+            window = self.regions.recent_tokens + 1 if self.regions.drops else None
+            if sees_causally(query, new_keys, new_values, how=how, window_tokens=window):
+                new = (new_keys, new_values)
         uniform = real is None and len(set(self.counts)) == 1
         counts = torch.tensor(self.counts[:1] if uniform else self.counts, dtype=torch.int32, device=device)[:, None]
         if real is None:
@@ -200,19 +205,20 @@ class RingLayer(KVLayer):
             size = key_block_tokens(num_queries)
             yield from self._packed_blocks(positions, size, uniform)
             yield from self._plain_blocks(positions, size, uniform)
-            if new_keys is not None and new_values is not None:
+            if new is None and new_keys is not None and new_values is not None:
                 yield from self._new_blocks(
                     new_keys, new_values, query_positions, real, start, stop, min(size, KEY_BLOCK_TOKENS_PREFILL)
                 )
 
         return attend_blocks(
             query,
-            blocks,
+            blocks if new is None or any(self.counts) else None,
             num_kv_heads=self.site.num_kv_heads,
             value_head_dim=self.site.value_head_dim,
             scaling=how.scaling,
             softcap=how.softcap,
             sinks=how.sinks,
+            new=new,
         )
 
     def decoder(self, softcap: float | None = None) -> DecodeAttention | TritonAttention | None:

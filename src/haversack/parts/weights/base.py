@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from haversack.describe.stored_form import StoredCodes
     from haversack.kernels.format import PackedFormat, PlaneFormat
+    from haversack.kernels.ir_superscales import SuperscaleCase
 
 
 @dataclass
@@ -201,13 +202,17 @@ class Grid(WeightPart):
     def kernel_name(self, num_tokens: int, out_features: int, in_features: int, dtype: str) -> str:
         """The kernel that `matmul` runs through on this machine."""
 
-    def packed_format(self, in_features: int) -> PackedFormat | None:
-        """The stored tensors in the kernels' words, where `codes` and `scales` (and `zeros`) are all that they read."""
+    def kernel_format(self, in_features: int) -> PackedFormat | PlaneFormat | None:
+        """The stored tensors in the kernels' words, and what the registry chooses a kernel by; None where rows are decoded."""
         return None
 
-    def kernel_format(self, in_features: int) -> PackedFormat | PlaneFormat | None:
-        """What the registry chooses a kernel by; None where rows are decoded."""
-        return self.packed_format(in_features)
+    def superscale_case(self, in_features: int) -> SuperscaleCase | None:
+        """How scales must be written out before kernels read them; None where those read them as they are stored."""
+        return None
+
+    def scale_rows(self, in_features: int) -> int:
+        """Rows whose scales are written out at once, where they are."""
+        raise AssertionError(f"{self.id} has no scales to write out")
 
     def decode_seconds(self, num_weights: int) -> float:
         """What decoding so many weights takes one thread, beside reading them; nothing where a kernel multiplies as it

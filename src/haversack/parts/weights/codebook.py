@@ -21,6 +21,8 @@ from haversack.parts.weights.scale_search import BLOCK_ELEMENTS, group_importanc
 if TYPE_CHECKING:
     import torch
 
+    from haversack.kernels.ir_superscales import SuperscaleCase
+
 _SMALLEST_SHRINK = {2: 0.45, 3: 0.55, 4: 0.65, 8: 0.85}
 _NUM_SHRINKS = {2: 16, 3: 14, 4: 12, 8: 4}
 """Range of clipping that is searched, per bits, as shares of the scale that covers the group's extreme."""
@@ -28,9 +30,9 @@ _NUM_SHRINKS = {2: 16, 3: 14, 4: 12, 8: 4}
 SCALE_TILE_BYTES, _ROW_MULTIPLE = 4 << 20, 64
 """Second-level scales are written out for so many bytes' rows at once: what a matrix of 4,096 by 8,192 has in groups of 16."""
 
-SUPERSCALE_SECONDS_PER_WEIGHT = 1.6e-11
-"""One thread's, beside the product: 2,048 x 2,048 in cache took 33 to 37 ps per weight where the same codes under plain scales took 15 to 19
-(torch 2.13, AVX-512 of an EPYC)."""
+SECONDS_PER_SUPERSCALE = 1.3e-10
+"""One thread's to write one second-level scale out, beside the product: 91 to 155 ps for groups of 16 and 32 in a matrix of 2,048 x 2,048
+in cache (torch 2.13, AVX-512 of an EPYC, beside other work)."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class CodebookGrid(DecodedGrid):
             return super().matmul(x, tensors, out_features)
         from haversack.kernels.registry import packed_matmul
 
-        in_features, step = x.shape[-1], self._scale_rows(x.shape[-1])
+        in_features = x.shape[-1]
+        step = self.scale_rows(in_features) if self._has_superscales else out_features
         if out_features <= step:
             return packed_matmul(
                 x,
@@ -163,7 +166,7 @@ class CodebookGrid(DecodedGrid):
         case = {"dtype": torch_dtype(dtype), "scales": self._kernel_scales, **self._form}
         if not self._has_superscales:
             return workspace_bytes(num_tokens, out_features, in_features, **case)
-        rows = min(out_features, self._scale_rows(in_features))
+        rows = min(out_features, self.scale_rows(in_features))
         expanded = 2 * rows * self.num_groups(in_features)
         product = rows * num_tokens * DTYPE_BYTES[dtype] if rows < out_features else 0
         return workspace_bytes(num_tokens, rows, in_features, **case) + expanded + product
@@ -190,19 +193,28 @@ class CodebookGrid(DecodedGrid):
         name = kernel_name(num_tokens, out_features, in_features, **case)
         return f"{name} under superscales" if self._has_superscales else name
 
-    def packed_format(self, in_features: int) -> PackedFormat | None:
-        return None if self._has_superscales else self.kernel_format(in_features)
-
     def kernel_format(self, in_features: int) -> PackedFormat | None:
         if not self._has_kernels:
             return None
         table = tuple(codebook(self.values).table.tolist())
         return PackedFormat(self.bits, self.group_size, in_features, True, table, self._kernel_scales)
 
+    def superscale_case(self, in_features: int) -> SuperscaleCase | None:
+        from haversack.kernels.ir_superscales import SuperscaleCase
+
+        coding = self.coding
+        if not isinstance(coding, SuperblockScales) or not self._has_kernels:
+            return None
+        return SuperscaleCase(coding.bits, coding.num_groups, coding.signed, self.num_groups(in_features))
+
+    def scale_rows(self, in_features: int) -> int:
+        fit = SCALE_TILE_BYTES // (2 * self.num_groups(in_features)) // _ROW_MULTIPLE * _ROW_MULTIPLE
+        return max(_ROW_MULTIPLE, fit)
+
     def decode_seconds(self, num_weights: int) -> float:
         if not self._has_kernels:
             return super().decode_seconds(num_weights)
-        return num_weights * SUPERSCALE_SECONDS_PER_WEIGHT if self._has_superscales else 0.0
+        return num_weights / self.group_size * SECONDS_PER_SUPERSCALE if self._has_superscales else 0.0
 
     @property
     def _has_kernels(self) -> bool:
@@ -224,25 +236,15 @@ class CodebookGrid(DecodedGrid):
     def _kernel_scales(self) -> str:
         return "f16" if self._has_superscales else self.scales
 
-    def _scale_rows(self, in_features: int) -> int:
-        """Rows whose scales are written out at once."""
-        if not self._has_superscales:
-            return 2**62
-        return max(
-            _ROW_MULTIPLE, SCALE_TILE_BYTES // (2 * self.num_groups(in_features)) // _ROW_MULTIPLE * _ROW_MULTIPLE
-        )
-
     def _plain_scales(
         self, tensors: Mapping[str, torch.Tensor], rows: slice | torch.Tensor, in_features: int
     ) -> torch.Tensor:
         """Scales `(rows, groups)` of some rows, as kernels read them."""
-        coding = self.coding
-        if not isinstance(coding, SuperblockScales):
+        case = self.superscale_case(in_features)
+        if case is None:
             return tensors["scales"][rows]
-        from haversack.kernels.ir_superscales import SuperscaleCase
         from haversack.kernels.superscales import expand
 
-        case = SuperscaleCase(coding.bits, coding.num_groups, coding.signed, self.num_groups(in_features))
         return expand(tensors["scales"][rows], tensors["superscales"][rows], case)
 
     @property

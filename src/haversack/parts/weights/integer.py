@@ -221,7 +221,7 @@ class IntegerGrid(Grid):
 
         return kernel_name(num_tokens, out_features, in_features, **self._case(dtype))
 
-    def packed_format(self, in_features: int) -> PackedFormat:
+    def kernel_format(self, in_features: int) -> PackedFormat:
         from haversack.kernels.format import PackedFormat
 
         return PackedFormat(self.bits, self.group_size, in_features, self.symmetric)
