@@ -12,7 +12,9 @@ from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.merging import Merge
+from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.per_token import PerTokenKV
+from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
@@ -25,7 +27,9 @@ OPTIONS = {
     "heavy-demoted": KVOption(HeavyHitters(4, 412, 96, 64), demote=LowPrecision(2)),
     "heavy-per-token": KVOption(HeavyHitters(4, 412, 96, 64), PerTokenKV(4)),
     "heavy-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=Merge(0.1)),
+    "persistent": KVOption(Persistence(4, 412, 96, 64)),
     "corrected": KVOption(None, CorrectedKV(2, 2, 64, 0)),
+    "tables": KVOption(None, NonUniformKV(3, 64, 0, 2)),
     "by-head": by_head(
         [
             KVOption(SinksAndWindow(4, 300)),
@@ -39,7 +43,7 @@ TIGHT = ("plain", "window", "two-bit", "heavy", "window-four-bit")
 """What is declared of these is no more than half again of what is used; of the others sums of bounds."""
 
 SITES = {
-    "grouped": AttentionSite("layer", 0, "module", 8, 2, 64, 64),
+    "grouped": AttentionSite("layer", 0, "module", 8, 2, 64, 64, rope_theta=10000.0),
     "full": AttentionSite("layer", 0, "module", 4, 4, 96, 96, window_tokens=600, softcap=30.0),
 }
 

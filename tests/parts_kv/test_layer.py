@@ -17,14 +17,18 @@ from haversack.parts.base import all_parts, part_from_dict
 from haversack.parts.kv.base import KVOption, KVPart, Selection, by_head
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.kernel_merging import KernelMerge
+from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.merging import Merge
+from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.normalized_attention import NormalizedAttention
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.parts.kv.token_windows import TokenWindows
 from haversack.parts.kv.voting_heads import VotingHeads
 
 SCALING = 0.25
@@ -41,7 +45,8 @@ def one_thread():
 
 
 def site(num_heads: int = 4, num_kv_heads: int = 2, dim: int = DIM, window: int | None = None) -> AttentionSite:
-    return AttentionSite("layer", 0, "module", num_heads, num_kv_heads, dim, dim, window_tokens=window)
+    shape = (num_heads, num_kv_heads, dim, dim)
+    return AttentionSite("layer", 0, "module", *shape, window_tokens=window, rope_theta=10000.0)
 
 
 def tokens(batch: int, length: int, dim: int = DIM, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,6 +130,11 @@ OPTIONS = [
     KVOption(HeavyHitters(4, 20, 8, 32), PerTokenKV(8), LowPrecision(2)),
     KVOption(NormalizedAttention(4, 20, 8, 16), PerTokenKV(4)),
     KVOption(None, CorrectedKV(2, 2, 32, 8, 2, 8)),
+    KVOption(None, NonUniformKV(3, 32, 8)),
+    KVOption(LatestAttention(4, 20, 8, 16)),
+    KVOption(TokenWindows(4, 20, 8, 16, window_tokens=4)),
+    KVOption(HeavyHitters(4, 20, 8, 16), demote=KernelMerge(0.1)),
+    KVOption(SinksAndWindow(4, 70), NonUniformKV(2, 32, 0, 2)),
 ]
 
 
@@ -189,6 +199,35 @@ def test_merging_from_above_one_is_dropping_to_the_bit():
     assert not torch.equal(outputs[None], outputs[Merge(0.0)])
 
 
+def test_a_kernel_merges_near_keys_more_than_far_ones():
+    """Two freed tokens point where a kept one does; the nearer one leaves more of its value, and a threshold above 1 leaves nothing."""
+    kept = (torch.eye(2, DIM)[None, None], torch.zeros(1, 1, 2, DIM))
+    freed_keys = torch.stack([1.5 * torch.eye(2, DIM)[1], 3 * torch.eye(2, DIM)[1]])[None, None]
+    freed_values = torch.zeros(1, 1, 2, DIM)
+    freed_values[0, 0, 0, 0] = freed_values[0, 0, 1, 1] = 1.0
+    open_to = torch.tensor([[[False, True]]])
+    _, values = KernelMerge(0.5).merge(kept, (freed_keys, freed_values), open_to)
+    near, far = torch.exp(-torch.tensor([0.5, 2.0]).div(1.25).square() / 2)  # distances over their mean
+    torch.testing.assert_close(values[0, 0, 1, :2], torch.stack([near, far]) / (1 + near + far))
+    assert torch.equal(values[0, 0, 0], kept[1][0, 0, 0])
+    assert all(
+        torch.equal(a, b) for a, b in zip(KernelMerge(2.0).merge(kept, (freed_keys, freed_values), open_to), kept)
+    )
+
+
+def test_windows_are_kept_whole():
+    """One token of a stretch gets all the attention of the latest queries; its neighbours stay with it."""
+    length, loud = 96, 42
+    keys = torch.zeros(1, 2, length, DIM)
+    keys[0, :, loud, 0] = 40.0
+    query = torch.zeros(1, 4, length, DIM)
+    query[..., 0] = 1.0
+    score = TokenWindows(0, 8, 8, 16, window_tokens=4)
+    layer = KVOption(score).build(site(), batch_size=1, capacity_tokens=length, dtype="F32")
+    run(layer, query, keys, torch.zeros_like(keys), [length])
+    assert all({40, 41, 42, 43} <= set(head) for head in layer.held_by_head(0))
+
+
 def test_a_freed_token_lives_on_in_the_one_most_like_it():
     """One kept token has the freed one's key, but little of its value: half of that comes over, weighted alike."""
     kept_keys, kept_values = torch.eye(3, DIM)[None, None], torch.zeros(1, 1, 3, DIM)
@@ -235,7 +274,7 @@ def test_padded_rows_are_as_alone(option):
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
-            isinstance(part, (QuantizedKV, CorrectedKV)) for part in option.parts
+            isinstance(part, (QuantizedKV, CorrectedKV, NonUniformKV)) for part in option.parts
         ):  # packed tokens depend on what was plain when a query came, so on the chunks
             torch.testing.assert_close(together[row, :, part], output[0], atol=1e-5, rtol=0)
 

@@ -40,6 +40,9 @@ MAX_OPTIONS = 160
 MAX_SECONDS = 240.0
 """For measuring heads of models up to 100M parameters."""
 
+NEGLIGIBLE_NATS = 1e-4
+"""Per token of text and of any probe's answers: a head that loses less needs no more bytes, and is measured with no more."""
+
 
 @dataclass(frozen=True)
 class ProbeRows:
@@ -54,11 +57,12 @@ class ProbeRows:
 
 
 def head_options(capacity_tokens: int) -> tuple[KVOption, ...]:
-    """What a head is offered for contexts of `capacity_tokens`: windows, windows in few bits, all in few bits, chosen tokens."""
+    """What a head is offered for contexts of `capacity_tokens`: windows, windows in few bits, all in few bits, chosen tokens; in the order in which
+    they are measured: a window that most heads lose nothing by, and what packs all."""
     packed = [QuantizedKV(bits, bits_of_values, 32, 0) for bits, bits_of_values in ((8, 8), (4, 4), (4, 2), (2, 2))]
     windows = [SinksAndWindow(SINK_TOKENS, max(1, capacity_tokens // part - SINK_TOKENS)) for part in WINDOWS]
-    options = [KVOption(represent=store) for store in packed]
-    options += [KVOption(window) for window in windows[:-1]]
+    options = [KVOption(windows[0]), *[KVOption(represent=store) for store in reversed(packed)]]
+    options += [KVOption(window) for window in windows[1:-1]]
     options += [KVOption(window, store) for window in windows[-2:] for store in packed[1:4:2]]
     options += [KVOption(selection(HeavyHitters, capacity_tokens // part)) for part in WINDOWS[2:4]]
     options += [KVOption(selection(HeavyHitters, capacity_tokens // part), PerTokenKV(4)) for part in WINDOWS[3:]]
@@ -101,8 +105,9 @@ def measure_heads(
     tell: Progress,
     max_seconds: float = MAX_SECONDS,
 ) -> dict[str, list[dict[KVOption, Damage]]]:
-    """`[site id][KV head][option]`: that head alone so held. Where time ran out, the mean of the heads that were measured."""
-    from haversack.engine.downstream import CacheChange, Downstream
+    """`[site id][KV head][option]`: that head alone so held. Where time ran out, the mean of the heads that were measured; what takes no fewer bytes than
+    another that loses next to nothing (`NEGLIGIBLE_NATS`) is not measured, and not offered."""
+    from haversack.engine.downstream import Downstream, HeadChange
 
     sites = [site for site in model.described.attention if site.shares_with is None]
 
@@ -110,20 +115,27 @@ def measure_heads(
         return f"{site.id}#{head} {probes.digest} {option.label}"
 
     batches = [
-        {key(site, head, option): (site, head, option)}
+        {key(site, head, option): (site, head, option) for head in range(site.num_kv_heads)}
         for option in options
         for site in reversed(sites)
-        for head in range(site.num_kv_heads)
     ]
+
+    def bytes_of(site: AttentionSite, option: KVOption) -> int:
+        shape = {"batch_size": 1, "capacity_tokens": probes.token_ids.shape[1], "dtype": model.described.dtype}
+        return option.stored_bytes(_one_head(site), **shape)  # type: ignore[arg-type]
+
+    def is_settled(site: AttentionSite, head: int, option: KVOption) -> bool:
+        """Whether no more bytes already lose nothing there."""
+        rows_of = ((other, rows.rows.get(f"KL {key(site, head, other)}")) for other in options)
+        cheap = [other for other, row in rows_of if row and max(row.values()) < NEGLIGIBLE_NATS]
+        return any(bytes_of(site, other) <= bytes_of(site, option) for other in cheap)
 
     def measure(
         downstream: Downstream, batch: Sequence[tuple[AttentionSite, int, KVOption]]
     ) -> dict[str, dict[str, float]]:
-        changes = []
-        for site, head, option in batch:
-            held = [option if i == head else KVOption() for i in range(site.num_kv_heads)]
-            changes.append(CacheChange(key(site, head, option), site, by_head(held)))
-        return downstream.measure_apart(changes)
+        open_ones = [one for one in batch if not is_settled(*one)]
+        found = downstream.measure_apart([HeadChange(key(*one), *one) for one in open_ones]) if open_ones else {}
+        return {key(*one): found.get(key(*one), {}) for one in batch}
 
     run_stage(
         "heads",
@@ -147,13 +159,16 @@ def measure_heads(
             for h in range(s.num_kv_heads)
             if f"KL {(k := key(s, h, option))}" in rows.rows
         }
-        for site in sites if known else ():
+        some = [row for row in known.values() if row]
+        for site in sites if some else ():
             for head in range(site.num_kv_heads):
                 by_kind = known.get(key(site, head, option))
+                if by_kind == {}:
+                    continue
                 label, source = "measured", "KL with this head's cache so held"
                 if by_kind is None:
                     label, source = "proxied", "mean KL of the same cache at other heads"
-                    by_kind = {kind: fmean(row[kind] for row in known.values()) for kind in probes.scored}
+                    by_kind = {kind: fmean(row[kind] for row in some) for kind in probes.scored}
                 nats = {kind: max(0.0, value) for kind, value in by_kind.items()}
                 others = tuple((kind, value) for kind, value in nats.items() if kind != TEXT)
                 found[site.id][head][option] = Damage(nats[TEXT], label, source=source, probes=others)
@@ -223,7 +238,12 @@ def cache_damages(
         if site.id not in heads:
             out[site.id] = {KVOption(): NONE}
             continue
-        one = replace(site, num_heads=site.num_heads // site.num_kv_heads, num_kv_heads=1)
+        one = _one_head(site)
         shape = {"batch_size": 1, "capacity_tokens": capacity_tokens, "dtype": model.dtype}
         out[site.id] = layer_options(heads[site.id], lambda option: option.stored_bytes(one, **shape))  # type: ignore[arg-type]  # noqa: B023
     return out
+
+
+def _one_head(site: AttentionSite) -> AttentionSite:
+    """A KV head of the site, as a site of its own."""
+    return replace(site, num_heads=site.num_heads // site.num_kv_heads, num_kv_heads=1)
