@@ -64,8 +64,8 @@ QUANTIZED = [
     for bits in (2, 4)
     for group_size in (32, 64)
 ]
-"""8 bits take 53% or more. The recent window is the default, and longer than any question with its answer: a shorter one, which packs some of
-them while they are asked, would only lose more at as many bytes after the context."""
+"""8 bits take 53% or more. The recent window is the default, and longer than any question with its answer, so that nothing is packed while they are
+read: a shorter one could only lose more at as many bytes after the context."""
 LLAMA_TYPES = ("q4_0", "q8_0")
 
 

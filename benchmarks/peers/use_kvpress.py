@@ -43,9 +43,7 @@ def kv(request):
         press.compression_ratio = 1 - kept
         return press(model)
 
-    return compare(
-        model, probes, lambda: DynamicCache(config=config), compressing, held, settings["bytes"], by_token=False
-    )
+    return compare(model, probes, lambda: DynamicCache(config=config), compressing, held, settings["bytes"])
 
 
 serve({"kv": kv}, ["kvpress", "transformers", "torch"])
