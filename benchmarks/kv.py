@@ -54,6 +54,8 @@ SIZES = (0.5, 0.25, 0.125, 0.06)
 CONTEXT_TOKENS, NUM_PER_KIND = 768, 4
 EVALUATIONS = 16
 PLANNER = "planner"
+RECIPE_SIZES = (0.25, 0.125)
+"""Where our recipes stand beside each other; the planner and others stand at every size."""
 PRESSES = (
     "StreamingLLMPress", "SnapKVPress", "ExpectedAttentionPress", "TOVAPress", "PyramidKVPress", "KeyDiffPress", "KnormPress",
     "LagKVPress",
@@ -326,7 +328,8 @@ def compare(
         rows: list[Row] = []
         if not only or PLANNER in only:
             rows.append(bench.planner(size, arguments.evaluations))
-        rows += [row for name in recipes if (row := bench.recipe(name, size)) is not None]
+        if size in RECIPE_SIZES or only:
+            rows += [row for name in recipes if (row := bench.recipe(name, size)) is not None]
         by_contender: dict[str, list[Row]] = {}
         for at, row in others:
             if at in (None, size) and row.held_bytes <= limit:

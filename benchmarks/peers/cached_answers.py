@@ -78,14 +78,15 @@ def answered(model, probe, cache):
 
 
 def one_turn(model, probe, turn, cache):
-    """The same of one turn; the cache is changed. A turn goes in at once, unless it would fill a window from which tokens are packed: they must then
-    be read token by token, or some would be read as they came."""
+    """The same of one turn; the cache is changed. A turn goes in at once, but token by token where it would fill a window from which tokens are packed
+    (some would be read as they came), and where layers hold different numbers of tokens (they share one mask)."""
     import torch
 
     ids, places = turn
     start, fed = len(probe["context"]), torch.tensor(ids[:-1])
     window = getattr(cache.layers[0], "residual_length", None)
-    step = 1 if window is not None and len(fed) >= window else len(fed)
+    uneven = len({layer.get_seq_length() for layer in cache.layers}) > 1
+    step = 1 if uneven or (window is not None and len(fed) >= window) else len(fed)
     out = []
     for piece in torch.arange(len(fed)).split(step):
         logits = model(
