@@ -30,7 +30,7 @@ class Context:
         model(input_ids=ids, past_key_values=self.whole, use_cache=True, logits_to_keep=1)
         for hook in hooks:
             hook.remove()
-        self.answers = answered(model, probe, copy.deepcopy(self.whole))
+        self.answers = answered(model, probe, duplicate(self.whole))
 
     def read_into(self, cache):
         """Let the layers of `cache` take the context's keys and values, and the hooks that a method set see the calls."""
@@ -73,8 +73,15 @@ def answered(model, probe, cache):
     import torch
 
     *others, last = probe["turns"]
-    out = [one_turn(model, probe, turn, copy.deepcopy(cache)) for turn in others]
+    out = [one_turn(model, probe, turn, duplicate(cache)) for turn in others]
     return torch.cat([*out, one_turn(model, probe, last, cache)])
+
+
+def duplicate(cache):
+    """A cache that goes on by itself: layers put new tensors in the place of old ones, and write into none."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def one_turn(model, probe, turn, cache):

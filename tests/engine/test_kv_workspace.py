@@ -10,6 +10,7 @@ from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.kernel_merging import KernelMerge
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.merging import Merge
 from haversack.parts.kv.non_uniform import NonUniformKV
@@ -18,6 +19,7 @@ from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.parts.kv.token_windows import TokenWindows
 
 OPTIONS = {
     "plain": KVOption(),
@@ -27,6 +29,8 @@ OPTIONS = {
     "heavy-demoted": KVOption(HeavyHitters(4, 412, 96, 64), demote=LowPrecision(2)),
     "heavy-per-token": KVOption(HeavyHitters(4, 412, 96, 64), PerTokenKV(4)),
     "heavy-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=Merge(0.1)),
+    "heavy-kernel-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=KernelMerge(0.1)),
+    "stretches": KVOption(TokenWindows(4, 412, 96, 64)),
     "persistent": KVOption(Persistence(4, 412, 96, 64)),
     "corrected": KVOption(None, CorrectedKV(2, 2, 64, 0)),
     "tables": KVOption(None, NonUniformKV(3, 64, 0, 2)),

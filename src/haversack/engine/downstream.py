@@ -5,8 +5,8 @@ forward pass on average, and changes of one layer go through the rest together: 
 of them. Divergence is of the unpacked model's next-token distribution from the changed one's, in nats per token.
 
 Memory: one layer (or embedding, or head) in the compute dtype and the matrix that a change replaces; logits of
-`HEAD_TOKENS` tokens, three times in float32; where heads change, one sequence's queries, keys, values and outputs of a layer. Disk: `tokens * hidden_size * itemsize` for every layer's input, and twice
-for every change of the layer in hand.
+`HEAD_TOKENS` tokens, three times in float32, and one sequence's queries, keys, values and outputs of a layer. Disk: `tokens * hidden_size * itemsize` for every layer's input, and twice
+for every change of the layer in hand; where heads change, queries, keys, values and outputs of every layer's attention.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from haversack.describe.site import AttentionSite, WeightSite
 from haversack.engine.calibrate import check_token_ids
@@ -100,6 +101,7 @@ class Downstream:
             edges = (*range(0, num_tokens - ANSWER_TOKENS, CHUNK_TOKENS), num_tokens - ANSWER_TOKENS)  # type: ignore[assignment]
         self._chunks = [slice(a, b) for a, b in itertools.pairwise((*edges, num_tokens))]
         self._folder = Path(scratch)
+        self._how: dict[Path, dict] = {}  # how the attention of files attends
         self._states = HiddenStates(self._folder, num_tokens, model.described.hidden_size, model.compute_dtype)
         self._prepare()
 
@@ -181,13 +183,23 @@ class Downstream:
         groups = site.num_heads // site.num_kv_heads
         hidden = self._clean(site.layer)
         for i in range(self.num_sequences):
-            plain = self.model.attended_in(site.layer, hidden[i : i + 1])
+            plain = self._attended(site.layer, i)
             held = {option: self._attended_cached(site, plain, option) for option in {c.option for c, _ in changes}}
             for change, after in changes:
                 own = slice(change.head * groups, (change.head + 1) * groups)
                 output = plain.output.clone()
                 output[:, :, own] = held[change.option][:, :, own]
                 after[i : i + 1] = self.model.run_layer_given(site.layer, hidden[i : i + 1], output)
+
+    def _attended(self, layer: int, sequence: int) -> Attended:
+        """What the layer's attention gets and gives unchanged: computed once, then read from a file."""
+        file = self._folder / f"attended-{layer}-{sequence}"
+        if file not in self._how:
+            found = self.model.attended_in(layer, self._clean(layer)[sequence : sequence + 1])
+            self._how[file] = found.how
+            names = ("query", "key", "value", "output")
+            save_file({name: getattr(found, name).contiguous() for name in names}, str(file))
+        return Attended(**load_file(str(file)), how=self._how[file])
 
     def _attended_cached(self, site: AttentionSite, plain: Attended, option: KVOption) -> torch.Tensor:
         dtype = DTYPE_NAMES[self.model.compute_dtype]
