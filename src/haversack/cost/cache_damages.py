@@ -108,6 +108,7 @@ def measure_heads(
     """`[site id][KV head][option]`: that head alone so held. Where time ran out, the mean of the heads that were measured; what takes no fewer bytes than
     another that loses next to nothing (`NEGLIGIBLE_NATS`) is not measured, and not offered."""
     from haversack.engine.downstream import Downstream, HeadChange
+    from haversack.engine.observe import products_in_bfloat16
 
     sites = [site for site in model.described.attention if site.shares_with is None]
 
@@ -137,18 +138,19 @@ def measure_heads(
         found = downstream.measure_apart([HeadChange(key(*one), *one) for one in open_ones]) if open_ones else {}
         return {key(*one): found.get(key(*one), {}) for one in batch}
 
-    run_stage(
-        "heads",
-        batches,
-        measure,
-        model,
-        probes.token_ids,
-        rows,
-        scratch,
-        tell,
-        scored=probes.scored,
-        max_seconds=max_seconds,
-    )
+    with products_in_bfloat16():  # of float32 models: two thirds of the time are matrix products
+        run_stage(
+            "heads",
+            batches,
+            measure,
+            model,
+            probes.token_ids,
+            rows,
+            scratch,
+            tell,
+            scored=probes.scored,
+            max_seconds=max_seconds,
+        )
     found: dict[str, list[dict[KVOption, Damage]]] = {
         site.id: [{KVOption(): NONE} for _ in range(site.num_kv_heads)] for site in sites
     }
