@@ -65,8 +65,9 @@ QUANTIZED = [
     for backend in ("quanto", "hqq")
     for bits in (2, 4)
     for group_size in (32, 64)
+    if (backend, bits, group_size) != ("hqq", 2, 64)
 ]
-"""8 bits take 53% or more. The recent window is the default, and longer than any question with its answer, so that nothing is packed while they are
+"""hqq's 2 bits in groups of 64 fail for model A where a sequence's length is odd. 8 bits take 53% or more. The recent window is the default, and longer than any question with its answer, so that nothing is packed while they are
 read: a shorter one could only lose more at as many bytes after the context."""
 LLAMA_TYPES = ("q4_0", "q8_0")
 

@@ -305,6 +305,46 @@ def test_correcting_takes_off_most_of_what_two_bits_lose():
         assert both < 0.75 * plain
 
 
+def test_keys_are_packed_as_they_were_before_rotation():
+    """Keys that a model's own rotary embedding made of one direction come back as one, which a scale and a zero hold, wherever their group begins."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=4 * DIM, num_attention_heads=4, rope_parameters=rope))
+    keys = torch.randn(1, 2, 1, DIM, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 97, -1)
+    _, keys = apply_rotary_pos_emb(keys, keys, *rotary(keys, torch.arange(100, 197)[None]))
+    errors = []
+    for before_rotation in (True, False):
+        option = KVOption(None, NonUniformKV(2, 32, 0, 0, before_rotation))
+        layer = option.build(site(), batch_size=1, capacity_tokens=97, dtype="F32")
+        layer.append(keys, torch.zeros_like(keys))
+        errors.append(float((layer.packed.read(0, 3)[0] - keys[:, :, 1:]).abs().max()))  # the first token is kept whole
+        torch.testing.assert_close(layer.tensors["keys"][:, :, 0], keys[:, :, 0])
+    assert errors[0] < 2e-3 < 0.2 < errors[1]
+
+
+def test_outliers_of_every_vector_are_kept_as_they_are():
+    """A far number in each token's values, and in each channel of a group of keys: exact to float16, and the rest no worse for it."""
+    _, keys, values = tokens(1, 65)
+    values = values.clone()
+    values[:, :, 1:, 5] = 60.0
+    found = {}
+    for count in (0, 1):
+        option = KVOption(None, NonUniformKV(2, 64, 0, count))
+        layer = option.build(site(), batch_size=1, capacity_tokens=65, dtype="F32")
+        layer.append(keys, values)
+        found[count] = layer.packed.read(0, 1)[1] - values[:, :, 1:]
+    assert found[1][..., 5].abs().max() == 0
+    others = [i for i in range(DIM) if i != 5]
+    assert found[1][..., others].norm() < 0.2 * found[0][..., others].norm()
+
+
+def test_tables_of_another_length_or_order_are_refused():
+    for table in ((0.0, 1.0), (0.0, 2.0, 1.0, 3.0)):
+        with pytest.raises(UsageError, match=r"key_table is .* must be 4 rising values"):
+            NonUniformKV(2, key_table=table)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_two_bit_groups_of_64_take_a_sixth(dim):
     wide = site(dim=dim)
