@@ -55,6 +55,8 @@ def test_weight_changes_diverge_as_in_the_whole_model(family, tmp_path):
 def test_heads_that_attend_together_change_as_each_alone(family, tmp_path):
     """Softcaps and sliding windows included; scored places of two kinds, of which one is rare."""
     folder = save_tiny(family, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     described, ids = describe_model(folder), random_ids(2, 160)
     scored = {"rare": torch.zeros(ids.shape, dtype=torch.bool), "text": torch.ones(ids.shape, dtype=torch.bool)}
     scored["rare"][1, [130, 150]] = True

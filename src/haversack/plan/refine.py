@@ -69,6 +69,7 @@ class PlanMeter:
         """Search around a solution, in at most `evaluations` measurements; never worse than it, as measured."""
         state_file = self.calibration.statistics.folder / f"plans-{self._digest(built, solution)}.json"
         state = json.loads(state_file.read_text()) if state_file.exists() else None
+        self.progress("measuring plans", len(state["trials"]) if state else 0, self.evaluations)
 
         def record(trials: dict) -> None:
             partial = state_file.with_suffix(".partial")
