@@ -32,6 +32,7 @@ from benchmarks.finished_rows import FinishedRows, digest
 from benchmarks.results_file import write_results
 from benchmarks.weights import source_digest
 from haversack import data
+from haversack.cost.cache_damages import untried_nats
 from haversack.cost.calibrated import open_tokenizer, probe_tasks, probed_caches, token_ids_of
 from haversack.cost.damage import Damage
 from haversack.cost.single_changes import stage_model
@@ -203,10 +204,11 @@ class Bench:
 
         def measure(chosen: tuple[int, ...]) -> tuple[float, ...]:
             assert self._steering is not None
-            by_site = {site.id: o for site, o in zip(self.model.attention, options(chosen), strict=True)}
-            found = mean_kl(self._steering.scores(by_site, asked=("after",)))
+            by_site = dict(zip(self.model.attention, options(chosen), strict=True))
+            found = mean_kl(self._steering.scores({site.id: option for site, option in by_site.items()}))
+            untried = untried_nats(by_site, self._steering.capacity_tokens)
             text = fmean(nats for kind, nats in found.items() if kind.startswith("text"))
-            return (text, *(found[kind] for kind in kinds))
+            return (text, *(found[kind] + untried for kind in kinds))
 
         start = solve(problem, time_limit_seconds=60)
         best = correct(problem, measure, max_evaluations=evaluations, start=start.chosen, time_limit_seconds=20).best
