@@ -251,7 +251,7 @@ class Bench:
             return
         probes = folder / "probes.json"
         probes.write_text(json.dumps([_for_peer(task) for _, task in self.meter.tasks]))
-        shared = {"task": "kv", "probes": str(probes), "num_threads": self.num_threads}
+        shared: dict[str, Any] = {"task": "kv", "probes": str(probes), "num_threads": self.num_threads}
         if name == "llama_cpp_caches":
             shared["file"] = str(folder / "model.gguf")
             export(pack_alike(self.model, None, folder / "as-is"), shared["file"], "gguf")

@@ -107,15 +107,15 @@ class AttentionStatistics:
             whole = keys[0].shape[2] // part.group_size * part.group_size
             turns = turns_of(part, self.sites[layer])
             grouped = [x[:, :, :whole].unflatten(2, (-1, part.group_size)) for x in keys]
-            grouped = grouped if turns is None else [turned(x, turns, back=True) for x in grouped]
-            collected[layer][0].append(_normalized(*(x.transpose(3, 4) for x in grouped), part.num_outliers))
+            key, gradient = (x if turns is None else turned(x, turns, back=True) for x in grouped)
+            of_keys = _normalized(key.transpose(3, 4), gradient.transpose(3, 4), part.num_outliers)
+            collected[layer][0].append(of_keys)
             collected[layer][1].append(_normalized(*values, part.num_outliers))
-        return [
-            tuple(
-                _weighted_means(torch.cat([x for x, _ in some]), torch.cat([w for _, w in some]), usual) for some in of
-            )
-            for of in collected
-        ]
+
+        def table(some: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
+            return _weighted_means(torch.cat([x for x, _ in some]), torch.cat([w for _, w in some]), usual)
+
+        return [(table(of_keys), table(of_values)) for of_keys, of_values in collected]
 
     @cached_property
     def _with_gradients(self) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
