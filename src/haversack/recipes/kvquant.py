@@ -45,5 +45,4 @@ RECIPE = Recipe(
     whole_cache=whole_cache,
     needs_statistics=True,
     published="less than 0.1 of perplexity lost at 3 bits, on Wikitext-2 and C4, for LLaMA, Llama 2 and 3 and Mistral (abstract)",
-    catalogue=("kvquant",),
 )
