@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from haversack.engine.kv_cache import HaversackCache, KVPlan
+    from haversack.parts.weights.base import WeightOption
 
 SHAPE = {**CONFIG, "max_position_embeddings": 16384}
 READ_BYTES = 4 << 30
@@ -71,9 +72,19 @@ WORKLOADS = (
 )
 
 
-def pack_model(folder: Path) -> Path:
+def four_bits(activation_bits: int = 16) -> WeightOption:
+    """4 bits in groups of 128, rounded to nearest."""
+    from haversack.parts.weights.base import WeightOption
+    from haversack.parts.weights.integer import IntegerGrid
+    from haversack.parts.weights.nearest import NearestRounding
+
+    grid = IntegerGrid(4, 128, activation_bits=activation_bits, search=False)
+    return WeightOption(grid=grid, rounding=NearestRounding())
+
+
+def pack_model(folder: Path, activation_bits: int = 16) -> Path:
     """The packed folder: every matrix at 4 bits in groups of 128, rounded to nearest, the cache in 16 bits."""
-    packed = folder.with_name(folder.name + "-int4")
+    packed = folder.with_name(folder.name + ("-int4" if activation_bits == 16 else f"-int4-a{activation_bits}"))
     if (packed / "config.json").exists():
         return packed
     from haversack.cost.damage import NONE
@@ -82,14 +93,11 @@ def pack_model(folder: Path) -> Path:
     from haversack.describe.workload import ServeWorkload
     from haversack.jobs.pack import pack
     from haversack.parts.kv.base import KVOption
-    from haversack.parts.weights.base import WeightOption
-    from haversack.parts.weights.integer import IntegerGrid
-    from haversack.parts.weights.nearest import NearestRounding
     from haversack.plan.make import make_plan
     from haversack.plan.question import Question
 
     model = describe_model(make_model(folder, SHAPE))
-    four = WeightOption(grid=IntegerGrid(4, 128, search=False), rounding=NearestRounding())
+    four = four_bits(activation_bits)
     answer = make_plan(
         Question(
             model=model,

@@ -1,7 +1,9 @@
 """Decoding and prefill of the 1.1B Llama shape with random weights: this project's beside other tools', in processes that take turns.
 
-Contenders are ours at 4 bits; llama.cpp Q4_0 and Q4_K_M, OpenVINO int4, torchao int4 and transformers in bfloat16: tokens/s of one and of eight
-sequences with 64 tokens before them, a prefill of 512 tokens, and one sequence after 8,192 tokens with smaller caches. The processes of a case
+Contenders are ours at 4 bits, with activations as they are and rounded to 8 bits; llama.cpp Q4_0 and Q4_K_M, OpenVINO int4 (both round
+activations to 8 bits too), torchao int4 and transformers in bfloat16: tokens/s of one and of eight sequences with 64 tokens before them, a
+prefill of 512 tokens, and one sequence after 8,192 tokens with smaller caches. What rounding activations loses is measured on reference model A
+(`benchmarks.activation_bits`) and stands beside. The processes of a case
 are all open at once; in every round each takes one turn, in an order that moves by one from round to round. A figure is the median over rounds of
 a turn's median step (or its prefill), a ratio the median over rounds of ours over theirs in the same round, with the least and the most.
 
@@ -21,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peer
+from benchmarks import activation_bits, peer
 from benchmarks.decode import SHAPE, pack_model
 from benchmarks.finished_rows import FOLDER, FinishedRows
 from benchmarks.results_file import busy_share, write_results
@@ -31,6 +33,7 @@ Settings = Mapping[str, Any]
 
 CONTENDERS: dict[str, tuple[str, Settings]] = {
     "haversack int4": ("haversack", {"cache": "16"}),
+    "haversack int4, 8-bit activations": ("haversack", {"cache": "16", "activation_bits": 8}),
     "haversack int4, 4-bit cache": ("haversack", {"cache": "4"}),
     "haversack int4, 2-bit cache": ("haversack", {"cache": "2"}),
     "llama.cpp Q4_0": ("llama_cpp", {"format": "Q4_0", "kv": "f16", "flash_attention": True}),
@@ -49,10 +52,11 @@ CASES: dict[str, Settings] = {
     "context 8192": {"batch": 1, "context": 8192, "prefill": 0, "tokens": 16},
 }
 
+OURS = ("haversack int4", "haversack int4, 8-bit activations")
 SHORT = ("llama.cpp Q4_0", "llama.cpp Q4_K_M", "OpenVINO int4", "torchao int4", "transformers bf16")
 RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "batch 1": (("haversack int4",), SHORT),
-    "batch 8": (("haversack int4",), SHORT),
+    "batch 1": (OURS, SHORT),
+    "batch 8": (OURS, SHORT),
     "context 8192": (
         ("haversack int4", "haversack int4, 4-bit cache", "haversack int4, 2-bit cache"),
         ("llama.cpp Q4_0", "llama.cpp Q4_0, q8_0 cache", "llama.cpp Q4_0, q4_0 cache"),
@@ -83,7 +87,9 @@ def main() -> None:
         key = [case, dict(CASES[case]), prints, SHAPE, arguments.rounds, arguments.threads]
         figures += rows.get(key, lambda case=case, names=names: compare(case, names, arguments))  # type: ignore[misc]
     if not arguments.prepare:
-        print(write_results("decode_peers", figures, tables=[table(figures, arguments.threads)]))
+        lost = activation_bits.losses(rows)
+        tables = [table(figures, arguments.threads), losses_table(lost)]
+        print(write_results("decode_peers", [*figures, {"case": "activations", "losses": lost}], tables=tables))
 
 
 def compare(case: str, names: Sequence[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -150,10 +156,11 @@ def take_turns(
 def request(name: str, case: str, turns: int, num_threads: int) -> dict[str, Any]:
     """One turn of a contender."""
     source = make_model(Path("build/llama-1b"), CONFIG).resolve()
+    bits = CONTENDERS[name][1].get("activation_bits", 16)
     return {
         "task": "speed",
         "model": str(source),
-        "packed": str(pack_model(Path("build/decode-1b")).resolve()),
+        "packed": str(pack_model(Path("build/decode-1b"), bits).resolve()),
         "folder": str(FOLDER.resolve()),
         "config": {**CONFIG, "rope_theta": dict(CONFIG["rope_parameters"])["rope_theta"]},  # type: ignore[call-overload]
         "num_threads": num_threads,
@@ -189,6 +196,17 @@ def table(figures: list[dict[str, Any]], num_threads: int) -> dict[str, Any]:
         rows.append([row["case"], row["contender"], rate, over, gigabytes, versions])
     columns = ["case", "contender", "tokens/s", "ours over it", "weights, GB", "versions"]
     return {"title": f"1.1B Llama shape, {num_threads} threads", "columns": columns, "rows": rows}
+
+
+def losses_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """KL by bits of activations."""
+    shown = []
+    for row in rows:
+        low, high = row.get("over_16_bits_95", (0.0, 0.0))
+        over = f"{low:+.5f} to {high:+.5f}" if "over_16_bits_95" in row else ""
+        shown.append([str(row["activation_bits"]), row["option"], row["kernel"], f"{row['kl']:.5f}", over])
+    columns = ["bits of activations", "weights", "kernel of a prefill", "KL, nats per token", "less 16 bits', 95%"]
+    return {"title": "What rounding activations loses: reference model A", "columns": columns, "rows": shown}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """This project's own decoding and prefill of the packed 1.1B Llama shape, turn by turn, asked as peers are (`benchmarks.decode_peers`).
 
-Task "speed": packed (the folder), cache ("16", or the bits of keys and values behind a recent window), batch, context, prefill, tokens, turns.
+Task "speed": packed (the folder, which says how many bits activations have), cache ("16", or the bits of keys and values behind a recent window), batch, context, prefill, tokens, turns.
 """
 
 import time

@@ -7,10 +7,14 @@ import json
 import pytest
 from tests.describe.families import FAMILIES
 
-from haversack.describe.machine import Machine
+from haversack.cost.damage import NONE
+from haversack.describe.machine import Machine, Rates
 from haversack.describe.model import describe_model
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.integer import IntegerGrid
+from haversack.parts.weights.nearest import NearestRounding
 from haversack.plan.make import make_plan
 from haversack.plan.question import Answer, Question
 from haversack.plan.schema import Plan
@@ -39,6 +43,19 @@ def test_above_need_nothing_is_given_up(big) -> None:
     assert all(row.option == {} and row.stored_bytes == row.neutral_bytes for row in answer.plan.weights)
     weights = answer.plan.prediction.timeline["decode"]["weights"]["device"]
     assert weights == sum(site.num_bytes for site in big.weights)
+
+
+def test_prefill_by_8_bit_activations_takes_the_rate_of_integers(big) -> None:
+    """Products alone are between the two; reading is the same, and far below."""
+    rates = Rates({2: 1e14}, matmul_flops_per_second={"bf16": {2: 1e12}, "int8": {2: 2e12}})
+    machine = Machine("test", 2, 2**35, 2**35, rates=rates)
+    seconds = {}
+    for bits in (16, 8):
+        option = WeightOption(grid=IntegerGrid(8, activation_bits=bits), rounding=NearestRounding())
+        damages = {site.id: {option: NONE} for site in big.weights}
+        question = Question(big, ServeWorkload(768, 256), machine, 2**35, weight_damages=damages)
+        seconds[bits] = make_plan(question).plan.prediction.prefill_seconds
+    assert seconds[16] == pytest.approx(2 * seconds[8])
 
 
 @pytest.mark.parametrize("gib", [5, 6, 8, 12])

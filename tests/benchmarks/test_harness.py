@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.scorer import Scorer, mean_by_text, paired_interval  # noqa: E402
 
-from benchmarks import finished_rows, peer, results_file  # noqa: E402
+from benchmarks import finished_rows, goals, peer, results_file  # noqa: E402
 from haversack import data  # noqa: E402
 
 
@@ -118,6 +118,20 @@ def test_intervals_are_paired() -> None:
     low, high = paired_interval(noise, [rng.gauss(1, 0.5) for _ in range(24)])
     assert low < 0 < high
     assert mean_by_text([1.0, 3.0, 5.0, 7.0]) == {"foreign-prose": 2.0, "foreign-code": 6.0}
+
+
+def test_the_better_of_ours_answers_a_goal_and_is_named() -> None:
+    """By its least ratio over theirs; the row of another tool that failed counts for nothing."""
+    plain, rounded = "haversack int4", "haversack int4, 8-bit activations"
+    rows: list[dict[str, object]] = [{"case": "prefill", "contender": name} for name in (plain, rounded)]
+    for name, ratios in {"llama.cpp": (0.9, 1.7), "OpenVINO": (0.6, 1.1)}.items():
+        over = {ours: {"median": ratio} for ours, ratio in zip((plain, rounded), ratios, strict=True)}
+        rows.append({"case": "prefill", "contender": name, "ours_over_it": over})
+    rows.append({"case": "prefill", "contender": "torchao", "failed": "no"})
+    assert goals._better_over_peers(rows, "prefill", 1.0) == ("1.1, 8-bit activations", True)
+    assert goals._better_over_peers(rows, "prefill", 2.0, "llama.cpp") == ("1.7, 8-bit activations", False)
+    without = [{**row, "ours_over_it": {plain: {"median": 1.2}}} for row in rows if row["contender"] != rounded]
+    assert goals._better_over_peers(without, "prefill", 1.0) == ("1.2, 16-bit activations", True)
 
 
 def test_other_peoples_processor_time_is_a_share() -> None:

@@ -113,6 +113,16 @@ def test_machines_round_trip_through_a_file(tmp_path):
     assert rates.matmul_rate("bf16", 1) == 1e11 and rates.matmul_rate("int8") is None
 
 
+def test_products_of_8_bit_activations_take_the_rate_of_integers_where_there_is_one():
+    host = Machine("host", 2, GIB, GIB, rates=Rates(matmul_flops_per_second={"bf16": {2: 2e11}, "int8": {2: 5e11}}))
+    assert (host.product_rate(), host.product_rate(8)) == (2e11, 5e11)
+    without = Machine("older", 2, GIB, GIB, rates=Rates(matmul_flops_per_second={"fp32": {2: 1e11}}))
+    assert without.product_rate(8) == without.product_rate() == 1e11
+    assert Machine("unmeasured", 2, GIB, GIB).product_rate(8) is None
+    accelerator = named("h100-80gb")  # its kernels multiply floats
+    assert accelerator.product_rate(8) == accelerator.matmul_rate("bf16")
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

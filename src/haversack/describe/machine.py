@@ -155,6 +155,12 @@ class Machine:
             return self.devices[0].matmul_flops_per_second.get(dtype)
         return self.rates.matmul_rate(dtype, threads or self.cores)
 
+    def product_rate(self, activation_bits: int = 16) -> float | None:
+        """Operations/s of weights times activations of so many bits, or None where nobody measured: bfloat16's rate, else
+        float32's; for 8-bit activations int8's where it was measured, on the CPU, whose kernels multiply integers."""
+        integers = self.matmul_rate("int8") if activation_bits == 8 and not self.devices else None
+        return integers or self.matmul_rate("bf16") or self.matmul_rate("fp32")
+
     def describe(self) -> str:
         """One line for a terminal."""
         parts = []

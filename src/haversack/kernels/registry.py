@@ -311,13 +311,18 @@ def _name(dtype: torch.dtype) -> str:
 def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     """All kernels of packed matrices for a device of this machine, fast to general."""
     from haversack.kernels import compiled, generic
+    from haversack.kernels.int8_products import CompiledInt8Products
     from haversack.kernels.llvm import host_target
     from haversack.kernels.torch_packed import TorchTiles
 
     if device_type != "cpu":
         return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
-    own = (*compiled.matvecs(target), compiled.CompiledTiles(target))
+    own: tuple[PackedKernel, ...] = (
+        CompiledInt8Products(target),
+        *compiled.matvecs(target),
+        compiled.CompiledTiles(target),
+    )
     return (*own, *(TorchTiles(bits) for bits in (8, 4)), generic)
 
 

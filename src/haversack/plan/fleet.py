@@ -80,7 +80,7 @@ def plan_fleet(model: Model, mix: Sequence[Requests], prices: Mapping[str, Price
             left_out[name] = "no machine is named so"
             continue
         machine = named(name)
-        if machine.read_rate() is None or not (machine.matmul_rate("bf16") or machine.matmul_rate("fp32")):
+        if machine.read_rate() is None or not machine.product_rate():
             left_out[name] = "its rates are unknown"
             continue
         for requests in mix:

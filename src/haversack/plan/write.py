@@ -3,6 +3,7 @@ fits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -113,13 +114,15 @@ def _source(model: Model) -> str:
 
 
 def _prefill_seconds(serving: Serving, weights: Sequence[WeightCandidate]) -> float:
-    """Two flops per weight and token over the measured matrix rate; reading the weights once per chunk is the floor."""
+    """Two flops per weight and token over the measured matrix rate, int8's where activations have 8 bits; reading the weights
+    once per chunk is the floor."""
     tokens = serving.workload.prompt_tokens * serving.workload.users
-    inside = sum(c.site.num_parameters for c in weights if c.site.role not in ("embedding", "position", "head"))
-    rate = serving.machine.matmul_rate("bf16") or serving.machine.matmul_rate("fp32")
+    inside = [c for c in weights if c.site.role not in ("embedding", "position", "head")]
+    rates = {bits: serving.machine.product_rate(bits) for bits in (8, 16)}
     chunks = len(serving.workload.prefill_chunks(serving.prefill.new_tokens))
     floor = chunks * sum(max(c.seconds, c.disk_seconds) for c in weights)
-    return max(floor, 2 * inside * tokens / rate) if rate else floor
+    products = sum(2 * c.site.num_parameters * tokens / (rates[c.option.activation_bits] or math.inf) for c in inside)
+    return max(floor, products)
 
 
 def _weight_records(weights: Sequence[WeightCandidate], built: ServingProblem) -> tuple[WeightChoice, ...]:

@@ -342,6 +342,11 @@ class WeightOption:
     def is_neutral(self) -> bool:
         return not self.parts
 
+    @property
+    def activation_bits(self) -> int:
+        """Of the input as it is multiplied: 16 as it is, or 8."""
+        return 16 if self.grid is None else self.grid.activation_bits
+
     @cached_property
     def label(self) -> str:
         """A few words for tables, unique among options."""
