@@ -212,7 +212,7 @@ def weight_bytes(model: Any, batch_size: int) -> int:
 def held_bytes(cache: HaversackCache) -> int:
     """Bytes of a cache that hold tokens."""
     stores = [layer.store for layer in cache.planned]
-    return int(sum(s._used_slots(name) / t.shape[2] * t.nbytes for s in stores for name, t in s.tensors.items()))
+    return int(sum(s.used_slots(name) / t.shape[2] * t.nbytes for s in stores for name, t in s.tensors.items()))
 
 
 CONTENDERS: dict[str, Callable[[Path, Workload], Measured]] = {

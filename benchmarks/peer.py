@@ -22,6 +22,8 @@ SCRIPTS = ROOT / "benchmarks" / "peers"
 ENVIRONMENTS = ROOT / ".peers"
 OWN = {"haversack": ROOT / "benchmarks" / "decode_turns.py"}
 """Scripts of this project's own, asked as peers are, in this environment."""
+LODGERS = {"llama_cpp_caches": "llama_cpp"}
+"""Scripts that run in another's environment: what one of them measured stays when the other changes."""
 
 
 class PeerError(RuntimeError):
@@ -117,6 +119,7 @@ def interpreter(name: str) -> Path:
     """The Python of a peer's environment. Raises PeerError where it was not built."""
     if name in OWN:
         return Path(sys.executable)
+    name = LODGERS.get(name, name)
     python = ENVIRONMENTS / name / "bin" / "python"
     if not (ENVIRONMENTS / name / ".stamp").exists():
         raise PeerError(
@@ -147,7 +150,7 @@ def environment(num_threads: int, name: str = "") -> dict[str, str]:
 def fingerprint(name: str) -> str:
     """Changes with the peer's script, what the scripts share, and its pinned versions; this project's own, with its code."""
     digest = hashlib.sha256()
-    pins = sorted((ROOT / "src").rglob("*.py")) if name in OWN else [SCRIPTS / f"{name}.txt"]
+    pins = sorted((ROOT / "src").rglob("*.py")) if name in OWN else [SCRIPTS / f"{LODGERS.get(name, name)}.txt"]
     for path in (script(name), SCRIPTS / "exchange.py", SCRIPTS / "decoding.py", *pins):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

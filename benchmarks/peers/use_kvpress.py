@@ -1,10 +1,11 @@
 """kvpress: one of its presses compresses the cache while the context is read.
 
 Task "kv": press (its class), bytes (what the cache may hold after a context: the press's ratio follows, per probe), probes. Bytes that are answered are
-those of the keys and values that all layers hold afterwards.
+those of the keys and values that all layers hold afterwards. One model to a process.
 """
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 
@@ -12,13 +13,20 @@ from cached_answers import compare, distinct_bytes
 from exchange import serve
 
 
+@functools.cache
+def loaded(folder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
 def kv(request):
     import kvpress
-    import torch
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     settings = request["settings"]
-    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.bfloat16).eval()
+    model = loaded(request["model"])
     press = getattr(kvpress, settings["press"])()
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -35,7 +43,7 @@ def kv(request):
         press.compression_ratio = 1 - kept
         return press(model)
 
-    return compare(model, probes, lambda: DynamicCache(config=config), compressing, held)
+    return compare(model, probes, lambda: DynamicCache(config=config), compressing, held, settings["bytes"])
 
 
 serve({"kv": kv}, ["kvpress", "transformers", "torch"])

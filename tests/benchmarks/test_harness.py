@@ -79,7 +79,8 @@ def test_a_failing_peer_keeps_its_answers_and_says_what_it_printed(
 
 def test_every_peer_has_a_script_pins_and_a_target() -> None:
     names = {path.stem for path in peer.SCRIPTS.glob("*.txt")}
-    assert names == {path.stem.removeprefix("use_") for path in peer.SCRIPTS.glob("use_*.py")}
+    assert names | set(peer.LODGERS) == {path.stem.removeprefix("use_") for path in peer.SCRIPTS.glob("use_*.py")}
+    assert set(peer.LODGERS.values()) <= names
     targets = (ROOT / "Makefile").read_text().split("PEERS := ", 1)[1].split("\n", 1)[0].split()
     assert names == set(targets)
     for name in names:

@@ -9,11 +9,12 @@ from tests.engine.tiny import random_ids, save_tiny
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import describe_model
-from haversack.engine.downstream import CacheChange, Downstream, MatrixChange
+from haversack.engine.downstream import CacheChange, Downstream, HeadChange, MatrixChange
 from haversack.engine.layers import StreamedModel
 from haversack.engine.measure import DamageMeter
-from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
@@ -48,6 +49,34 @@ def test_weight_changes_diverge_as_in_the_whole_model(family, tmp_path):
     assert checked >= 8
     downstream.close()
     assert not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_heads_that_attend_together_change_as_each_alone(family, tmp_path):
+    """Softcaps and sliding windows included; scored places of two kinds, of which one is rare."""
+    folder = save_tiny(family, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    described, ids = describe_model(folder), random_ids(2, 160)
+    scored = {"rare": torch.zeros(ids.shape, dtype=torch.bool), "text": torch.ones(ids.shape, dtype=torch.bool)}
+    scored["rare"][1, [130, 150]] = True
+    downstream = Downstream(StreamedModel.open(folder), ids, tmp_path / "scratch", scored)
+    options = (KVOption(SinksAndWindow(2, 12)), KVOption(represent=QuantizedKV(2, 2, 32, 0)))
+    changed = 0
+    for site in described.attention:
+        together = [
+            HeadChange(f"{i} {head}", site, head, option)
+            for i, option in enumerate(options)
+            for head in range(site.num_kv_heads)
+        ]
+        found = downstream.measure_apart([*together, HeadChange("plain", site, 0, KVOption())])
+        for change in together:
+            heads = [change.option if head == change.head else KVOption() for head in range(site.num_kv_heads)]
+            alone = downstream.measure_apart([CacheChange("alone", site, by_head(heads))])["alone"]
+            assert found[change.key] == pytest.approx(alone, rel=0.02, abs=1e-7)
+            changed += alone["rare"] > 1e-6
+        assert max(found["plain"].values()) <= 1e-7
+    assert changed >= 4
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])

@@ -10,12 +10,16 @@ from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.kernel_merging import KernelMerge
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.merging import Merge
+from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.per_token import PerTokenKV
+from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.parts.kv.token_windows import TokenWindows
 
 OPTIONS = {
     "plain": KVOption(),
@@ -25,7 +29,11 @@ OPTIONS = {
     "heavy-demoted": KVOption(HeavyHitters(4, 412, 96, 64), demote=LowPrecision(2)),
     "heavy-per-token": KVOption(HeavyHitters(4, 412, 96, 64), PerTokenKV(4)),
     "heavy-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=Merge(0.1)),
+    "heavy-kernel-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=KernelMerge(0.1)),
+    "stretches": KVOption(TokenWindows(4, 412, 96, 64)),
+    "persistent": KVOption(Persistence(4, 412, 96, 64)),
     "corrected": KVOption(None, CorrectedKV(2, 2, 64, 0)),
+    "tables": KVOption(None, NonUniformKV(3, 64, 0, 2)),
     "by-head": by_head(
         [
             KVOption(SinksAndWindow(4, 300)),
@@ -39,7 +47,7 @@ TIGHT = ("plain", "window", "two-bit", "heavy", "window-four-bit")
 """What is declared of these is no more than half again of what is used; of the others sums of bounds."""
 
 SITES = {
-    "grouped": AttentionSite("layer", 0, "module", 8, 2, 64, 64),
+    "grouped": AttentionSite("layer", 0, "module", 8, 2, 64, 64, rope_theta=10000.0),
     "full": AttentionSite("layer", 0, "module", 4, 4, 96, 96, window_tokens=600, softcap=30.0),
 }
 

@@ -17,14 +17,18 @@ from haversack.parts.base import all_parts, part_from_dict
 from haversack.parts.kv.base import KVOption, KVPart, Selection, by_head
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.kernel_merging import KernelMerge
+from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.merging import Merge
+from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.normalized_attention import NormalizedAttention
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.parts.kv.token_windows import TokenWindows
 from haversack.parts.kv.voting_heads import VotingHeads
 
 SCALING = 0.25
@@ -41,7 +45,8 @@ def one_thread():
 
 
 def site(num_heads: int = 4, num_kv_heads: int = 2, dim: int = DIM, window: int | None = None) -> AttentionSite:
-    return AttentionSite("layer", 0, "module", num_heads, num_kv_heads, dim, dim, window_tokens=window)
+    shape = (num_heads, num_kv_heads, dim, dim)
+    return AttentionSite("layer", 0, "module", *shape, window_tokens=window, rope_theta=10000.0)
 
 
 def tokens(batch: int, length: int, dim: int = DIM, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,6 +166,11 @@ OPTIONS = [
     KVOption(HeavyHitters(4, 20, 8, 32), PerTokenKV(8), LowPrecision(2)),
     KVOption(NormalizedAttention(4, 20, 8, 16), PerTokenKV(4)),
     KVOption(None, CorrectedKV(2, 2, 32, 8, 2, 8)),
+    KVOption(None, NonUniformKV(3, 32, 8)),
+    KVOption(LatestAttention(4, 20, 8, 16)),
+    KVOption(TokenWindows(4, 20, 8, 16, window_tokens=4)),
+    KVOption(HeavyHitters(4, 20, 8, 16), demote=KernelMerge(0.1)),
+    KVOption(SinksAndWindow(4, 70), NonUniformKV(2, 32, 0, 2)),
 ]
 
 
@@ -225,6 +235,35 @@ def test_merging_from_above_one_is_dropping_to_the_bit():
     assert not torch.equal(outputs[None], outputs[Merge(0.0)])
 
 
+def test_a_kernel_merges_near_keys_more_than_far_ones():
+    """Two freed tokens point where a kept one does; the nearer one leaves more of its value, and a threshold above 1 leaves nothing."""
+    kept = (torch.eye(2, DIM)[None, None], torch.zeros(1, 1, 2, DIM))
+    freed_keys = torch.stack([1.5 * torch.eye(2, DIM)[1], 3 * torch.eye(2, DIM)[1]])[None, None]
+    freed_values = torch.zeros(1, 1, 2, DIM)
+    freed_values[0, 0, 0, 0] = freed_values[0, 0, 1, 1] = 1.0
+    open_to = torch.tensor([[[False, True]]])
+    _, values = KernelMerge(0.5).merge(kept, (freed_keys, freed_values), open_to)
+    near, far = torch.exp(-torch.tensor([0.5, 2.0]).div(1.25).square() / 2)  # distances over their mean
+    torch.testing.assert_close(values[0, 0, 1, :2], torch.stack([near, far]) / (1 + near + far))
+    assert torch.equal(values[0, 0, 0], kept[1][0, 0, 0])
+    assert all(
+        torch.equal(a, b) for a, b in zip(KernelMerge(2.0).merge(kept, (freed_keys, freed_values), open_to), kept)
+    )
+
+
+def test_windows_are_kept_whole():
+    """One token of a stretch gets all the attention of the latest queries; its neighbours stay with it."""
+    length, loud = 96, 42
+    keys = torch.zeros(1, 2, length, DIM)
+    keys[0, :, loud, 0] = 40.0
+    query = torch.zeros(1, 4, length, DIM)
+    query[..., 0] = 1.0
+    score = TokenWindows(0, 8, 8, 16, window_tokens=4)
+    layer = KVOption(score).build(site(), batch_size=1, capacity_tokens=length, dtype="F32")
+    run(layer, query, keys, torch.zeros_like(keys), [length])
+    assert all({40, 41, 42, 43} <= set(head) for head in layer.held_by_head(0))
+
+
 def test_a_freed_token_lives_on_in_the_one_most_like_it():
     """One kept token has the freed one's key, but little of its value: half of that comes over, weighted alike."""
     kept_keys, kept_values = torch.eye(3, DIM)[None, None], torch.zeros(1, 1, 3, DIM)
@@ -271,7 +310,7 @@ def test_padded_rows_are_as_alone(option):
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
-            isinstance(part, (QuantizedKV, CorrectedKV)) for part in option.parts
+            isinstance(part, (QuantizedKV, CorrectedKV, NonUniformKV)) for part in option.parts
         ):  # packed tokens depend on what was plain when a query came, so on the chunks
             torch.testing.assert_close(together[row, :, part], output[0], atol=1e-5, rtol=0)
 
@@ -300,6 +339,46 @@ def test_correcting_takes_off_most_of_what_two_bits_lose():
     for plain, ranked, both in zip(*errors):
         assert both < ranked < plain
         assert both < 0.75 * plain
+
+
+def test_keys_are_packed_as_they_were_before_rotation():
+    """Keys that a model's own rotary embedding made of one direction come back as one, which a scale and a zero hold, wherever their group begins."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=4 * DIM, num_attention_heads=4, rope_parameters=rope))
+    keys = torch.randn(1, 2, 1, DIM, generator=torch.Generator().manual_seed(0)).expand(-1, -1, 97, -1)
+    _, keys = apply_rotary_pos_emb(keys, keys, *rotary(keys, torch.arange(100, 197)[None]))
+    errors = []
+    for before_rotation in (True, False):
+        option = KVOption(None, NonUniformKV(2, 32, 0, 0, before_rotation))
+        layer = option.build(site(), batch_size=1, capacity_tokens=97, dtype="F32")
+        layer.append(keys, torch.zeros_like(keys))
+        errors.append(float((layer.packed.read(0, 3)[0] - keys[:, :, 1:]).abs().max()))  # the first token is kept whole
+        torch.testing.assert_close(layer.tensors["keys"][:, :, 0], keys[:, :, 0])
+    assert errors[0] < 2e-3 < 0.2 < errors[1]
+
+
+def test_outliers_of_every_vector_are_kept_as_they_are():
+    """A far number in each token's values, and in each channel of a group of keys: exact to float16, and the rest no worse for it."""
+    _, keys, values = tokens(1, 65)
+    values = values.clone()
+    values[:, :, 1:, 5] = 60.0
+    found = {}
+    for count in (0, 1):
+        option = KVOption(None, NonUniformKV(2, 64, 0, count))
+        layer = option.build(site(), batch_size=1, capacity_tokens=65, dtype="F32")
+        layer.append(keys, values)
+        found[count] = layer.packed.read(0, 1)[1] - values[:, :, 1:]
+    assert found[1][..., 5].abs().max() == 0
+    others = [i for i in range(DIM) if i != 5]
+    assert found[1][..., others].norm() < 0.2 * found[0][..., others].norm()
+
+
+def test_tables_of_another_length_or_order_are_refused():
+    for table in ((0.0, 1.0), (0.0, 2.0, 1.0, 3.0)):
+        with pytest.raises(UsageError, match=r"key_table is .* must be 4 rising values"):
+            NonUniformKV(2, key_table=table)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

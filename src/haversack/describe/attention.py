@@ -75,9 +75,19 @@ def attention_sites(model: PreTrainedModel, decoder: str, name: str) -> tuple[tu
                 has_sinks=getattr(module, "sinks", None) is not None,
                 shares_with=shares,
                 is_latent=_is_latent(module),
+                rope_theta=_rope_theta(config, kind),
             )
         )
     return tuple(sites), ""
+
+
+def _rope_theta(config: Any, kind: str) -> float | None:
+    """The base of a plain rotary embedding; families may have one per type of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    found = found.get(kind) or found
+    plain = found.get("rope_type", "default") == "default" and found.get("partial_rotary_factor", 1.0) == 1.0
+    theta = found.get("rope_theta")
+    return float(theta) if plain and isinstance(theta, (int, float)) else None
 
 
 def _attention_modules(model: PreTrainedModel, decoder: str) -> dict[int, tuple[str, nn.Module]]:

@@ -77,7 +77,8 @@ class AttentionSite:
     `window_tokens` is the sliding window or None; `chunk_tokens` the chunked-attention length or None; `softcap` the
     logit cap or None; `has_sinks` learned sink logits; `shares_with` the layer whose keys and values are reused.
     `is_latent` says that the cache keeps one compressed latent per token (as its one head of keys) and one rotary key
-    (as its values), from which every head's keys and values are expanded.
+    (as its values), from which every head's keys and values are expanded. `rope_theta` is the base of a rotary embedding of
+    whole heads without scaling; None for any other, and where there is none.
     """
 
     id: str
@@ -93,6 +94,7 @@ class AttentionSite:
     has_sinks: bool = False
     shares_with: int | None = None
     is_latent: bool = False
+    rope_theta: float | None = None
 
     def bytes_per_token(self, dtype: str = "BF16") -> int:
         """Keys and values of one token in a 16-bit cache; 0 where another layer's are reused."""

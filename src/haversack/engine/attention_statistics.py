@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from haversack.codecs.codebooks import codebook
 from haversack.describe.site import AttentionSite
 from haversack.engine.attention import haversack_attention, registered
 from haversack.engine.probe_meter import ProbeMeter
 from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.non_uniform import NonUniformKV, center_and_deviation, furthest, turned, turns_of, without
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.probes.suite import Task
 
@@ -26,6 +28,8 @@ WINDOW_TOKENS = 32
 
 GRID = 64
 """Points of a cumulative curve, beyond its beginning at 0."""
+
+LLOYD_STEPS = 30
 
 _NAME = "haversack-statistics"
 
@@ -94,6 +98,53 @@ class AttentionStatistics:
             found.append(row)
         return found
 
+    def tables(self, part: NonUniformKV) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """By layer, the values for keys and for values that lose least under `part`, a number's error weighted by its squared gradient: the diagonal of
+        the Fisher information of the tasks' own tokens (Hooper et al. 2024, arXiv 2401.18079, section 3.2)."""
+        usual = codebook(f"max{part.bits}").ordered
+        collected: list[list[list[tuple[torch.Tensor, torch.Tensor]]]] = [[[], []] for _ in self.sites]
+        for layer, keys, values in self._with_gradients:
+            whole = keys[0].shape[2] // part.group_size * part.group_size
+            turns = turns_of(part, self.sites[layer])
+            grouped = [x[:, :, :whole].unflatten(2, (-1, part.group_size)) for x in keys]
+            key, gradient = (x if turns is None else turned(x, turns, back=True) for x in grouped)
+            of_keys = _normalized(key.transpose(3, 4), gradient.transpose(3, 4), part.num_outliers)
+            collected[layer][0].append(of_keys)
+            collected[layer][1].append(_normalized(*values, part.num_outliers))
+
+        def table(some: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
+            return _weighted_means(torch.cat([x for x, _ in some]), torch.cat([w for _, w in some]), usual)
+
+        return [(table(of_keys), table(of_values)) for of_keys, of_values in collected]
+
+    @cached_property
+    def _with_gradients(self) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
+        """Of every task and layer: keys and values `(1, kv_heads, tokens, head_dim)`, each with the gradient of the tokens' log-likelihood there."""
+        out = []
+        for task in self._tasks:
+            turn = task.turns[0]
+            ids = torch.tensor([[*task.context, *turn.question, *turn.answer]])
+            seen: dict[int, list[torch.Tensor]] = {}
+
+            def observe(
+                module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+            ) -> Any:
+                number = getattr(module, "layer_idx", None)
+                moved = [torch.zeros_like(x, dtype=torch.float32, requires_grad=True) for x in (key, value)]
+                seen[len(seen) if number is None else int(number)] = [key.detach(), value.detach(), *moved]  # noqa: B023
+                key, value = (x + shift.to(x.dtype) for x, shift in zip((key, value), moved))
+                return haversack_attention(module, query, key, value, *args, **kwargs)
+
+            with registered(self._model, _NAME, observe), torch.enable_grad():
+                logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+                moved = [x for layer in sorted(seen) for x in seen[layer][2:]]
+                gradients = torch.autograd.grad(loss, moved)
+            for i, layer in enumerate(sorted(seen)):
+                key, value = (x.float() for x in seen[layer][:2])
+                out.append((layer, (key, gradients[2 * i]), (value, gradients[2 * i + 1])))
+        return out
+
     @cached_property
     def _last(self) -> list[list[torch.Tensor]]:
         """`[task][layer]`: probabilities of the last queries, `(heads, queries, tokens)`, each over the tokens before it."""
@@ -130,6 +181,27 @@ def _probabilities(query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any
     if (window := kwargs.get("sliding_window")) is not None:
         hidden |= distance >= window
     return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def _normalized(x: torch.Tensor, gradient: torch.Tensor, num_outliers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of vectors (last axis) as a table stands for them, and what an error there weighs; outliers, which are stored apart, weigh nothing."""
+    weight = gradient.square()
+    if num_outliers:
+        places = furthest(x, num_outliers)
+        x, weight = without(x, places), weight.scatter(-1, places, 0.0)
+    center, deviation = center_and_deviation(x)
+    return ((x - center) / deviation).flatten(), (weight * deviation.square()).flatten()
+
+
+def _weighted_means(x: torch.Tensor, weight: torch.Tensor, start: torch.Tensor) -> tuple[float, ...]:
+    """Rising values, as many as in `start`, near the least weighted squared error (Lloyd 1982, "Least squares quantization in PCM")."""
+    table, weight = start.double(), weight.double()
+    for _ in range(LLOYD_STEPS):
+        nearest = torch.bucketize(x, ((table[1:] + table[:-1]) / 2).float())
+        mass = torch.zeros_like(table).scatter_add_(0, nearest, weight)
+        total = torch.zeros_like(table).scatter_add_(0, nearest, weight * x)
+        table = torch.where(mass > 0, total / mass.clamp_min(1e-300), table)
+    return tuple(table.tolist())
 
 
 def _curve(p: torch.Tensor) -> torch.Tensor:

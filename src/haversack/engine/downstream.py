@@ -5,8 +5,8 @@ forward pass on average, and changes of one layer go through the rest together: 
 of them. Divergence is of the unpacked model's next-token distribution from the changed one's, in nats per token.
 
 Memory: one layer (or embedding, or head) in the compute dtype and the matrix that a change replaces; logits of
-`HEAD_TOKENS` tokens, three times in float32. Disk: `tokens * hidden_size * itemsize` for every layer's input, and twice
-for every change of the layer in hand.
+`HEAD_TOKENS` tokens, three times in float32, and one sequence's queries, keys, values and outputs of a layer. Disk: `tokens * hidden_size * itemsize` for every layer's input, and twice
+for every change of the layer in hand; where heads change, queries, keys, values and outputs of every layer's attention.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from haversack.describe.site import AttentionSite, WeightSite
 from haversack.engine.calibrate import check_token_ids
 from haversack.engine.hidden_states import HiddenStates
 from haversack.engine.kv_cache import DTYPE_NAMES, HaversackCache, KVPlan
-from haversack.engine.layers import StreamedModel, matrix_view
+from haversack.engine.layers import Attended, StreamedModel, matrix_view
 from haversack.parts.kv.base import KVOption
 
 HEAD_TOKENS = 512
@@ -59,7 +60,21 @@ class CacheChange:
         return self.site.layer
 
 
-Change = MatrixChange | CacheChange
+@dataclass(frozen=True)
+class HeadChange:
+    """One KV head's keys and values held as `option` says, the layer's others as they are."""
+
+    key: str
+    site: AttentionSite
+    head: int
+    option: KVOption
+
+    @property
+    def layer(self) -> int | None:
+        return self.site.layer
+
+
+Change = MatrixChange | CacheChange | HeadChange
 
 
 class Downstream:
@@ -86,6 +101,7 @@ class Downstream:
             edges = (*range(0, num_tokens - ANSWER_TOKENS, CHUNK_TOKENS), num_tokens - ANSWER_TOKENS)  # type: ignore[assignment]
         self._chunks = [slice(a, b) for a, b in itertools.pairwise((*edges, num_tokens))]
         self._folder = Path(scratch)
+        self._how: dict[Path, dict] = {}  # how the attention of files attends
         self._states = HiddenStates(self._folder, num_tokens, model.described.hidden_size, model.compute_dtype)
         self._prepare()
 
@@ -128,7 +144,12 @@ class Downstream:
             self._start_outside(changes, states)
         else:
             with self.model.layer(layer):
+                heads = [(change, state) for change, state in zip(changes, states) if isinstance(change, HeadChange)]
+                if heads:
+                    self._advance_heads(heads)
                 for change, state in zip(changes, states, strict=True):
+                    if isinstance(change, HeadChange):
+                        continue
                     if isinstance(change, CacheChange):
                         self._advance_cached(change, state)
                     else:
@@ -156,6 +177,39 @@ class Downstream:
             for part in self._chunks:
                 after[i : i + 1, part] = self.model.run_layer_cached(change.site.layer, hidden[i : i + 1, part], cache)
 
+    def _advance_heads(self, changes: Sequence[tuple[HeadChange, torch.Tensor]]) -> None:
+        """Heads don't know each other: under each option all are attended to at once, and each change takes its head's share of that."""
+        site = changes[0][0].site
+        groups = site.num_heads // site.num_kv_heads
+        hidden = self._clean(site.layer)
+        for i in range(self.num_sequences):
+            plain = self._attended(site.layer, i)
+            held = {option: self._attended_cached(site, plain, option) for option in {c.option for c, _ in changes}}
+            for change, after in changes:
+                own = slice(change.head * groups, (change.head + 1) * groups)
+                output = plain.output.clone()
+                output[:, :, own] = held[change.option][:, :, own]
+                after[i : i + 1] = self.model.run_layer_given(site.layer, hidden[i : i + 1], output)
+
+    def _attended(self, layer: int, sequence: int) -> Attended:
+        """What the layer's attention gets and gives unchanged: computed once, then read from a file."""
+        file = self._folder / f"attended-{layer}-{sequence}"
+        if file not in self._how:
+            found = self.model.attended_in(layer, self._clean(layer)[sequence : sequence + 1])
+            self._how[file] = found.how
+            names = ("query", "key", "value", "output")
+            save_file({name: getattr(found, name).contiguous() for name in names}, str(file))
+        return Attended(**load_file(str(file)), how=self._how[file])
+
+    def _attended_cached(self, site: AttentionSite, plain: Attended, option: KVOption) -> torch.Tensor:
+        dtype = DTYPE_NAMES[self.model.compute_dtype]
+        layer = option.build(site, batch_size=1, capacity_tokens=self.token_ids.shape[1], dtype=dtype)
+        parts = [
+            layer.step(plain.query[:, :, part], plain.key[:, :, part], plain.value[:, :, part], **plain.how)[0]
+            for part in self._chunks
+        ]
+        return torch.cat(parts, 2).transpose(1, 2)
+
     def _start_outside(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> None:
         """First hidden states under a changed embedding; a changed head alone starts from the plain ones."""
         with self.model.before_layers() as embed:
@@ -171,20 +225,18 @@ class Downstream:
     def _divergences(self, changes: Sequence[Change], states: Sequence[torch.Tensor]) -> dict[str, dict[str, float]]:
         last = self._clean(self.model.num_layers)
         total = {change.key: dict.fromkeys(self.scored, 0.0) for change in changes}
+        any_scored = torch.stack([*self.scored.values()]).any(0)
         with self.model.after_layers() as logits_of:
             for i in range(self.num_sequences):
-                for start in range(0, last.shape[1], HEAD_TOKENS):
-                    part = slice(start, start + HEAD_TOKENS)
-                    if not any(places[i, part].any() for places in self.scored.values()):
-                        continue
-                    reference = logits_of(last[i : i + 1, part]).float().log_softmax(-1)
+                for some in any_scored[i].nonzero().squeeze(-1).split(HEAD_TOKENS):
+                    reference = logits_of(last[i : i + 1, some]).float().log_softmax(-1)
                     p = reference.exp()
                     for change, state in zip(changes, states, strict=True):
                         with self._replaced(change):
-                            changed = logits_of(state[i : i + 1, part]).float().log_softmax(-1)
+                            changed = logits_of(state[i : i + 1, some]).float().log_softmax(-1)
                         nats = changed.neg_().add_(reference).mul_(p).sum(-1)[0]
                         for name, places in self.scored.items():
-                            total[change.key][name] += float(nats[places[i, part]].sum())
+                            total[change.key][name] += float(nats[places[i, some]].sum())
         counts = {name: int(places.sum()) for name, places in self.scored.items()}
         return {key: {name: nats / counts[name] for name, nats in row.items()} for key, row in total.items()}
 

@@ -40,6 +40,18 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What one layer's attention got, after rotary embedding, `(1, heads or kv_heads, tokens, head_dim)`, how it attends (`scaling`, `softcap`,
+    `sinks`), and what it gave, `(1, tokens, heads, head_dim)`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    how: dict[str, Any]
+    output: torch.Tensor
+
+
 class StreamedModel:
     """A causal language model whose weights are read when they are needed and freed after.
 
@@ -116,6 +128,43 @@ class StreamedModel:
         layer runs or fills its part of the cache."""
         from haversack.engine import attention
 
+        found = self._run_apart(index, hidden, attention.haversack_attention, past_key_values=cache, use_cache=True)
+        for layer in cache.planned:  # positions are asked of the first layer
+            layer.columns = cache.planned[index].columns
+        return found
+
+    def attended_in(self, index: int, hidden: torch.Tensor) -> Attended:
+        """What a materialised layer's attention gets and gives for `hidden` `(1, tokens, hidden_size)`."""
+        from haversack.engine import attention
+
+        seen: list[Attended] = []
+
+        def observe(
+            module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, None]:
+            output, _ = attention.haversack_attention(module, query, key, value, mask, **kwargs)
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            how = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+            seen.append(Attended(query, key, value, how, output))
+            return output, None
+
+        self._run_apart(index, hidden, observe, use_cache=False)
+        if len(seen) != 1:
+            raise self._unsupported(f"attend {len(seen)} times each")
+        return seen[0]
+
+    def run_layer_given(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The output of a materialised layer whose attention gives `attended` `(1, tokens, heads, head_dim)`."""
+        from haversack.engine import attention
+
+        self._layer_calls(hidden.shape[0], hidden.shape[1])  # recorded under the model's own attention
+        with attention.registered(self.module, "haversack-given", lambda *args, **kwargs: (attended, None)):
+            return self.run_layer(index, hidden)
+
+    def _run_apart(self, index: int, hidden: torch.Tensor, attend: Callable[..., Any], **inputs: Any) -> torch.Tensor:
+        """The output of a materialised layer for `hidden`, as the whole model would call it with these inputs; no other layer runs."""
+        from haversack.engine import attention
+
         found: list[torch.Tensor] = []
 
         def stand_in(number: int, passed: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -124,19 +173,13 @@ class StreamedModel:
                 found.append(type(layer).forward(layer, hidden, *args, **kwargs))
             return passed
 
-        attention.register()
-        before = self.module.config._attn_implementation
         names = [n for n in self._outside_names() if n not in (self.input_name, self.head_name)]
         materialize(self, names)
-        self.module.set_attn_implementation(attention.NAME)
         try:
-            with self._layers_aside(stand_in):
-                self.module.base_model(inputs_embeds=torch.zeros_like(hidden), past_key_values=cache, use_cache=True)
+            with attention.registered(self.module, "haversack-apart", attend), self._layers_aside(stand_in):
+                self.module.base_model(inputs_embeds=torch.zeros_like(hidden), **inputs)
         finally:
-            self.module.set_attn_implementation(before)
             self._release(names)
-        for layer in cache.planned:  # positions are asked of the first layer
-            layer.columns = cache.planned[index].columns
         return found[0]
 
     @contextmanager

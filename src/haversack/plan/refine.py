@@ -18,6 +18,7 @@ from functools import cached_property
 
 import torch
 
+from haversack.cost.cache_damages import untried_nats
 from haversack.cost.calibrated import Calibration
 from haversack.cost.damage import Damage
 from haversack.cost.serving import ServingProblem
@@ -69,6 +70,7 @@ class PlanMeter:
         """Search around a solution, in at most `evaluations` measurements; never worse than it, as measured."""
         state_file = self.calibration.statistics.folder / f"plans-{self._digest(built, solution)}.json"
         state = json.loads(state_file.read_text()) if state_file.exists() else None
+        self.progress("measuring plans", len(state["trials"]) if state else 0, self.evaluations)
 
         def record(trials: dict) -> None:
             partial = state_file.with_suffix(".partial")
@@ -101,14 +103,18 @@ class PlanMeter:
         return replace(damage, probes=tuple((kind, found[kind]) for kind in built.kinds))
 
     def measure(self, built: ServingProblem, chosen: Sequence[int]) -> float | tuple[float, ...]:
-        """KL in nats per token of one solution, on the windows of the search; then of each probe's answers, where plans are judged by them."""
+        """KL in nats per token of one solution, on the windows of the search; then of each probe's answers, where plans are judged by them, and what heads that
+        drop tokens may lose on others."""
         self._meter.use(self.calibration.windows.search)
         changed, caches = self._changes(built, chosen)
         text = float(self._meter.kl_per_token(changed, caches).mean())
         if not built.kinds:
             return text
-        found = self._probes(self._steering_probes, changed, caches)
-        return (text, *(found[kind] for kind in built.kinds))
+        meter = self._steering_probes
+        found = self._probes(meter, changed, caches)
+        sites = {site: caches[site.id] for site in self.calibration.model.attention if site.id in caches}
+        untried = untried_nats(sites, meter.capacity_tokens)
+        return (text, *(found[kind] + untried for kind in built.kinds))
 
     def _changes(self, built: ServingProblem, chosen: Sequence[int]) -> tuple[dict, dict]:
         weights, kv = built.candidates(built.problem.describe(chosen))

@@ -18,6 +18,8 @@ from haversack.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
+    from haversack.parts.kv.non_uniform import NonUniformKV
+
 Options = tuple[KVOption, ...]
 """One per layer, in order."""
 
@@ -42,6 +44,8 @@ class HeadStatistics(Protocol):
 
     @property
     def head_damage(self) -> list[list[float]]: ...
+
+    def tables(self, part: NonUniformKV) -> list[tuple[tuple[float, ...], tuple[float, ...]]]: ...
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ class Selection(Score):
     def received(self, probabilities: torch.Tensor, *, held_tokens: int) -> torch.Tensor:
         """Importance that queries give to tokens: `(batch, kv_heads, groups, queries, tokens)` to `(batch, kv_heads, tokens)`.
 
-        `held_tokens` is how many tokens the queries share their attention between.
+        `held_tokens` is how many tokens the queries share their attention between. The probabilities may be overwritten; a copy of them would be
+        workspace that nobody declared.
         """
 
     def priority(self, importance: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

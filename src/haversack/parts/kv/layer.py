@@ -8,14 +8,15 @@ ring keeps between `plain_tokens` and `plain_tokens + group_tokens - 1`. Each se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
-from haversack.ledger import StoredTensor, total_bytes
+from haversack.ledger import StoredTensor
 from haversack.parts.kv.attention import as_block, attend_blocks, decode_form, key_block_tokens, sees_causally
 from haversack.parts.kv.base import KEY_BLOCK_TOKENS_PREFILL, Attending, KVLayer, PackedGroups, Regions, check_room
+from haversack.parts.kv.rows import SlabLayer
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
     from haversack.parts.kv.attention import Block
 
 
-class RingLayer(KVLayer):
-    """See the module's docstring. `packed` is None for a representation that keeps tokens as they are.
+class RingLayer(SlabLayer):
+    """See the module's docstring. `packed` is None for a representation that keeps tokens as they are."""
 
-    `rebuild` makes an empty layer like this one for another batch size.
-    """
+    counters = ("counts", "packed_until", "real_since_padding")
+    packed_until: list[int]
+    """Ordinals below are in the packed groups, or dropped."""
+    real_since_padding: list[int]
+    """The last columns that were all real: how far a crop may go."""
 
     def __init__(
         self,
@@ -44,29 +48,15 @@ class RingLayer(KVLayer):
         packed: PackedGroups | None = None,
         plain_tokens: int = 0,
     ):
-        self.site = site
-        self.regions = regions
-        self.batch_size = batch_size
+        super().__init__(site, regions, batch_size=batch_size, declared=declared, tensors=tensors, rebuild=rebuild)
         self.ring_tokens = ring_tokens
-        self.declared = declared
-        self.tensors = tensors
-        self.rebuild = rebuild
         self.packed = packed
         self.plain_tokens = plain_tokens
-        self.counts = [0] * batch_size  # real tokens seen, by row
-        self.packed_until = [0] * batch_size  # ordinals below are in the packed groups, or dropped
-        self.real_since_padding = 0  # columns that were real in every row: how far a crop may go
         self._decoders: dict[
             float | None, DecodeAttention | TritonAttention | None
         ] = {}  # compiled attention by softcap
 
     # What is held
-
-    def max_bytes(self) -> int:
-        return total_bytes(self.declared)
-
-    def seen_tokens(self) -> tuple[int, ...]:
-        return tuple(self.counts)
 
     def held_positions(self, row: int) -> tuple[int, ...]:
         count, sinks = self.counts[row], min(self.regions.sink_tokens, self.counts[row])
@@ -82,14 +72,14 @@ class RingLayer(KVLayer):
         if not self.regions.drops:
             longest = max(count + n for count, n in zip(self.counts, num_real))
             check_room(self.site, longest, self.regions.total_tokens)
-        if real is None or all(n == num_new for n in num_real):
-            self.real_since_padding += num_new
+        self.real_since_padding = [
+            since + num_new if n == num_new else 0 for since, n in zip(self.real_since_padding, num_real)
+        ]
+        if all(n == num_new for n in num_real):
             if len(set(self.counts)) == 1:
                 self._write(slice(0, self.batch_size), keys, values)
                 return
             real = None
-        else:
-            self.real_since_padding = 0
         for row in range(self.batch_size):
             rows = slice(row, row + 1)
             if real is None or num_real[row] == num_new:
@@ -108,7 +98,7 @@ class RingLayer(KVLayer):
     def note_appended(self) -> None:
         """One real token of every sequence was written to its slot by other code (`kernels.ir_tape`); no group left."""
         self.counts = [count + 1 for count in self.counts]
-        self.real_since_padding += 1
+        self.real_since_padding = [since + 1 for since in self.real_since_padding]
 
     def _write(self, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new real tokens of rows that all have seen the same number."""
@@ -373,39 +363,12 @@ class RingLayer(KVLayer):
 
     # Batches
 
-    def reorder(self, index: torch.Tensor) -> None:
-        order = [int(i) for i in index]
-        if len(order) != self.batch_size:
-            raise UsageError(f"{self.site.id}: {len(order)} rows were asked of a cache of {self.batch_size}.")
-        if order == list(range(self.batch_size)):
-            return
-        for name, tensor in self.tensors.items():
-            used = self._used_slots(name)
-            for first in range(0, used, KEY_BLOCK_TOKENS_PREFILL):
-                block = tensor[:, :, first : min(first + KEY_BLOCK_TOKENS_PREFILL, used)]
-                block.copy_(block.index_select(0, index.to(tensor.device)))
-        self.counts = [self.counts[i] for i in order]
-        self.packed_until = [self.packed_until[i] for i in order]
-
-    def _used_slots(self, name: str) -> int:
-        """Slots of a slab, along its third axis, that some row has written to."""
+    def used_slots(self, name: str) -> int:
         slots = self.tensors[name].shape[2]
         if self.packed is None or name in ("keys", "values"):
             return min(slots, max(self.counts))
         groups = min(self.packed.num_groups, max(self.packed_until) // self.packed.group_tokens)
         return slots // self.packed.num_groups * groups
-
-    def resized(self, index: torch.Tensor) -> RingLayer:
-        order = [int(i) for i in index]
-        other = self.rebuild(len(order))
-        assert isinstance(other, RingLayer)
-        for name, tensor in self.tensors.items():
-            for row, source in enumerate(order):
-                other.tensors[name][row] = tensor[source]
-        other.counts = [self.counts[i] for i in order]
-        other.packed_until = [self.packed_until[i] for i in order]
-        other.real_since_padding = self.real_since_padding
-        return other
 
     def check_crop(self, num_tokens: int) -> None:
         sinks = self.regions.sink_tokens
@@ -413,35 +376,14 @@ class RingLayer(KVLayer):
         packed = any(
             count - num_tokens - sinks < until for count, until in zip(self.counts, self.packed_until) if until
         )
-        if num_tokens > self.real_since_padding or overwritten or packed:
-            why = "padding" if num_tokens > self.real_since_padding else "tokens that were dropped or packed since"
+        padded = num_tokens > min(self.real_since_padding)
+        if padded or overwritten or packed:
+            why = "padding" if padded else "tokens that were dropped or packed since"
             raise UsageError(f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; that needs {why} back.")
 
     def _forget(self, num_tokens: int) -> None:
         self.counts = [count - num_tokens for count in self.counts]
-        self.real_since_padding -= num_tokens
-
-    def reset(self) -> None:
-        self.counts = [0] * self.batch_size
-        self.packed_until = [0] * self.batch_size
-        self.real_since_padding = 0
-
-    def state(self) -> dict[str, torch.Tensor]:
-        import torch
-
-        rows = torch.tensor([self.counts, self.packed_until, [self.real_since_padding] * self.batch_size])
-        return {**self.tensors, "rows": rows}
-
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        expected = {name: tuple(t.shape) for name, t in self.tensors.items()} | {"rows": (3, self.batch_size)}
-        for name, shape in expected.items():
-            found = tuple(state[name].shape) if name in state else None
-            if found != shape:
-                raise UsageError(f"{self.site.id}: the saved cache's {name} is {found}, but this cache needs {shape}.")
-        for name, tensor in self.tensors.items():
-            tensor.copy_(state[name])
-        self.counts, self.packed_until, since = (row.tolist() for row in state["rows"])
-        self.real_since_padding = since[0]
+        self.real_since_padding = [since - num_tokens for since in self.real_since_padding]
 
 
 def _last_ordinal(count: torch.Tensor, slot: torch.Tensor, ring: int) -> torch.Tensor:

@@ -43,14 +43,38 @@ class Merge(Demote):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        own = torch.nn.functional.normalize(kept[0], dim=-1)
-        likeness = torch.nn.functional.normalize(freed[0], dim=-1) @ own.transpose(-1, -2)
-        nearest = likeness.masked_fill_(~open_to[:, :, None, :], -2.0).max(-1)  # (rows, kv_heads, freed)
-        weight = torch.where(nearest.values >= self.threshold, nearest.values.exp(), 0.0)
-        total = torch.full_like(open_to, torch.e, dtype=torch.float32).scatter_add_(2, nearest.indices, weight)
-        merged = []
-        for mine, theirs in zip(kept, freed):
-            index = nearest.indices[..., None].expand_as(theirs)
-            added = (mine * torch.e).scatter_add_(2, index, theirs * weight[..., None])
-            merged.append(torch.where(total[..., None] > torch.e, added / total[..., None], mine))
-        return merged[0], merged[1]
+        likeness, places = nearest_kept(kept[0], freed[0], open_to)
+        weight = torch.where(likeness >= self.threshold, likeness.exp(), 0.0)
+        return fold(kept, freed, places, weight, own_weight=torch.e)
+
+
+def nearest_kept(
+    kept_keys: torch.Tensor, freed_keys: torch.Tensor, open_to: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each freed token, the cosine of its key with that of the kept one most like it, and that one's place: `(rows, kv_heads, freed)`."""
+    import torch
+
+    own = torch.nn.functional.normalize(kept_keys, dim=-1)
+    likeness = torch.nn.functional.normalize(freed_keys, dim=-1) @ own.transpose(-1, -2)
+    nearest = likeness.masked_fill_(~open_to[:, :, None, :], -2.0).max(-1)
+    return nearest.values, nearest.indices
+
+
+def fold(
+    kept: tuple[torch.Tensor, torch.Tensor],
+    freed: tuple[torch.Tensor, torch.Tensor],
+    places: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    own_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept keys and values as means of themselves and of what is folded into them; untouched, to the bit, where nothing of any weight is."""
+    import torch
+
+    total = torch.full(kept[0].shape[:3], own_weight, device=weight.device).scatter_add_(2, places, weight)
+    merged = []
+    for mine, theirs in zip(kept, freed):
+        index = places[..., None].expand_as(theirs)
+        added = (mine * own_weight).scatter_add_(2, index, theirs * weight[..., None])
+        merged.append(torch.where(total[..., None] > own_weight, added / total[..., None], mine))
+    return merged[0], merged[1]

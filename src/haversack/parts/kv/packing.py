@@ -20,6 +20,8 @@ def channel_groups(num_channels: int, group_size: int) -> list[slice]:
 
 
 def row_bytes(num_channels: int, bits: int) -> int:
+    if bits == 3:
+        return row_bytes(num_channels, 2) + row_bytes(num_channels, 1)
     return -(-num_channels * bits // 8)
 
 
@@ -38,10 +40,13 @@ def quantize(x: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., channels)` codes to `(..., row_bytes)`, by planes."""
+    """`(..., channels)` codes to `(..., row_bytes)`, by planes; of 3 bits the third lie behind the first two."""
     if bits == 8:
         return codes
     import torch
+
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], -1)
 
     num_channels = codes.shape[-1]
     num_bytes = row_bytes(num_channels, bits)
@@ -58,6 +63,9 @@ def unpack(packed: torch.Tensor, bits: int, num_channels: int) -> torch.Tensor:
 
     if bits == 8:
         return packed.to(torch.float32)
+    if bits == 3:
+        low = row_bytes(num_channels, 2)
+        return unpack(packed[..., :low], 2, num_channels).add_(unpack(packed[..., low:], 1, num_channels), alpha=4)
     num_bytes = packed.shape[-1]
     codes = torch.empty((*packed.shape[:-1], num_channels), dtype=torch.float32, device=packed.device)
     for plane in range(8 // bits):

@@ -29,4 +29,4 @@ class Persistence(Selection):
     memory: ClassVar[float] = 0.8
 
     def received(self, probabilities: torch.Tensor, *, held_tokens: int) -> torch.Tensor:
-        return (probabilities > 1 / held_tokens).sum((2, 3)).to(probabilities.dtype)
+        return probabilities.gt_(1 / held_tokens).sum((2, 3))

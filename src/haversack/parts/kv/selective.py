@@ -10,14 +10,15 @@ tokens at a time, is dropped, or moves as one group to a store in another form, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
-from haversack.ledger import DTYPE_BYTES, StoredTensor, total_bytes
+from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.kv.attention import as_block, attend_blocks, attention_workspace_bytes, key_block_tokens
 from haversack.parts.kv.base import Attending, Demote, KVLayer, PackedGroups, Regions, Selection, Slots, check_room
+from haversack.parts.kv.rows import SlabLayer
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,12 @@ EMPTY = -1
 """Position of a slot that holds nothing."""
 
 
-class SelectiveLayer(KVLayer):
-    """See the module's docstring. `rebuild` makes an empty layer like this one for another batch size."""
+class SelectiveLayer(SlabLayer):
+    """See the module's docstring."""
+
+    counters = ("counts", "used")
+    used: list[int]
+    """Slots that hold a token."""
 
     def __init__(
         self,
@@ -44,27 +49,13 @@ class SelectiveLayer(KVLayer):
         rebuild: Callable[[int], KVLayer],
         demote: Demote | None = None,
     ):
-        self.site = site
-        self.regions = regions
+        super().__init__(site, regions, batch_size=batch_size, declared=declared, tensors=tensors, rebuild=rebuild)
         self.selection = selection
         self.slots = slots
-        self.batch_size = batch_size
-        self.declared = declared
-        self.tensors = tensors
-        self.rebuild = rebuild
         self.demote = demote
         self.demoted: PackedGroups | None = demote.store(site, regions, tensors) if demote else None
-        self.counts = [0] * batch_size  # real tokens seen, by row
-        self.used = [0] * batch_size  # slots that hold one
-        self.tensors["positions"].fill_(EMPTY)
 
     # What is held
-
-    def max_bytes(self) -> int:
-        return total_bytes(self.declared)
-
-    def seen_tokens(self) -> tuple[int, ...]:
-        return tuple(self.counts)
 
     def held_positions(self, row: int) -> tuple[int, ...]:
         """Positions that any head of the row holds in any form; `held_by_head` tells apart what each has chosen."""
@@ -92,6 +83,7 @@ class SelectiveLayer(KVLayer):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
             part, part_lse = self._attend_rows(rows, query[piece], keys[piece], values[piece], how, learn=True)
             output[piece], lse[piece] = part, part_lse
+            del part, part_lse  # or they would be alive beside the next piece's
             self._store(rows, keys[piece], values[piece])
         return output, lse
 
@@ -235,7 +227,7 @@ class SelectiveLayer(KVLayer):
         shared = self.used[rows.start] - begun + self.regions.block_tokens  # the same for every piece of a block
         if begun == 0 and self.selection.memory != 1:
             weights[row_slice] *= self.selection.memory
-        for keys, _, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
+        for keys, values, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
             scores = torch.matmul(q, keys.transpose(-1, -2))
             if how.softcap is not None:
                 scores = scores.div_(how.softcap).tanh_().mul_(how.softcap)
@@ -243,9 +235,9 @@ class SelectiveLayer(KVLayer):
             if hidden is not None:
                 scores.masked_fill_(hidden.unsqueeze(2), 0.0)
             length = keys.shape[2]
-            received = self.selection.received(scores, held_tokens=shared)
-            weights[row_slice, :, place : place + length] += received
+            weights[row_slice, :, place : place + length] += self.selection.received(scores, held_tokens=shared)
             place = place + length
+            del keys, values, hidden, scores  # or two blocks would be alive while the next one is made
         # what new tokens gave one another went behind the longest row's slots, where _store puts them
 
     def _store(self, rows: range, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -318,29 +310,6 @@ class SelectiveLayer(KVLayer):
 
     # Batches
 
-    def reorder(self, index: torch.Tensor) -> None:
-        order = [int(i) for i in index]
-        if len(order) != self.batch_size:
-            raise UsageError(f"{self.site.id}: {len(order)} rows were asked of a cache of {self.batch_size}.")
-        if order == list(range(self.batch_size)):
-            return
-        for tensor in self.tensors.values():
-            for head in range(tensor.shape[1]):  # one head's slots are the workspace
-                tensor[:, head] = tensor[:, head].index_select(0, index.to(tensor.device))
-        self.counts = [self.counts[i] for i in order]
-        self.used = [self.used[i] for i in order]
-
-    def resized(self, index: torch.Tensor) -> SelectiveLayer:
-        order = [int(i) for i in index]
-        other = self.rebuild(len(order))
-        assert isinstance(other, SelectiveLayer)
-        for name, tensor in self.tensors.items():
-            for row, source in enumerate(order):
-                other.tensors[name][row] = tensor[source]
-        other.counts = [self.counts[i] for i in order]
-        other.used = [self.used[i] for i in order]
-        return other
-
     def check_crop(self, num_tokens: int) -> None:
         size = self.regions.block_tokens
         for count, used in zip(self.counts, self.used):
@@ -358,25 +327,9 @@ class SelectiveLayer(KVLayer):
             self.tensors["importance"][row, :, self.used[row] :] = 0
 
     def reset(self) -> None:
-        self.counts = [0] * self.batch_size
-        self.used = [0] * self.batch_size
+        super().reset()
         self.tensors["positions"].fill_(EMPTY)
         self.tensors["importance"].zero_()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        import torch
-
-        return {**self.tensors, "rows": torch.tensor([self.counts, self.used])}
-
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        expected = {name: tuple(t.shape) for name, t in self.tensors.items()} | {"rows": (2, self.batch_size)}
-        for name, shape in expected.items():
-            found = tuple(state[name].shape) if name in state else None
-            if found != shape:
-                raise UsageError(f"{self.site.id}: the saved cache's {name} is {found}, but this cache needs {shape}.")
-        for name, tensor in self.tensors.items():
-            tensor.copy_(state[name])
-        self.counts, self.used = (row.tolist() for row in state["rows"])
 
 
 def _places(chosen: torch.Tensor) -> torch.Tensor:
@@ -423,9 +376,8 @@ def selection_workspace_bytes(
         block_tokens=block_tokens,
         block_bytes=block_bytes,
     )
-    learning = block_bytes + batch_size * site.num_heads * queries * (
-        2 * block_tokens * f32 + 2 * (site.key_head_dim + 1) * f32
-    )
+    rows = batch_size * site.num_heads
+    learning = block_bytes + rows * f32 * (queries * (block_tokens + 2 * (site.key_head_dim + 1)) + 3 * block_tokens)
     slots = heads * regions.slot_tokens
     moved = heads * regions.block_tokens
     head_dims = site.key_head_dim + site.value_head_dim
@@ -439,7 +391,6 @@ def selection_workspace_bytes(
     if merges:  # all slots, the kept and the freed ones apart, likenesses, sums and what comes out
         freeing += (5 * slots + 3 * moved) * head_dims * f32
         freeing += moved * regions.total_tokens * (2 * f32 + 1) + slots * (3 * i64 + 2 * f32)
-    rows = batch_size * site.num_heads
-    piece = rows * queries * site.value_head_dim * f32  # a block's output, before it is put where it belongs
+    piece = rows * queries * site.value_head_dim * DTYPE_BYTES[dtype]  # a block's output, before it is put in place
     causal = queries * queries + 2 * queries * i64
     return rows * new_tokens * f32 + causal + max(attending + piece + rounded, learning + piece + rounded, freeing)
