@@ -18,6 +18,7 @@ from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
 from haversack.engine.training_trace import (
+    ACTIVATIONS,
     BACKWARD,
     EMBED,
     EMBED_BACKWARD,
@@ -35,6 +36,8 @@ from haversack.recipes.base import optimizer_option, preference
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
 POINTS = ("load", "resume", "reference", "forward", "loss", "backward", "update", "evaluate", "save")
+PASSES = ("forward", "loss", "backward")
+"""While activations are kept."""
 
 SLACK_FRACTION = 0.02
 """Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
@@ -75,6 +78,8 @@ class TrainingCost:
                     ledger.add(point, owner, "device", num_bytes)
             if slack_fraction:
                 ledger.add(point, SLACK, "device", int(slack_fraction * sum(owners.values())))
+            if point in PASSES and self.trace.disk_bytes:
+                ledger.add(point, ACTIVATIONS, "disk", self.trace.disk_bytes)
         return ledger
 
     @property

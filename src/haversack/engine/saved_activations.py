@@ -89,6 +89,11 @@ class ActivationFile:
                     done += os.pwrite(self._file.fileno(), raw[done:], kept.start + done)
         return kept
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes up to the end of what is kept."""
+        return self.end_bytes if self.num_kept else 0
+
     def read(self, start: int, tensor: torch.Tensor) -> None:
         """Fill a contiguous tensor from a place in the file."""
         raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
