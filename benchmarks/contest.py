@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.finished_rows import FOLDER, FinishedRows
-from benchmarks.peer import SCRIPTS, PeerProcess, fingerprint, run_peer
+from benchmarks.peer import SCRIPTS, PeerProcess, fingerprint
 from benchmarks.results_file import write_results
 from benchmarks.scorer import paired_interval
 from haversack.describe.machine import detect
@@ -121,7 +121,6 @@ class Rows:
         return self._row(contender, request, f"{contender.name}, rate {rate:g}, seed {seed}")
 
     def peak(self, contender: Contender, **settings: Any) -> dict[str, Any] | None:
-        """Measured in a fresh process."""
         request = self.contest.request(contender, "measure", 1e-3, 0, **settings)
         return self._row(contender, request, f"{contender.name}, peak")
 
@@ -137,8 +136,6 @@ class Rows:
         return self.finished.get(key, dict)
 
     def _ask(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        if request["task"] == "measure":
-            return next(run_peer(name, [request], num_threads=1))
         if name not in self._processes:
             self._processes[name] = PeerProcess(name, num_threads=1)
         return self._processes[name].ask(request, timeout_seconds=7200)

@@ -157,8 +157,8 @@ def main() -> None:
         if chosen is not None:
             workload, cost = chosen
             own = finished.get(
-                {**about, "ours": workload.recompute}, lambda: in_fresh_process(lambda: ours(workload.recompute))
-            )  # noqa: B023
+                {**about, "ours": workload.recompute}, partial(in_fresh_process, partial(ours, workload.recompute))
+            )
             entry["ours"] = {"recompute": workload.recompute, "predicted_bytes": cost.tensor_peak_bytes, **own, "extra_flops": own["flops"] - least}  # fmt: skip
         rows.append(entry)
         print(entry, flush=True)

@@ -42,7 +42,7 @@ def test_exports_what_was_changed(tmp_path: Path) -> None:
     step = TrainingStep(open_model(described, torch.float32, "sdpa"), described, WORKLOAD).begin(described)
     name, adapter = next(iter(adapters_of(step.model).items()))
     up, down = adapter.change()
-    assert up.shape[1] == 8 and float((up @ down).abs().max()) == 0
+    assert up.shape[1] == 8 and float((up @ down).abs().max()) < 1e-7
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
     first = adapter.up.detach().clone() @ adapter.down.detach()
     for group in step.optimizer.optimizers[0].param_groups:

@@ -95,6 +95,7 @@ KEPT_OF_RECOMPUTED = {
 SAVED = {
     "exact": "activations kept for the backward pass as they are",
     "8bit": "activations of layers kept in 8 bits, so that gradients are rounded",
+    "fp8": "activations of layers kept as 8-bit floats, so that gradients are rounded",
     "disk": "activations of layers written to a file and read again",
 }
 LIKELIHOOD = "likelihood"

@@ -220,9 +220,7 @@ def decompose(module: nn.Module, rank: int) -> tuple[PackedLinear, torch.Tensor,
     weight = _matrix(module)
     rank = min(rank, *weight.shape)
     best = _packed_linear(module, weight)
-    up, down = (
-        torch.zeros(shape, device=weight.device) for shape in ((weight.shape[0], rank), (rank, weight.shape[1]))
-    )
+    up, down = (torch.zeros(shape) for shape in ((weight.shape[0], rank), (rank, weight.shape[1])))
     if weight.device.type == "meta":
         return best, up, down
     matrix = weight.float()
