@@ -96,6 +96,7 @@ SAVED = {
     "exact": "activations kept for the backward pass as they are",
     "8bit": "activations of layers kept in 8 bits, so that gradients are rounded",
     "fp8": "activations of layers kept as 8-bit floats, so that gradients are rounded",
+    "sampled": "some rows of linears' inputs kept, so that gradients of weights are right on average",
     "disk": "activations of layers written to a file and read again",
 }
 LIKELIHOOD = "likelihood"
@@ -269,6 +270,10 @@ class TuneWorkload(TrainingWorkload):
                 f"lora_dropout is {share!r} with method {self.method!r}, which has no low-rank adapters; leave it at 0."
             )
         _check_choice("method", self.method, METHODS)
+        if self.saved == "sampled" and self.method != "full":
+            raise UsageError(
+                f"saved is 'sampled' with method {self.method}, whose linears are frozen; choose method full, or keep activations as they are."
+            )
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
         if self.method == "side" and (self.recompute != "none" or self.saved != "exact"):

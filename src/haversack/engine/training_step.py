@@ -24,6 +24,7 @@ from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
 from haversack.engine.pairs import Pairs
 from haversack.engine.recompute import RecomputeLayers
+from haversack.engine.sampled_rows import SampleRows
 from haversack.engine.saved_activations import ActivationFile, SaveAsFloat8, SaveInEightBits, SaveOnDisk
 from haversack.engine.scales import TrainedScales, scales_of
 from haversack.engine.side_network import SideNetwork, side_parameters
@@ -74,6 +75,8 @@ class TrainingStep:
             RecomputeLayers(model, recomputed)
         if workload.saved == "8bit":
             SaveInEightBits(model)
+        if workload.saved == "sampled":
+            SampleRows(model)
         if workload.saved == "fp8":
             SaveAsFloat8(model)
         self.on_disk: ActivationFile | None = None
