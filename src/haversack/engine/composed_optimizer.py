@@ -135,20 +135,23 @@ class ComposedOptimizer(Optimizer):
         step: int,
         group: Mapping[str, Any],
     ) -> int:
-        """Update as many numbers as one compiled pass can, whole blocks from the first: of AdamW with moments in 8 bits; how many it were."""
+        """Update as many numbers as one compiled pass can, whole blocks from the first: of AdamW with moments in 8 or 4 bits; how many it were."""
         precision = option.state
-        if type(option.rule) is not AdamW or not isinstance(precision, BlockState) or precision.bits != 8:
+        if type(option.rule) is not AdamW or not isinstance(precision, BlockState):
             return 0
         if not takes(flat, grad, precision.block_size) or "exp_avg_scale" not in state:
             return 0
         tables, beta1, beta2 = self._tables(flat.device), group["beta1"], group["beta2"]
         blocks = len(flat) // precision.block_size
         end = blocks * precision.block_size
-        kept = [t for name in ("exp_avg", "exp_avg_sq") for t in (state[name][:end], state[f"{name}_scale"][:blocks])]
+        num_bytes = end * precision.bits // 8
+        kept = [
+            t for name in ("exp_avg", "exp_avg_sq") for t in (state[name][:num_bytes], state[f"{name}_scale"][:blocks])
+        ]
         codes = [tables[f"{use} {kind}"].view(-1) for kind in ("signed", "unsigned") for use in ("decode", "encode")]
         root, step_size = (1 - beta2**step) ** -0.5, group["lr"] / (1 - beta1**step)
         numbers = [1 - beta1, beta2, 1 - beta2, root, group["eps"], step_size]
-        adamw_codes_(flat[:end], grad.view(-1)[:end], *kept, *codes, numbers, precision.block_size)
+        adamw_codes_(flat[:end], grad.view(-1)[:end], *kept, *codes, numbers, precision.block_size, precision.bits)
         return end
 
     def _within(

@@ -1,4 +1,4 @@
-"""AdamW's update of weights whose moments are 8-bit codes, compiled: `torch.ops.haversack.adamw_codes_`, in place, without workspace."""
+"""AdamW's update of weights whose moments are codes of 8 or 4 bits, compiled: `torch.ops.haversack.adamw_codes_`, in place, without workspace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_in
 _LIBRARY = torch.library.Library("haversack", "FRAGMENT")
 _LIBRARY.define(
     "adamw_codes_(Tensor(a!) weight, Tensor grad, Tensor(b!) mean, Tensor(c!) mean_scale, Tensor(d!) square, Tensor(e!) square_scale, "
-    "Tensor decode_mean, Tensor encode_mean, Tensor decode_square, Tensor encode_square, float[] numbers, int block_size) -> ()"
+    "Tensor decode_mean, Tensor encode_mean, Tensor decode_square, Tensor encode_square, float[] numbers, int block_size, int bits) -> ()"
 )
 
 adamw_codes_ = torch.ops.haversack.adamw_codes_
@@ -45,23 +45,22 @@ def _step(
     encode_square: torch.Tensor,
     numbers: list[float],
     block_size: int,
+    bits: int,
 ) -> None:
     blocks = len(weight) // block_size
     floats = (ctypes.c_float * len(NUMBERS))(*numbers)
     tensors = (
         weight, grad, mean, mean_scale, square, square_scale, decode_mean, encode_mean, decode_square, encode_square,
     )  # fmt: skip
-    assert len(weight) == len(grad) == len(mean) == len(square) == blocks * block_size and all(
-        tensor.is_contiguous() for tensor in tensors
-    )
+    assert len(weight) == len(grad) == blocks * block_size and all(tensor.is_contiguous() for tensor in tensors)
     job = (ctypes.c_int64 * len(JOB))(*(t.data_ptr() for t in tensors), ctypes.addressof(floats), blocks)
-    run = _FUNCTION(_module(block_size).address("run"))
+    run = _FUNCTION(_module(block_size, bits).address("run"))
     run(ctypes.addressof(job), parallel_address(), torch.get_num_threads())
 
 
 @cache
-def _module(block_size: int) -> CompiledModule:
-    return compile_text(adamw_codes_text(block_size), host_target())
+def _module(block_size: int, bits: int) -> CompiledModule:
+    return compile_text(adamw_codes_text(block_size, bits), host_target())
 
 
 _LIBRARY.impl("adamw_codes_", _step, "CPU")

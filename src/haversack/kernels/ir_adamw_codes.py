@@ -1,4 +1,4 @@
-"""LLVM IR of AdamW's update where both moments are 8-bit codes under one scale per block: read, step and rounded again in one pass.
+"""LLVM IR of AdamW's update where both moments are codes of 8 or 4 bits under one scale per block: read, step and rounded again in one pass.
 
     run(job, parallel, threads)
 
@@ -12,7 +12,7 @@ Then each moment's scale is its block's largest magnitude, and its codes those o
 
 from __future__ import annotations
 
-from haversack.kernels.ir import Function, Module, Value, splat_constant, vector
+from haversack.kernels.ir import Function, Module, Value, constant, splat_constant, vector
 from haversack.kernels.ir_team import add_record_entry, smaller
 
 LANES, TURN_BLOCKS = 16, 64
@@ -31,7 +31,7 @@ JOB = (
     "numbers",
     "blocks",
 )
-"""Words of a job. `weight` and `grad` are float32, `mean` and `square` uint8, all `(blocks, block_size)`; the scales are float32 `(blocks,)`. Tables have 256 floats and 2^16
+"""Words of a job. `weight` and `grad` are float32 `(blocks, block_size)`, `mean` and `square` uint8 `(blocks, block_size bits / 8)`; the scales are float32 `(blocks,)`. Tables have 256 floats, at 4 bits 256 pairs, and 2^16
 bytes; `numbers` are float32 in the order of `NUMBERS`."""
 
 NUMBERS = ("new_mean", "keep_square", "new_square", "root", "eps", "step")
@@ -39,19 +39,19 @@ NUMBERS = ("new_mean", "keep_square", "new_square", "root", "eps", "step")
 _FLOATS, _INTS = vector(LANES, "float"), vector(LANES, "i32")
 
 
-def adamw_codes_text(block_size: int) -> str:
+def adamw_codes_text(block_size: int, bits: int) -> str:
     """The whole module, entry `run`, for blocks of whole vectors."""
     module = Module()
     add_record_entry(
         module,
         [("i64" if name == "blocks" else "ptr", name) for name in JOB],
         lambda f, at: f.binary("udiv", f.binary("add", at["blocks"], TURN_BLOCKS - 1), TURN_BLOCKS),
-        lambda f, at, number: _turn(f, block_size, at, number),
+        lambda f, at, number: _turn(f, block_size, bits, at, number),
     )
     return module.text()
 
 
-def _turn(f: Function, block_size: int, at: dict[str, Value], number: Value) -> None:
+def _turn(f: Function, block_size: int, bits: int, at: dict[str, Value], number: Value) -> None:
     first = f.times(number, TURN_BLOCKS)
     last = smaller(f, f.binary("add", first, TURN_BLOCKS), at["blocks"])
     numbers = {
@@ -59,7 +59,7 @@ def _turn(f: Function, block_size: int, at: dict[str, Value], number: Value) -> 
     }
 
     def block(b: Value, _: list[Value]) -> list[Value]:
-        codes, floats = f.times(b, block_size), f.times(b, 4 * block_size)
+        codes, floats = f.times(b, block_size * bits // 8), f.times(b, 4 * block_size)
         weight, grad = (f.offset(at[name], floats) for name in ("weight", "grad"))
         kept = {name: f.offset(at[name], codes) for name in ("mean", "square")}
         scales = {name: f.offset(at[f"{name}_scale"], f.times(b, 4)) for name in kept}
@@ -68,22 +68,31 @@ def _turn(f: Function, block_size: int, at: dict[str, Value], number: Value) -> 
         for start in range(0, block_size, LANES):
             place = [f.offset(pointer, 4 * start) for pointer in (weight, grad)]
             moments = [
-                f.binary("fmul", _decoded(f, at[f"decode_{name}"], f.offset(kept[name], start)), old[name])
+                f.binary(
+                    "fmul", _decoded(f, bits, at[f"decode_{name}"], f.offset(kept[name], start * bits // 8)), old[name]
+                )
                 for name in kept
             ]
             mean, square = _step(f, place[0], f.load(_FLOATS, place[1], 4), moments, numbers)
             new["mean"].append(mean)
             new["square"].append(square)
         for name, values in new.items():
-            _encode(f, at[f"encode_{name}"], values, kept[name], scales[name])
+            _encode(f, bits, at[f"encode_{name}"], values, kept[name], scales[name])
         return []
 
     f.loop(last, [], block, first=first)
 
 
-def _decoded(f: Function, table: Value, codes: Value) -> Value:
-    index = f.cast("zext", f.load(vector(LANES, "i8"), codes), vector(LANES, "i64"))
-    return _gather(f, "float", table, index)
+def _decoded(f: Function, bits: int, table: Value, codes: Value) -> Value:
+    """The next values; of two codes in a byte the low half comes first, and stands first in the table's row of its own number."""
+    read = f.load(vector(LANES * bits // 8, "i8"), codes)
+    if bits == 4:
+        spread = f.shuffle(read, None, [i // 2 for i in range(LANES)])
+        shifted = f.binary("lshr", spread, constant("i8", [4 * (i % 2) for i in range(LANES)]))
+        read = f.binary(
+            "shl", f.binary("and", shifted, splat_constant(spread.type, 15)), splat_constant(spread.type, 1)
+        )
+    return _gather(f, "float", table, f.cast("zext", read, vector(LANES, "i64")))
 
 
 def _gather(f: Function, element: str, table: Value, index: Value) -> Value:
@@ -111,7 +120,7 @@ def _step(
     return mean, square
 
 
-def _encode(f: Function, table: Value, values: list[Value], codes: Value, scale: Value) -> None:
+def _encode(f: Function, bits: int, table: Value, values: list[Value], codes: Value, scale: Value) -> None:
     """A block's largest magnitude, and the codes of all its numbers over that."""
     largest = None
     for value in values:
@@ -123,12 +132,14 @@ def _encode(f: Function, table: Value, values: list[Value], codes: Value, scale:
     tiny = Value("float", "0x3810000000000000")  # the smallest normal float32
     divisor = f.splat(f.call("float", "llvm.maxnum.f32", most, tiny), LANES)
     for i, value in enumerate(values):
-        bits = f.cast("bitcast", f.binary("fdiv", value, divisor), _INTS)
-        upper = f.binary("lshr", bits, splat_constant(_INTS, 16))
-        odd = f.binary("and", upper, splat_constant(_INTS, 1))
+        words = f.cast("bitcast", f.binary("fdiv", value, divisor), _INTS)
+        odd = f.binary("and", f.binary("lshr", words, splat_constant(_INTS, 16)), splat_constant(_INTS, 1))
         rounded = f.binary(
-            "add", f.binary("add", bits, splat_constant(_INTS, 0x7FFF)), odd
+            "add", f.binary("add", words, splat_constant(_INTS, 0x7FFF)), odd
         )  # to the nearest, ties to even
         place = f.binary("xor", f.binary("lshr", rounded, splat_constant(_INTS, 16)), splat_constant(_INTS, 0x8000))
         found = _gather(f, "i8", table, f.cast("zext", place, vector(LANES, "i64")))
-        f.store(found, f.offset(codes, i * LANES))
+        if bits == 4:
+            low, high = (f.shuffle(found, None, range(half, LANES, 2)) for half in (0, 1))
+            found = f.binary("or", low, f.binary("shl", high, splat_constant(high.type, 4)))
+        f.store(found, f.offset(codes, i * LANES * bits // 8))
