@@ -172,8 +172,8 @@ class Planned:
         }
 
 
-def planned(contest: Contest, budget_bytes: int, finished: FinishedRows) -> Planned | None:
-    """The planner's own choice; None where nothing fits."""
+def planned(contest: Contest, budget_bytes: int, rows: Rows) -> Planned | None:
+    """The planner's own choice; None where nothing fits, or there was no time."""
 
     def make() -> dict[str, Any]:
         machine = detect()
@@ -190,7 +190,10 @@ def planned(contest: Contest, budget_bytes: int, finished: FinishedRows) -> Plan
         "model": contest.described.fingerprint,
         "code": fingerprint(OURS),
     }
-    row = finished.get(key, make)
+    if key not in rows.finished and time.monotonic() > rows.deadline:
+        rows.missing.append(f"plan of {budget_bytes} bytes")
+        return None
+    row = rows.finished.get(key, make)
     if not row:
         return None
     workload = workload_from_dict(row["workload"])
@@ -227,26 +230,29 @@ def figures_of(contest: Contest, rows: Rows) -> dict[str, Any]:
     }
     if contest.yardstick not in peaks:
         return figures
-    caps = [int(share * peaks[contest.yardstick]) for share in contest.caps]
-    budgets = sorted({*caps, *(int(TIE_SHARE * peak) for peak in peaks.values() if peak <= caps[0])}, reverse=True)
-    plans = {budget: planned(contest, budget, rows.finished) for budget in budgets}
-    ours = {plan.name: plan.contender for plan in plans.values() if plan is not None}
-    losses = swept(contest, [*contest.others, *ours.values()], rows)
-    figures["losses"] = {name: {k: v for k, v in row.items() if k != "windows"} for name, row in losses.items()}
-    for share, cap in zip(contest.caps, caps, strict=True):
-        fitting = {name: losses[name] for name, peak in peaks.items() if peak <= cap and name in losses}
+    theirs = swept(contest, contest.others, rows)
+    budgets: list[tuple[str, int, int]] = []  # where, the budget, the number of its cap
+    for number, share in enumerate(contest.caps):
+        cap = int(share * peaks[contest.yardstick])
+        fitting = {name: row for name, row in theirs.items() if peaks.get(name, cap + 1) <= cap}
         entry: dict[str, Any] = {"share_of_yardstick": share, "cap_bytes": cap, "rows": []}
-        entry["rows"] += _ours(rows, "at the cap", plans[cap], fitting, losses)
+        budgets.append(("at the cap", cap, number))
         if fitting:
             best = min(fitting, key=lambda name: fitting[name]["loss"])
             entry["best_other"] = best
-            budget = int(TIE_SHARE * peaks[best])
-            what = f"at {TIE_SHARE:g} of the best other's peak"
-            entry["rows"] += _ours(rows, what, plans[budget], fitting, losses)
-        entry["rows"] += [
-            {"contender": name, "peak_bytes": peaks[name], **_shown(row)} for name, row in fitting.items()
-        ]
+            budgets.append((f"at {TIE_SHARE:g} of the best other's peak", int(TIE_SHARE * peaks[best]), number))
+        entry["rows"] = [{"contender": name, "peak_bytes": peaks[name], **_shown(row)} for name, row in fitting.items()]
         figures["caps"].append(entry)
+    plans = {budget: planned(contest, budget, rows) for _, budget, _ in budgets}
+    ours = {plan.name: plan.contender for plan in plans.values() if plan is not None}
+    losses = theirs | swept(contest, list(ours.values()), rows)
+    figures["losses"] = {name: {k: v for k, v in row.items() if k != "windows"} for name, row in losses.items()}
+    for where, budget, number in budgets:
+        entry = figures["caps"][number]
+        fitting = {row["contender"]: theirs[row["contender"]] for row in entry["rows"] if "planned" not in row}
+        if plans[budget] is None and f"plan of {budget} bytes" in rows.missing:
+            continue
+        entry["rows"] += _ours(rows, where, plans[budget], fitting, losses)
     return figures
 
 

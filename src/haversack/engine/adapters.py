@@ -45,6 +45,9 @@ class LowRankAdapter(nn.Module):
     them. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
     """
 
+    first_up: torch.Tensor
+    first_down: torch.Tensor
+
     def __init__(
         self, base: nn.Module, out_features: int, in_features: int, rank: int, dtype: torch.dtype, dropout: float = 0.0
     ):

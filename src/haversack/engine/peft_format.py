@@ -62,7 +62,7 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         "target_modules": _targets(model, adapters),
         "inference_mode": True,
     }
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
         up, down = adapter.change()
         tensors |= {f"{_PREFIX}{name}{_DOWN}": down, f"{_PREFIX}{name}{_UP}": up}
