@@ -30,8 +30,8 @@ from haversack.jobs.measured_run import memory_events
 from haversack.jobs.training_run import open_model
 from haversack.plan.recompute import choose_recomputation
 
-WORKLOAD = TrainWorkload(8, 512, precision="fp32", optimizer="sgdm")
-BUDGETS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+WORKLOAD = TrainWorkload(4, 256, precision="fp32", optimizer="sgdm")
+BUDGETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LAYERS = 8
 
 OPERATORS = [getattr(torch.ops.aten, name).default for name in KEPT_OPERATORS["products"]]
