@@ -16,7 +16,7 @@ from math import prod
 from haversack.describe.checkpoint import holds_weights
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
-from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
+from haversack.engine.adapters import BASE_GRID, DECOMPOSE_BYTES_PER_ELEMENT, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
 from haversack.engine.training_trace import (
     ACTIVATIONS,
     BACKWARD,
@@ -138,13 +138,14 @@ def training_cost(
         for tensor in trace.trained
     )
     staying[BATCH] = 8 * workload.step_tokens
-    load_bytes = _load_bytes(model, trace, workload.weights_dtype)
+    decomposed = isinstance(workload, TuneWorkload) and workload.method == "lq-lora"
+    load_bytes = _load_bytes(model, trace, workload.weights_dtype, decomposed=decomposed)
     if base_bytes is not None:
         load_bytes = sum(base_bytes.values()) + trace.resident_bytes.get("adapters", 0)
     return TrainingCost(workload, trace, staying, tuple(compose(trace)), load_bytes)
 
 
-def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
+def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed: bool = False) -> int:
     """The most while weights come: all of them unpacked at first (made from a config alone, a tied head has a matrix of its
     own until it is tied), then each matrix beside its packed form."""
     resident = trace.resident_bytes
@@ -155,6 +156,8 @@ def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
     for out_features, in_features in trace.packed:
         packed = total_bytes(BASE_GRID.stored(out_features, in_features))
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
+        if decomposed:
+            working = DECOMPOSE_BYTES_PER_ELEMENT[dtype] * out_features * in_features
         peak = max(peak, live + packed + working)
         live += packed - width * out_features * in_features
     return max(peak, live + resident.get("adapters", 0) + resident.get("master weights", 0))
