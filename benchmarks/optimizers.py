@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     for number, batch in enumerate(batches):
         for name, step in contenders.items():
             started, computed = time.perf_counter(), time.process_time()
-            losses[name].append(step.run([batch]))
+            losses[name].append(step.run([{"ids": batch}]))
             seconds[name].append(time.perf_counter() - started)
             processor[name].append(time.process_time() - computed)
         print(f"step {number + 1} of {steps}", flush=True)
