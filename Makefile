@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-PEERS := llama_cpp xllamacpp llmcompressor auto_round bitsandbytes openvino torchao kvpress transformers
+PEERS := llama_cpp xllamacpp llmcompressor auto_round bitsandbytes openvino torchao kvpress transformers training
 # The default build of llama.cpp takes its AMX path on machines that have none and dies there, so that the features are named.
 LLAMA_CMAKE := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON \
 	-DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON -DGGML_AVX_VNNI=ON -DGGML_AMX_TILE=OFF -DGGML_AMX_INT8=OFF

@@ -139,6 +139,31 @@ def _tied_or_best(field: str, ours: str) -> Callable[[Any], Reading]:
     return read
 
 
+def _under_caps(figures: Any) -> Reading:
+    """Caps at which our loss is below every other's, intervals apart, or not above the best other's at 0.8 of its peak. KeyError where rows are missing."""
+    if figures["missing"]:
+        raise KeyError(figures["missing"][0])
+    won = 0
+    for cap in figures["caps"]:
+        ours = [row for row in cap["rows"] if "others_minus_ours_95" in row]
+        peaks = {row["contender"]: row["peak_bytes"] for row in cap["rows"] if "planned" not in row}
+        best = cap.get("best_other")
+        lowest = any(all(interval[0] > 0 for interval in row["others_minus_ours_95"].values()) for row in ours)
+        tied = best is not None and any(
+            row["others_minus_ours_95"][best][1] >= 0 and row["peak_bytes"] <= 0.8 * peaks[best] for row in ours
+        )
+        won += lowest or tied
+    return f"{won} of {len(figures['caps'])}", won == len(figures["caps"])
+
+
+def _on_or_below(rows: Any) -> Reading:
+    """Of torch's ways to recompute, those whose peak ours reaches with no more products done again. KeyError while compiled ones are missing."""
+    if not any(row["contender"].startswith("compiled") for row in rows):
+        raise KeyError("compiled")
+    reached = [r for r in rows if "ours" in r and r["ours"]["peak_bytes"] <= r["peak_bytes"] and r["ours"]["extra_flops"] <= r["extra_flops"]]  # fmt: skip
+    return f"{len(reached)} of {len(rows)}", len(reached) == len(rows)
+
+
 def _agreeing(kind: str, share: float) -> Callable[[Any], Reading]:
     def read(rows: Any) -> Reading:
         scored = [row for row in rows if row["kind"] == kind]
@@ -326,6 +351,11 @@ GOALS = (
         )
         for name, limit in (("adamw8bit", 1.1), ("galore", 1.25))
     ),
+    *(
+        Goal(f"{what} under three caps: lowest loss, or tied at 0.8 of the best other's peak", "all", name, _under_caps)
+        for what, name in (("pre-training B's shape", "pretraining"), ("tuning A to a foreign text", "tuning"))
+    ),
+    Goal("recomputation: on or below torch's ways in peak and products", "all", "recomputation", _on_or_below),
     Goal(
         "runs killed at random moments and resumed: bit-equal",
         "all",

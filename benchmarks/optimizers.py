@@ -1,7 +1,7 @@
 """Optimizers on B's shape: a whole training step against torch's AdamW, alternated in one run, and the loss after the same steps.
 
-`python -m benchmarks.optimizers [STEPS]`. Every contender starts from the same weights and sees the same batches of the shipped text;
-times are of whole steps, and states are counted on the tensors that are there.
+`python -m benchmarks.optimizers [STEPS [NAME...]]`, of all optimizers or those named. Every contender starts from the same weights and sees the same batches of the shipped text;
+times are of whole steps, by the clock and by the processor (which others on the machine disturb less), and states are counted on the tensors that are there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     start = open_model(described, torch.float32, "sdpa")
     contenders: dict[str, TrainingStep] = {}
-    for name in ("torch AdamW", *optimizer_names()):
+    for name in ("torch AdamW", *(arguments[1:] or optimizer_names())):
         workload = TrainWorkload(BATCH, LENGTH, precision="fp32", optimizer="adamw" if name == "torch AdamW" else name)
         step = TrainingStep(copy.deepcopy(start), described, workload).begin(described)
         rate = LEARNING_RATE.get(name, 1e-3)
@@ -65,25 +65,32 @@ def main(arguments: list[str]) -> None:
                 group["lr"] *= factor
         contenders[name] = step
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    processor: dict[str, list[float]] = {name: [] for name in contenders}
     losses: dict[str, list[float]] = {name: [] for name in contenders}
     for number, batch in enumerate(batches):
         for name, step in contenders.items():
-            started = time.perf_counter()
-            losses[name].append(step.run([batch]))
+            started, computed = time.perf_counter(), time.process_time()
+            losses[name].append(step.run([{"ids": batch}]))
             seconds[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - computed)
         print(f"step {number + 1} of {steps}", flush=True)
     rows: dict[str, Any] = {}
-    reference = seconds["torch AdamW"]
     for name, step in contenders.items():
-        ratios = sorted(a / b for a, b in zip(seconds[name][1:], reference[1:], strict=True))
         rows[name] = {
             "state_bytes": sum(t.nbytes for t in step.optimizer.state_tensors()) if name != "torch AdamW" else None,
-            "ratio_of_step_seconds": ratios[len(ratios) // 2],
-            "first_step_ratio": seconds[name][0] / reference[0],
+            "ratio_of_step_seconds": _median_ratio(seconds[name], seconds["torch AdamW"]),
+            "ratio_of_processor_seconds": _median_ratio(processor[name], processor["torch AdamW"]),
+            "first_step_ratio": seconds[name][0] / seconds["torch AdamW"][0],
             "loss_of_last_tenth": sum(losses[name][-max(1, steps // 10) :]) / max(1, steps // 10),
         }
         print(name, rows[name])
     write_results("optimizers", {"steps": steps, "tokens_per_step": BATCH * LENGTH, "rows": rows})
+
+
+def _median_ratio(one: list[float], other: list[float]) -> float:
+    """Of steps from the second on, paired."""
+    ratios = sorted(a / b for a, b in zip(one[1:], other[1:], strict=True))
+    return ratios[len(ratios) // 2]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "peers"
 ENVIRONMENTS = ROOT / ".peers"
-OWN = {"haversack": ROOT / "benchmarks" / "decode_turns.py"}
+OWN = {
+    "haversack": ROOT / "benchmarks" / "decode_turns.py",
+    "haversack_training": ROOT / "benchmarks" / "training_turns.py",
+}
 """Scripts of this project's own, asked as peers are, in this environment."""
 LODGERS = {"llama_cpp_caches": "llama_cpp"}
 """Scripts that run in another's environment: what one of them measured stays when the other changes."""
@@ -45,7 +48,7 @@ def run_peer(
         given, deadline = 0, time.monotonic() + timeout_seconds
         with (
             log.open("w") as output,
-            subprocess.Popen(command, env=environment(num_threads), stdout=output, stderr=output) as process,
+            subprocess.Popen(command, env=environment(num_threads, name), stdout=output, stderr=output) as process,
         ):
             try:
                 while given < len(requests):

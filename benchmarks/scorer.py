@@ -98,11 +98,13 @@ def perplexity(nll: float) -> float:
     return math.exp(nll)
 
 
-def paired_interval(first: list[float], second: list[float], *, num_samples: int = 4000, seed: int = 0) -> list[float]:
-    """95% bootstrap interval of mean(first - second) over windows; the texts are drawn apart, as many windows of each."""
+def paired_interval(
+    first: list[float], second: list[float], *, strata: int = len(TEXTS), num_samples: int = 4000, seed: int = 0
+) -> list[float]:
+    """95% bootstrap interval of mean(first - second) over windows; the texts (or other `strata`) are drawn apart, as many windows of each."""
     difference = torch.tensor(first, dtype=torch.float64) - torch.tensor(second, dtype=torch.float64)
-    strata = difference.reshape(len(TEXTS), -1)
+    rows = difference.reshape(strata, -1)
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(strata.shape[1], (num_samples, *strata.shape), generator=generator)
-    means = strata.expand(num_samples, *strata.shape).gather(2, draws).mean((1, 2))
+    draws = torch.randint(rows.shape[1], (num_samples, *rows.shape), generator=generator)
+    means = rows.expand(num_samples, *rows.shape).gather(2, draws).mean((1, 2))
     return [float(means.quantile(0.025)), float(means.quantile(0.975))]

@@ -7,6 +7,7 @@ import random
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.scorer import Scorer, mean_by_text, paired_interval  # noqa: E402
 
-from benchmarks import finished_rows, goals, peer, results_file  # noqa: E402
+from benchmarks import contest, finished_rows, goals, peer, results_file  # noqa: E402
 from haversack import data  # noqa: E402
 
 
@@ -155,3 +156,29 @@ def test_packed_fields_are_read_back(auto_round_script: ModuleType, bits: int) -
     words = (stream << torch.arange(32)).sum(-1)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     assert torch.equal(auto_round_script.unpacked(words, bits), codes.float())
+
+
+def _cap(ours: dict[str, Any], theirs: dict[str, int], best: str) -> dict[str, Any]:
+    rows = [{"contender": "haversack", "planned": "at the cap", **ours}]
+    return {"rows": [*rows, *({"contender": n, "peak_bytes": p} for n, p in theirs.items())], "best_other": best}
+
+
+def test_a_cap_is_won_by_the_lowest_loss_or_a_tie_below_the_peak() -> None:
+    theirs = {"a": 100, "b": 90}
+    lowest = _cap({"peak_bytes": 100, "others_minus_ours_95": {"a": [0.01, 0.02], "b": [0.02, 0.03]}}, theirs, "a")
+    tied = _cap({"peak_bytes": 80, "others_minus_ours_95": {"a": [-0.01, 0.02], "b": [0.02, 0.03]}}, theirs, "a")
+    above = _cap({"peak_bytes": 81, "others_minus_ours_95": {"a": [-0.01, 0.02], "b": [0.02, 0.03]}}, theirs, "a")
+    worse = _cap({"peak_bytes": 50, "others_minus_ours_95": {"a": [-0.02, -0.01], "b": [0.02, 0.03]}}, theirs, "a")
+    assert goals._under_caps({"missing": [], "caps": [lowest, tied]}) == ("2 of 2", True)
+    assert goals._under_caps({"missing": [], "caps": [tied, above, worse]}) == ("1 of 3", False)
+    with pytest.raises(KeyError):
+        goals._under_caps({"missing": ["a row"], "caps": [lowest]})
+
+
+def test_losses_are_paired_by_seed_and_window() -> None:
+    rng = random.Random(0)
+    hard = [[rng.gauss(3, 1) for _ in range(20)] for _ in range(3)]
+    ours = {"windows": dict(enumerate(hard))}
+    theirs = {"windows": {seed: [loss + 0.01 + rng.gauss(0, 0.005) for loss in hard[seed]] for seed in (0, 2)}}
+    low, high = contest.difference(theirs, ours)
+    assert 0.005 < low < 0.01 < high < 0.015

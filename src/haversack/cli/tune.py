@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from haversack.jobs.tune import TrainingResult
     from haversack.plan.training_file import TrainingPlan
 
-METHODS = ("full", "lora", "qlora", "paca", "side")
-
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -104,7 +102,8 @@ def tune(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", help="full, lora, qlora, paca or side; the first that fits of full, lora and qlora if left out."
+            "--method",
+            help="full, lora, qlora, lq-lora, peqa, paca or side; the first that fits of full, lora and qlora if left out.",
         ),
     ] = None,
     loss: Annotated[
@@ -115,6 +114,8 @@ def tune(
     ] = None,
 ) -> int:
     """Tune MODEL on data within a budget. Ctrl-C saves and stops; the same command goes on from there."""
+    from haversack.describe.workload import METHODS
+
     if method is not None and method not in METHODS:
         raise UsageError(f"--method {method!r} is not one of {', '.join(METHODS)}.")
     if adapter is not None and method not in ("lora", "qlora"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
-from haversack.cost.training import SLACK, SLACK_FRACTION, STATES, TrainingCost, training_cost
+from haversack.cost.training import PASSES, SLACK, SLACK_FRACTION, STATES, TrainingCost, training_cost
 from haversack.describe.model import Model, describe_model
 from haversack.describe.parallel import Parallelism, rank_config, stage_layers
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
@@ -132,6 +132,8 @@ def _stage_ledger(
                 highest = rows
         host = {o: highest.pop(o) for o in (STATES, "master weights") if parallel.offload and highest.get(o)}
         _book(ledger, point, highest, host, runtime_bytes)
+        if point in PASSES and cost.trace.disk_bytes:
+            ledger.add(point, ACTIVATIONS, "disk", round(cost.trace.disk_bytes * layers * in_flight))
     return ledger
 
 

@@ -14,7 +14,7 @@ from haversack.describe.experts import share_of_experts
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.site import AttentionSite, WeightSite
-from haversack.describe.workload import ServeWorkload, TrainingWorkload, TuneWorkload, recomputed_layers
+from haversack.describe.workload import ServeWorkload, TrainingWorkload, TuneWorkload, recomputation
 from haversack.ledger import DTYPE_BYTES
 
 LOOKED_UP = ("embedding", "position")
@@ -86,7 +86,7 @@ def serving_operators(
             out.append(rates.operator(point, name, num_bytes, flops))
         pairs = prompt * (prompt + 1) / 2 if point == "prefill" else workload.context_tokens
         flops = sum(
-            users * _attention_flops(site, pairs, prompt if point == "prefill" else 1) for site in model.attention
+            users * attention_flops(site, pairs, prompt if point == "prefill" else 1) for site in model.attention
         )
         out.append(rates.operator(point, ATTENTION, kv_bytes * (passes + 1) / 2, flops))
     return [operator for operator in out if operator.num_bytes or operator.flops]
@@ -100,7 +100,9 @@ def training_operators(model: Model, workload: TrainingWorkload, machine: Machin
     frozen = isinstance(workload, TuneWorkload) and workload.method != "full"
     beside = isinstance(workload, TuneWorkload) and workload.method == "side"
     backward = 1 if frozen else 2
-    again = len(recomputed_layers(workload.recompute, model.num_layers)) / max(1, model.num_layers)
+    kept = recomputation(workload.recompute, model.num_layers).values()
+    again = sum(what != "products" for what in kept) / max(1, model.num_layers)
+    attention_again = sum(not what for what in kept) / max(1, model.num_layers)
     head_again = 1 if workload.loss == "cut" else 0
     passes = workload.accumulation_steps
     out: list[Operator] = []
@@ -116,8 +118,8 @@ def training_operators(model: Model, workload: TrainingWorkload, machine: Machin
             out.append(rates.operator(point, name, num_bytes, flops))
         pairs = workload.seq_len * (workload.seq_len + 1) / 2
         sequences = workload.batch_size * passes
-        runs = 1 if point == "forward" else 0 if beside else 2 + again
-        flops = sum(runs * sequences * _attention_flops(site, pairs, workload.seq_len) for site in model.attention)
+        runs = 1 if point == "forward" else 0 if beside else 2 + attention_again
+        flops = sum(runs * sequences * attention_flops(site, pairs, workload.seq_len) for site in model.attention)
         kv = sum(site.bytes_per_token("BF16") for site in model.attention) * tokens
         out.append(rates.operator(point, ATTENTION, runs * kv, flops))
     logits = 4.0 * tokens * model.vocab_size
@@ -169,7 +171,7 @@ def _products(model: Model, site: WeightSite, tokens: int, scored: int) -> float
     return float(site.num_parameters) * tokens * min(1.0, (model.experts_per_token or 1) / model.num_experts)
 
 
-def _attention_flops(site: AttentionSite, pairs: float, num_queries: int) -> float:
+def attention_flops(site: AttentionSite, pairs: float, num_queries: int) -> float:
     """Operations of one sequence: two per query, key and head for each of key and value dimensions."""
     limit = site.window_tokens or site.chunk_tokens
     seen = min(pairs, float(limit) * num_queries) if limit else pairs

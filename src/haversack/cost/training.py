@@ -16,8 +16,9 @@ from math import prod
 from haversack.describe.checkpoint import holds_weights
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
-from haversack.engine.adapters import BASE_GRID, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
+from haversack.engine.adapters import BASE_GRID, DECOMPOSE_BYTES_PER_ELEMENT, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
 from haversack.engine.training_trace import (
+    ACTIVATIONS,
     BACKWARD,
     EMBED,
     EMBED_BACKWARD,
@@ -35,6 +36,8 @@ from haversack.recipes.base import optimizer_option, preference
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
 POINTS = ("load", "resume", "reference", "forward", "loss", "backward", "update", "evaluate", "save")
+PASSES = ("forward", "loss", "backward")
+"""While activations are kept."""
 
 SLACK_FRACTION = 0.02
 """Share of the tensors' peak that the process holds beside them, with the allocator's two thresholds at 256 KiB as our runs set
@@ -75,6 +78,8 @@ class TrainingCost:
                     ledger.add(point, owner, "device", num_bytes)
             if slack_fraction:
                 ledger.add(point, SLACK, "device", int(slack_fraction * sum(owners.values())))
+            if point in PASSES and self.trace.disk_bytes:
+                ledger.add(point, ACTIVATIONS, "disk", self.trace.disk_bytes)
         return ledger
 
     @property
@@ -133,13 +138,14 @@ def training_cost(
         for tensor in trace.trained
     )
     staying[BATCH] = 8 * workload.step_tokens
-    load_bytes = _load_bytes(model, trace, workload.weights_dtype)
+    decomposed = isinstance(workload, TuneWorkload) and workload.method == "lq-lora"
+    load_bytes = _load_bytes(model, trace, workload.weights_dtype, decomposed=decomposed)
     if base_bytes is not None:
         load_bytes = sum(base_bytes.values()) + trace.resident_bytes.get("adapters", 0)
     return TrainingCost(workload, trace, staying, tuple(compose(trace)), load_bytes)
 
 
-def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
+def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed: bool = False) -> int:
     """The most while weights come: all of them unpacked at first (made from a config alone, a tied head has a matrix of its
     own until it is tied), then each matrix beside its packed form."""
     resident = trace.resident_bytes
@@ -150,6 +156,8 @@ def _load_bytes(model: Model, trace: TrainingTrace, dtype: str) -> int:
     for out_features, in_features in trace.packed:
         packed = total_bytes(BASE_GRID.stored(out_features, in_features))
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
+        if decomposed:
+            working = DECOMPOSE_BYTES_PER_ELEMENT[dtype] * out_features * in_features
         peak = max(peak, live + packed + working)
         live += packed - width * out_features * in_features
     return max(peak, live + resident.get("adapters", 0) + resident.get("master weights", 0))

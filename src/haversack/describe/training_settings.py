@@ -16,18 +16,23 @@ DEFAULT_LEARNING_RATES = {
     "full": 2e-5,
     "lora": 2e-4,
     "qlora": 2e-4,
+    "lq-lora": 2e-4,
+    "peqa": 2e-5,
     "paca": 2e-4,
     "side": 3e-4,
     "train": 3e-4,
     "full on pairs": 5e-7,
     "lora on pairs": 5e-6,
     "qlora on pairs": 5e-6,
+    "lq-lora on pairs": 5e-6,
+    "peqa on pairs": 5e-7,
     "paca on pairs": 5e-6,
     "side on pairs": 5e-6,
 }
 """Of AdamW by method: full tuning as in Alpaca (Taori et al. 2023), adapters as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314,
 table 9, up to 13B), training (and side networks, which are new, too) as in Llama (Touvron et al. 2023, arXiv 2302.13971, table 2, its small models), preferences as in Zephyr (Tunstall et al. 2023,
-arXiv 2310.16944, section 4.3), and ten times that for adapters, as between the others."""
+arXiv 2310.16944, section 4.3), and ten times that for adapters, as between the others. Scales, which stand for
+whole groups of weights, have full tuning's."""
 
 
 @dataclass(frozen=True)

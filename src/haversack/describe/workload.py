@@ -76,7 +76,10 @@ PRECISIONS = {
     "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
 }
 ATTENTIONS = ("sdpa", "eager")
-METHODS = ("full", "lora", "qlora", "paca", "side")
+METHODS = ("full", "lora", "qlora", "lq-lora", "peqa", "paca", "side")
+WITH_ADAPTERS = ("lora", "qlora", "lq-lora")
+PACKED = ("qlora", "lq-lora", "peqa")
+"""Methods that round the base to 4 bits."""
 ADAPTED = ("query-value", "attention", "linear")
 LOSSES = {
     "fp32": "logits widened to 32 bits, as transformers does",
@@ -84,9 +87,16 @@ LOSSES = {
     "cut": "logits in blocks, never held together",
 }
 RECOMPUTATIONS = ("none", "full")
+KEPT_OF_RECOMPUTED = {
+    "attention": "what attention gives",
+    "products": "what attention and products with weights give",
+}
+"""What a layer that runs again may keep of its first run beside its input, from the least."""
 SAVED = {
     "exact": "activations kept for the backward pass as they are",
     "8bit": "activations of layers kept in 8 bits, so that gradients are rounded",
+    "fp8": "activations of layers kept as 8-bit floats, so that gradients are rounded",
+    "sampled": "some rows of linears' inputs kept, so that gradients of weights are right on average",
     "disk": "activations of layers written to a file and read again",
 }
 LIKELIHOOD = "likelihood"
@@ -97,39 +107,47 @@ UPDATES = {
 }
 
 
-def recomputed_layers(recompute: str, num_layers: int | None = None) -> frozenset[int]:
-    """The layers that `recompute` names (none, full, or as in `0-3,7`). Raises UsageError for other words, and for a layer beyond
+def recomputation(recompute: str, num_layers: int | None = None) -> dict[int, str]:
+    """Layer that runs again -> what it keeps of its first run beside its input (`KEPT_OF_RECOMPUTED`, or nothing: ""), as
+    `recompute` says: none, full, full+products, or as in `0-3,7+attention`. Raises UsageError for other words, and for a layer beyond
     `num_layers`, without which `full` names none."""
-    if recompute in RECOMPUTATIONS:
-        return frozenset(range(num_layers or 0)) if recompute == "full" else frozenset()
-    layers: set[int] = set()
+    if recompute == "none":
+        return {}
+    found: dict[int, str] = {}
     for piece in recompute.split(",") if isinstance(recompute, str) else [""]:
-        first, dash, last = piece.partition("-")
+        named, plus, kept = piece.partition("+")
+        first, dash, last = named.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**6):
+        is_whole = named == "full" and piece == recompute
+        numbered = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**6
+        if not (is_whole or numbered) or (plus and kept not in KEPT_OF_RECOMPUTED):
             raise UsageError(
-                f"recompute is {recompute!r}, but must be one of {', '.join(RECOMPUTATIONS)}, or layers as in 0-3,7."
+                f"recompute is {recompute!r}, but must be one of {', '.join(RECOMPUTATIONS)}, or layers as in 0-3,7; what they keep may "
+                f"follow: {', '.join('+' + name for name in KEPT_OF_RECOMPUTED)}."
             )
-        layers |= set(range(int(first), int(last) + 1))
-    if num_layers is not None and max(layers) >= num_layers:
+        layers = range(num_layers or 0) if is_whole else range(int(first), int(last) + 1)
+        found |= dict.fromkeys(layers, kept)
+    if num_layers is not None and found and max(found) >= num_layers:
         raise UsageError(f"recompute is {recompute!r}, but the model has {num_layers} layers: 0 to {num_layers - 1}.")
-    return frozenset(layers)
+    return found
 
 
-def name_layers(layers: Iterable[int], num_layers: int) -> str:
-    """What `recomputed_layers` reads: none, full, or ranges of layers."""
-    ordered = sorted(layers)
-    if not ordered:
+def name_recomputation(kept: Mapping[int, str], num_layers: int) -> str:
+    """What `recomputation` reads: none, full, or ranges of layers, with what they keep."""
+    if not kept:
         return "none"
-    if len(ordered) == num_layers:
-        return "full"
-    ranges: list[list[int]] = []
-    for layer in ordered:
-        if ranges and ranges[-1][1] == layer - 1:
-            ranges[-1][1] = layer
+    runs: list[tuple[int, int, str]] = []
+    for layer, what in sorted(kept.items()):
+        if runs and runs[-1][1:] == (layer - 1, what):
+            runs[-1] = (runs[-1][0], layer, what)
         else:
-            ranges.append([layer, layer])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
+            runs.append((layer, layer, what))
+
+    def name(first: int, last: int, what: str) -> str:
+        layers = "full" if last - first + 1 == num_layers else f"{first}-{last}" if last > first else str(first)
+        return f"{layers}+{what}" if what else layers
+
+    return ",".join(name(*run) for run in runs)
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ class TrainingWorkload:
 
     `accumulation_steps` such batches make one step of the optimizer. `precision` and `optimizer` say which states
     there are (`PRECISIONS`; an optimizer's recipe, which is looked up where a run is planned or begun); `recompute` "full" keeps each layer's input alone and runs the layer again for its
-    backward pass, `0-3,7` does so with those layers; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
+    backward pass, `0-3,7` does so with those layers, `full+products` or `0-3+attention` keep some of what they gave first; `attention` is transformers' name of the attention function; `loss` says which logits there are (`LOSSES`);
     `samples_apart` that rows hold several samples which do not see one another, so that attention has a mask; `update` when weights are
     updated (`UPDATES`); `saved` how activations are kept (`SAVED`). Raises UsageError naming the field, its
     value and what is allowed.
@@ -163,7 +181,7 @@ class TrainingWorkload:
         _check_count("seq_len", self.seq_len, minimum=2)
         _check_count("accumulation_steps", self.accumulation_steps, minimum=1)
         _check_choice("precision", self.precision, PRECISIONS)
-        recomputed_layers(self.recompute)
+        recomputation(self.recompute)
         _check_choice("attention", self.attention, ATTENTIONS)
         _check_choice("loss", self.loss, LOSSES)
         _check_choice("update", self.update, UPDATES)
@@ -227,8 +245,8 @@ class TrainWorkload(TrainingWorkload):
 
 @dataclass(frozen=True)
 class TuneWorkload(TrainingWorkload):
-    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`), `lora_rank`
-    columns of each matrix (`paca`), or a side network that reads its hidden states (`side`).
+    """Tune a checkpoint: all of it (`full`), low-rank adapters beside it, as it is (`lora`) or in 4 bits (`qlora`; `lq-lora`: rounded so
+    that base and adapters together begin near it), the scales of a base in 4 bits (`peqa`), `lora_rank` columns of each matrix (`paca`), or a side network that reads its hidden states (`side`).
 
     `objective` is what is learned: `LIKELIHOOD`, or the recipe of a loss over pairs of answers. `lora_rank` and `lora_targets` (queries and values, the projections around attention, or every linear of the layers) count for adapters
     alone, as does `lora_dropout`, the share of their inputs that is dropped while training. Under `master` precision adapters are kept in 32 bits beside a 16-bit base, and need no copies.
@@ -247,11 +265,15 @@ class TuneWorkload(TrainingWorkload):
         share = self.lora_dropout
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise UsageError(f"lora_dropout is {share!r}, but must be a share from 0 to below 1, like 0.05.")
-        if share and self.method not in ("lora", "qlora"):
+        if share and self.method not in WITH_ADAPTERS:
             raise UsageError(
                 f"lora_dropout is {share!r} with method {self.method!r}, which has no low-rank adapters; leave it at 0."
             )
         _check_choice("method", self.method, METHODS)
+        if self.saved == "sampled" and self.method != "full":
+            raise UsageError(
+                f"saved is 'sampled' with method {self.method}, whose linears are frozen; choose method full, or keep activations as they are."
+            )
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
         if self.method == "side" and (self.recompute != "none" or self.saved != "exact"):

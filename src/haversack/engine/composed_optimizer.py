@@ -12,7 +12,10 @@ from torch.optim import Optimizer
 
 from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.errors import UsageError
+from haversack.kernels.adamw_codes import adamw_codes_, takes
+from haversack.parts.optimizer.adamw import AdamW
 from haversack.parts.optimizer.base import PIECE_ELEMENTS, STEP, Moment, OptimizerOption, Reduced, Update
+from haversack.parts.optimizer.block_state import BlockState
 
 
 class ComposedOptimizer(Optimizer):
@@ -117,10 +120,39 @@ class ComposedOptimizer(Optimizer):
         begun = option.rule.begin(grad, state, step, group, parameter)
         target = parameter if parameter.is_contiguous() else parameter.contiguous()
         flat = target.view(-1)
-        for piece, update in self._updates(option, grad, state, begun, group):
+        done = self._compiled(option, flat, grad, state, step, group)
+        for piece, update in self._updates(option, grad, state, begun, group, first=done):
             update.apply(flat[piece].view(update.numerator.shape))
         if target is not parameter:
             parameter.copy_(target)
+
+    def _compiled(
+        self,
+        option: OptimizerOption,
+        flat: torch.Tensor,
+        grad: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        step: int,
+        group: Mapping[str, Any],
+    ) -> int:
+        """Update as many numbers as one compiled pass can, whole blocks from the first: of AdamW with moments in 8 or 4 bits; how many it were."""
+        precision = option.state
+        if type(option.rule) is not AdamW or not isinstance(precision, BlockState):
+            return 0
+        if not takes(flat, grad, precision.block_size) or "exp_avg_scale" not in state:
+            return 0
+        tables, beta1, beta2 = self._tables(flat.device), group["beta1"], group["beta2"]
+        blocks = len(flat) // precision.block_size
+        end = blocks * precision.block_size
+        num_bytes = end * precision.bits // 8
+        kept = [
+            t for name in ("exp_avg", "exp_avg_sq") for t in (state[name][:num_bytes], state[f"{name}_scale"][:blocks])
+        ]
+        codes = [tables[f"{use} {kind}"].view(-1) for kind in ("signed", "unsigned") for use in ("decode", "encode")]
+        root, step_size = (1 - beta2**step) ** -0.5, group["lr"] / (1 - beta1**step)
+        numbers = [1 - beta1, beta2, 1 - beta2, root, group["eps"], step_size]
+        adamw_codes_(flat[:end], grad.view(-1)[:end], *kept, *codes, numbers, precision.block_size, precision.bits)
+        return end
 
     def _within(
         self,
@@ -187,15 +219,17 @@ class ComposedOptimizer(Optimizer):
         state: dict[str, torch.Tensor],
         begun: Any,
         group: Mapping[str, Any],
+        first: int = 0,
     ) -> Iterable[tuple[slice, Update]]:
-        """The rule's updates, piece by piece of the flattened gradient, with moments read before and written after."""
+        """The rule's updates, piece by piece of the flattened gradient from its number `first` on, with moments read before and written
+        after."""
         rule, precision = option.rule, option.state
         declared = rule.moments(tuple(grad.shape))
         shared = self._tables(grad.device) if precision is not None else {}
         n = grad.numel()
         flat = grad.reshape(-1)
         length = PIECE_ELEMENTS if rule.elementwise else max(1, n)
-        for start in range(0, n, length):
+        for start in range(first, n, length):
             piece = slice(start, min(start + length, n))
             shape = (piece.stop - piece.start,) if rule.elementwise else tuple(grad.shape)
             g = flat[piece].view(shape)

@@ -45,10 +45,11 @@ def adapters_of(model: nn.Module) -> dict[str, LowRankAdapter]:
 
 
 def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
-    """Write a model's adapters into a folder that `peft.PeftModel.from_pretrained` reads; one tensor at a time."""
+    """Write what a model's adapters changed into a folder that `peft.PeftModel.from_pretrained` reads; one tensor at a time. Adapters that did not
+    begin at zero are written with twice their rank: less where they began."""
     adapters = adapters_of(model)
     first = next(iter(adapters.values()))
-    rank = len(first.down)
+    rank = len(first.change()[1])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,10 +62,10 @@ def save_adapter(model: nn.Module, folder: Path, base_model: str) -> None:
         "target_modules": _targets(model, adapters),
         "inference_mode": True,
     }
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, adapter in adapters.items():
-        tensors[f"{_PREFIX}{name}{_DOWN}"] = adapter.down
-        tensors[f"{_PREFIX}{name}{_UP}"] = adapter.up
+        up, down = adapter.change()
+        tensors |= {f"{_PREFIX}{name}{_DOWN}": down, f"{_PREFIX}{name}{_UP}": up}
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     write_whole(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What decoder layers keep of their activations for the backward pass: all of it in 8 bits, or as it is in a file."""
+"""What decoder layers keep of their activations for the backward pass: all of it in 8 bits, as 8-bit floats, or as it is in a file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from haversack.formats.safetensors_file import explained
 
 GROUP = 128
 """Numbers that share a scale and a smallest value, where the last axis is longer than this and a multiple of it."""
+
+FLOAT8_LARGEST = 448.0
+"""Of e4m3."""
 
 LEAST_SHARE = 4
 """Tensors with fewer numbers per token than a fourth of the hidden state's are kept as they are: they are statistics of norms and of
@@ -49,13 +52,39 @@ class PackedActivation:
 
 def pack(tensor: torch.Tensor) -> PackedActivation:
     """The nearest of 256 even steps in each group along the last axis: an error of at most 1/510 of the group's range."""
-    length = tensor.shape[-1]
-    width = GROUP if length > GROUP and length % GROUP == 0 else length
-    rows = tensor.detach().reshape(-1, width).float()
+    rows = _groups(tensor)
     least, most = rows.aminmax(dim=-1, keepdim=True)
     scales = ((most - least) / 255).clamp_min(torch.finfo(torch.float32).tiny)
     codes = ((rows - least) / scales).round_().clamp_(0, 255).to(torch.uint8)
     return PackedActivation(codes, scales, least, tensor.shape, tensor.dtype)
+
+
+@dataclass(frozen=True)
+class FloatActivation:
+    """Codes float8 e4m3 `(groups, numbers)`, and per group a scale in float32."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def unpack(self) -> torch.Tensor:
+        return self.codes.float().mul_(self.scales).to(self.dtype).view(self.shape)
+
+
+def pack_floats(tensor: torch.Tensor) -> FloatActivation:
+    """The nearest 8-bit floats under each group's largest magnitude: an error of at most 1/16 of a number, above subnormal ones."""
+    rows = _groups(tensor)
+    scales = (rows.abs().amax(dim=-1, keepdim=True) / FLOAT8_LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (rows / scales).to(torch.float8_e4m3fn)
+    return FloatActivation(codes, scales, tensor.shape, tensor.dtype)
+
+
+def _groups(tensor: torch.Tensor) -> torch.Tensor:
+    """Groups along the last axis, float32 `(groups, numbers)`."""
+    length = tensor.shape[-1]
+    width = GROUP if length > GROUP and length % GROUP == 0 else length
+    return tensor.detach().reshape(-1, width).float()
 
 
 class ActivationFile:
@@ -88,6 +117,11 @@ class ActivationFile:
                 while done < len(raw):
                     done += os.pwrite(self._file.fileno(), raw[done:], kept.start + done)
         return kept
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes up to the end of what is kept."""
+        return self.end_bytes if self.num_kept else 0
 
     def read(self, start: int, tensor: torch.Tensor) -> None:
         """Fill a contiguous tensor from a place in the file."""
@@ -195,6 +229,17 @@ class SaveInEightBits(KeptElsewhere):
 
     def __init__(self, model: Any):
         super().__init__(model, pack)
+
+
+class SaveAsFloat8(KeptElsewhere):
+    """Activations as 8-bit floats (e4m3): 1 byte per number, and 4 per group of up to 128 or per row of a head.
+
+    Forward results are the same to the bit, gradients are not. Source: Xi et al. 2024, arXiv 2410.19313, section 5; differs in that groups are
+    the same everywhere, and in that products are computed from activations as they were.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__(model, pack_floats)
 
 
 class SaveOnDisk(KeptElsewhere):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from haversack.describe.model import Model
-from haversack.describe.workload import TrainingWorkload, TuneWorkload, recomputed_layers
+from haversack.describe.workload import PACKED, TrainingWorkload, TuneWorkload, recomputation
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
 from haversack.engine.connections import PartialConnections, connections_of
 from haversack.engine.cut_loss import CutLoss
@@ -24,7 +24,9 @@ from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
 from haversack.engine.pairs import Pairs
 from haversack.engine.recompute import RecomputeLayers
-from haversack.engine.saved_activations import SaveInEightBits, SaveOnDisk
+from haversack.engine.sampled_rows import SampleRows
+from haversack.engine.saved_activations import ActivationFile, SaveAsFloat8, SaveInEightBits, SaveOnDisk
+from haversack.engine.scales import TrainedScales, scales_of
 from haversack.engine.side_network import SideNetwork, side_parameters
 from haversack.engine.update_in_backward import UpdateInBackward
 from haversack.errors import UsageError
@@ -62,18 +64,25 @@ class TrainingStep:
                 described,
                 rank=workload.lora_rank,
                 targets=workload.lora_targets,
-                packed=workload.method == "qlora",
+                packed=workload.method in PACKED,
                 dtype=dtype,
                 dropout=workload.lora_dropout,
-                kind=PartialConnections if workload.method == "paca" else LowRankAdapter,
+                kind={"paca": PartialConnections, "peqa": TrainedScales}.get(workload.method, LowRankAdapter),
+                decomposed=workload.method == "lq-lora",
             )
-        recomputed = recomputed_layers(workload.recompute, described.num_layers)
+        recomputed = recomputation(workload.recompute, described.num_layers)
         if recomputed:
             RecomputeLayers(model, recomputed)
         if workload.saved == "8bit":
             SaveInEightBits(model)
+        if workload.saved == "sampled":
+            SampleRows(model)
+        if workload.saved == "fp8":
+            SaveAsFloat8(model)
+        self.on_disk: ActivationFile | None = None
+        """Where activations are kept on disk, if they are."""
         if workload.saved == "disk":
-            SaveOnDisk(model, scratch or Path(tempfile.gettempdir()))
+            self.on_disk = SaveOnDisk(model, scratch or Path(tempfile.gettempdir())).file
         model.train()
         self.cut = CutLoss(model.config) if workload.loss == "cut" else None
         self.optimizer = Stepper([])
@@ -86,8 +95,8 @@ class TrainingStep:
         from haversack.engine.shards import Shards, check_sharded_optimizer
 
         check_sharded_optimizer(self.workload.optimizer)
-        if connections_of(self.model) or side_parameters(self.model):
-            raise UsageError("methods paca and side are for one process; choose lora or full.")
+        if connections_of(self.model) or side_parameters(self.model) or scales_of(self.model):
+            raise UsageError("methods paca, peqa and side are for one process; choose lora or full.")
         if self.workload.update == "backward":
             raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
         self.shards = Shards(self.model, mesh)
@@ -232,11 +241,18 @@ class TrainingStep:
     def residents(self) -> dict[str, list[torch.Tensor]]:
         """What stays from step to step, by owner."""
         adapters: list[torch.Tensor] = []
-        adapters += [p for m in self.model.modules() if isinstance(m, LowRankAdapter) for p in (m.down, m.up)]
+        adapters += [
+            p
+            for m in self.model.modules()
+            if isinstance(m, LowRankAdapter)
+            for p in (m.down, m.up, *m.buffers(recurse=False))
+        ]
+        adapters += [module.scales for module in scales_of(self.model).values()]
         adapters += [t for m in connections_of(self.model).values() for t in (m.weight, m.columns)]
         adapters += side_parameters(self.model).values()
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
+        packed += [module.codes for module in scales_of(self.model).values()]
         packed += packed_tensors(self.model)
         own |= {id(tensor) for tensor in (*packed, *packed_parameters(self.model))}
         masters: list[torch.Tensor] = []

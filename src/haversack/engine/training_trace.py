@@ -21,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.describe.model import Model
 from haversack.describe.skeleton import build_skeleton
-from haversack.describe.workload import TrainingWorkload, recomputed_layers
+from haversack.describe.workload import TrainingWorkload, recomputation
 from haversack.engine.adapters import PackedLinear
 from haversack.engine.pairs import Pairs
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
+from haversack.engine.scales import TrainedScales
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
 from haversack.engine.training_step import TrainingStep, inner_matrices
 from haversack.engine.true_values import TrueValues
@@ -50,7 +51,7 @@ class TrainingTrace:
     `resident_bytes` by owner (weights, packed weights, adapters, master weights) and `trained` are of the whole model,
     all layers; `evaluation` are segments of a pass that saves nothing for a backward pass; `update_bytes` are what the update holds for a moment beside weights, gradients and states; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
     `drops_like[layer]` the one whose bytes go like its own when the loss is there (the one before the last layer loses its
-    output then).
+    output then). `written` are bytes of activations that a layer that ran keeps on disk.
     """
 
     num_layers: int
@@ -62,11 +63,22 @@ class TrainingTrace:
     drops_like: Mapping[int, int] = field(repr=False)
     segments: Mapping[str, Segment] = field(repr=False)
     evaluation: Mapping[str, Segment] = field(repr=False)
+    written: Mapping[int, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of all layers' activations that are kept on disk, at the end of the forward pass."""
+        return sum(self.written.get(shown, 0) for shown in self.stands_for.values())
 
     @property
     def gradient_bytes(self) -> int:
         """Of all trained tensors."""
         return sum(DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trained)
+
+    def kept_bytes(self, layer: int) -> int:
+        """What a layer's forward pass leaves for its backward pass."""
+        segment = self.segments[f"{FORWARD} {self.stands_for[layer]}"]
+        return sum(n for owner, n in _changes(segment.start, segment.end).items() if owner.startswith(ACTIVATIONS))
 
     @property
     def accumulates(self) -> bool:
@@ -87,12 +99,10 @@ class Moment:
         return sum(self.owners.values())
 
 
-def compose(
-    trace: TrainingTrace, other: TrainingTrace | None = None, of_other: frozenset[int] = frozenset()
-) -> list[Moment]:
-    """The moments of one micro-step over all layers, in order; of the layers `of_other` as `other` has them."""
+def compose(trace: TrainingTrace, others: Mapping[int, TrainingTrace] | None = None) -> list[Moment]:
+    """The moments of one micro-step over all layers, in order; layers that `others` names are as it has them."""
     layers = range(trace.num_layers)
-    of = {i: other if other is not None and i in of_other else trace for i in layers}
+    of = {i: (others or {}).get(i, trace) for i in layers}
     first, last = of[0], of[trace.num_layers - 1]
     names = [(EMBED, EMBED, first)]
     names += [(f"{FORWARD} {i}", f"{FORWARD} {of[i].stands_for[i]}", of[i]) for i in layers]
@@ -168,22 +178,24 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     trained = tuple(
         TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in every.of(step.trained)
     )
-    codes = every.of([m.codes for m in skeleton.modules() if isinstance(m, PackedLinear)])
-    columns = {id(m.codes): m.in_features for m in skeleton.modules() if isinstance(m, PackedLinear)}
+    bases = [m for m in skeleton.modules() if isinstance(m, PackedLinear | TrainedScales)]
+    codes = every.of([m.codes for m in bases])
+    columns = {id(m.codes): m.in_features for m in bases}
     packed = tuple((len(rows), columns[id(rows)]) for rows in codes)
     update_bytes = trace_updates(step.optimizer_over, optimizer_option(workload.optimizer), trained)
-    segments, evaluation = _run(step, model, sorted(shown))
+    written: dict[int, int] = {}
+    segments, evaluation = _run(step, model, sorted(shown), written)
     return TrainingTrace(
-        model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments, evaluation
+        model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments, evaluation, written
     )
 
 
 def _kinds(model: Model, workload: TrainingWorkload) -> dict[int, tuple[int, ...]]:
     """For each layer, the first two that are like it and recompute as it does."""
-    recomputed = recomputed_layers(workload.recompute, model.num_layers)
-    alike: dict[tuple[int, bool], list[int]] = {}
+    recomputed = recomputation(workload.recompute, model.num_layers)
+    alike: dict[tuple[int, str | None], list[int]] = {}
     for layer, (first, *_) in layer_kinds(model).items():
-        alike.setdefault((first, layer in recomputed), []).append(layer)
+        alike.setdefault((first, recomputed.get(layer)), []).append(layer)
     return {layer: tuple(sorted(layers)[:2]) for layers in alike.values() for layer in layers}
 
 
@@ -223,9 +235,11 @@ def _set_attention(skeleton: Any, model: Model, workload: TrainingWorkload) -> N
         ) from None
 
 
-def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> tuple[dict[str, Segment], dict[str, Segment]]:
+def _run(
+    step: TrainingStep, model: Model, shown: Sequence[int], written: dict[int, int]
+) -> tuple[dict[str, Segment], dict[str, Segment]]:
     """Segments of a micro-step whose model, on meta, is filled with fakes, and of a batch evaluated after it; while gradients
-    accumulate, they are there from the micro-step's beginning."""
+    accumulate, they are there from the micro-step's beginning. What each layer keeps on disk is put into `written`."""
     live = OwnedBytes()
     workload = step.workload
     with FakeTensorMode(), _plain_data(workload.samples_apart), live:
@@ -234,6 +248,9 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> tuple[dict[s
         step.model.tie_weights()
         ids = torch.zeros(workload.batch_size, workload.seq_len, dtype=torch.int64)
         layers = _layers(step.model, model)
+        for layer in shown:
+            layers[layer].register_forward_pre_hook(lambda *_, layer=layer: _note_disk(step, written, layer, -1))
+            layers[layer].register_forward_hook(lambda *_, layer=layer: _note_disk(step, written, layer, 1))
         for parameter in step.trained:  # before an optimizer's own hooks, which may drop the gradient
             parameter.register_post_accumulate_grad_hook(lambda p: live.assign(p.grad, GRADIENTS))
         if workload.update == "backward":  # its states are there from the second step on
@@ -250,6 +267,12 @@ def _run(step: TrainingStep, model: Model, shown: Sequence[int]) -> tuple[dict[s
         with torch.no_grad():
             evaluation = _segments_of_step(step, ids, live, layers, shown)
     return segments, evaluation
+
+
+def _note_disk(step: TrainingStep, written: dict[int, int], layer: int, sign: int) -> None:
+    """Before (-1) and after a layer runs: what it keeps on disk. A pass that keeps nothing leaves what was noted."""
+    if step.on_disk is not None and step.model.training:
+        written[layer] = sign * step.on_disk.held_bytes + (written[layer] if sign > 0 else 0)
 
 
 def _segments_of_step(

@@ -548,15 +548,17 @@ def _resident_bytes(step: TrainingStep) -> dict[str, int]:
 
 
 def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> Path:
-    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, `side/` for a side network, else `model/`. Optimizer
+    """The result in Hugging Face's layout, whole or not at all: `adapter/` for adapters, `side/` for a side network, `scales/` for scales, else `model/`. Optimizer
     states are dropped first, so that writing can't be the peak."""
     from haversack.engine.connections import release
     from haversack.engine.optimizers import Stepper
     from haversack.engine.peft_format import adapters_of, save_adapter
+    from haversack.engine.scales import save_scales, scales_of
     from haversack.engine.side_network import save_side_network, side_parameters
 
     step.optimizer = Stepper([])
-    kind = "adapter" if adapters_of(step.model) else "side" if side_parameters(step.model) else "model"
+    kinds = {"adapter": adapters_of, "side": side_parameters, "scales": scales_of}
+    kind = next((name for name, parts in kinds.items() if parts(step.model)), "model")
     final = folder.path / kind
     partial = final.with_name(final.name + ".partial")
     release(step.model)
@@ -569,6 +571,9 @@ def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> 
         save_adapter(step.model, partial, base)
     elif kind == "side":
         save_side_network(step.model, partial, base)
+    elif kind == "scales":
+        assert isinstance(step.workload, TuneWorkload)
+        save_scales(step.model, partial, base, step.workload.lora_targets)
     else:
         step.model.save_pretrained(partial, state_dict=whole)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",

@@ -13,7 +13,7 @@ from haversack.cost.training import DEFAULT_TRAINING_RUNTIME_BYTES, SLACK_FRACTI
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.describe.parallel import Parallelism
-from haversack.describe.workload import TrainWorkload, TuneWorkload, check_positions
+from haversack.describe.workload import PACKED, TrainWorkload, TuneWorkload, check_positions
 from haversack.engine.cut_loss import cuts
 from haversack.engine.training_trace import GRADIENTS
 from haversack.errors import DoesNotFitError, UsageError
@@ -77,8 +77,19 @@ class TrainingAnswer:
         return not self.shortfall_bytes
 
     @property
+    def disk_shortfall_bytes(self) -> int:
+        """What is kept on disk beyond what the machine has free there."""
+        disk = self.question.machine.disk
+        return 0 if disk is None else max(0, self.ledger.peak("disk")[1] - disk.free_bytes)
+
+    @property
     def problem(self) -> str:
         """What is short, in one sentence."""
+        if self.disk_shortfall_bytes:
+            return (
+                f"{self.question.model.name} keeps {format_bytes(self.ledger.peak('disk')[1])} of activations on disk, which has "
+                f"{format_bytes(self.disk_shortfall_bytes)} less."
+            )
         point, peak = self.ledger.peak()
         owners = ", ".join(f"{k} {format_bytes(n)}" for k, n in list(self.ledger.owners_at(point).items())[:3])
         return (
@@ -156,7 +167,8 @@ def _answer(question: TrainingQuestion) -> TrainingAnswer:
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]
     short = 0 if question.budget_bytes is None else max(0, peak - question.budget_bytes)
-    return TrainingAnswer(question, rank, stage, ledger, short)
+    answer = TrainingAnswer(question, rank, stage, ledger, short)
+    return dataclasses.replace(answer, shortfall_bytes=max(short, answer.disk_shortfall_bytes))
 
 
 def step_operators(question: TrainingQuestion, answer: TrainingAnswer) -> list[Operator]:
@@ -210,7 +222,7 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
         yield f"{times}, and {_words(sparing) or 'the rest as it is'}", changed(**sparing)
     if workload.optimizer in ("adamw", "muon"):
         yield "optimizer=adamw8bit besides", changed(**sparing, optimizer="adamw8bit")
-    if isinstance(workload, TuneWorkload) and workload.method != "qlora" and workload.precision != "master":
+    if isinstance(workload, TuneWorkload) and workload.method not in PACKED and workload.precision != "master":
         if workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")

@@ -39,6 +39,7 @@ class BlockState(StatePrecision):
 
     bits: int = 8
     block_size: int = 256
+    """Pieces that are read and written begin at multiples of it."""
     min_elements: int = 4096
 
     def __post_init__(self) -> None:

@@ -61,13 +61,13 @@ class LowRankCorrection(Correction):
         from haversack.parts.weights.damped_factor import damped_factor
 
         error = task.weight - approximation
-        factor = torch.eye(error.shape[1])
-        if task.hessian is not None:
-            factor, _ = damped_factor(task.hessian, _DAMPING, [])
+        factor = None if task.hessian is None else damped_factor(task.hessian, _DAMPING, [])[0]
         rank = self._rank(*error.shape)
-        left, sizes, right = leading_directions(error @ factor, rank)
+        left, sizes, right = leading_directions(error if factor is None else error @ factor, rank)
         shared = sizes[:rank].sqrt()
-        down = torch.linalg.solve_triangular(factor, shared[:, None] * right[:rank], upper=True, left=False)
+        down = shared[:, None] * right[:rank]
+        if factor is not None:
+            down = torch.linalg.solve_triangular(factor, down, upper=True, left=False)
         # Directions that no input has may come out large: each pair is balanced, so that float16 holds both.
         balance = (down.norm(dim=1) / (left[:, :rank] * shared).norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
         return {"up": (left[:, :rank] * shared * balance).half(), "down": (down / balance[:, None]).half().contiguous()}
