@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ PACK_ELEMENTS = 2**18
 PACK_BYTES_PER_ELEMENT = {"F32": 9, "BF16": 13}
 """What rounding holds for each of them beside matrix and stored tensors, by the matrix's dtype: 8.5 to 9.1 and 12.5 to 13.1
 were counted on matrices of 0.07 to 2.4 million elements."""
+
+
+ReadMatrix = Callable[[str], torch.Tensor]
+"""A parameter's values by its name, for those that were left unread."""
 
 
 class LowRankAdapter(nn.Module):
@@ -105,6 +109,13 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.matrix.unpack(grad.dtype), None
 
 
+def reads_one_by_one(model: Model) -> bool:
+    """Whether matrices that will be packed need never be there together: stacked experts stay as they are, and such models are loaded whole."""
+    return not any(site.expert is not None for site in model.weights) and not any(
+        site.shares_with is not None for site in model.attention
+    )
+
+
 def adapt(
     model: nn.Module,
     described: Model,
@@ -115,9 +126,10 @@ def adapt(
     dtype: torch.dtype,
     kind: type[LowRankAdapter] | type[PartialConnections] = LowRankAdapter,
     dropout: float = 0.0,
+    read: ReadMatrix | None = None,
 ) -> None:
     """Freeze `model` and put an adapter beside each whole linear of its layers, or another `kind` of what is trained of them; with
-    `packed`, pack those linears that are not packed yet.
+    `packed`, pack those linears that are not packed yet. Matrices that were left on meta are read by `read`, one at a time.
 
     `targets` names the adapted roles (`TARGETS`). Stacked experts stay frozen as they are.
     """
@@ -128,7 +140,7 @@ def adapt(
         wanted = site.role in roles
         if not (wanted or packed):
             continue
-        base = _pack(module, site) if packed and not isinstance(module.weight, PackedTensor) else module
+        base = _pack(module, site, read) if packed and not isinstance(module.weight, PackedTensor) else module
         if wanted:
             base = kind(base, site_out(module), site_in(module), rank, dtype)
             if isinstance(base, LowRankAdapter):
@@ -162,10 +174,10 @@ def site_in(module: nn.Module) -> int:
     return module.get_parameter("weight").shape[0 if hasattr(module, "nf") else 1]
 
 
-def _pack(module: nn.Module, site: WeightSite) -> PackedLinear:
+def _pack(module: nn.Module, site: WeightSite, read: ReadMatrix | None = None) -> PackedLinear:
     """Round a linear to the grid's nearest codes, a block of rows at a time."""
     out_features, in_features = site_out(module), site_in(module)
-    weight: Any = module.weight
+    weight: Any = module.weight if read is None else read(f"{site.module}.weight")
     declared = {t.name: t for t in BASE_GRID.stored(out_features, in_features)}
     codes = torch.empty(declared["codes"].shape, dtype=torch.uint8)
     scales = torch.empty(declared["scales"].shape, dtype=torch.float16)
