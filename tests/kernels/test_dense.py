@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from haversack.kernels.dense import MOST_TOKENS, matmul, prepared, supports
-from haversack.kernels.ir_dense import STEP_COLUMNS
+from haversack.kernels.dense import matmul, prepared, supports
+from haversack.kernels.ir_dense import MOST_TOKENS, STEP_COLUMNS, workspace_bytes
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_every_number_of_threads_gives_the_same() -> None:
 
 def test_a_prepared_call_reads_what_is_there_and_writes_rows_that_lie_apart() -> None:
     x, weight, wide = drawn(2, 64), drawn(40, 64, seed=1), torch.zeros(2, 100, dtype=torch.bfloat16)
-    call = prepared(x, weight, wide[:, 10:50])
+    call = prepared(x, weight, wide[:, 10:50], torch.empty(workspace_bytes(2, 64), dtype=torch.uint8))
     x.copy_(drawn(2, 64, seed=2))
     call()
     assert torch.equal(wide[:, 10:50], matmul(x, weight))

@@ -11,15 +11,12 @@ from functools import cache
 
 import torch
 
-from haversack.kernels.ir_dense import JOB, STEP_COLUMNS, dense_text
+from haversack.kernels.ir_dense import JOB, MOST_TOKENS, STEP_COLUMNS, dense_text, workspace_bytes
 from haversack.kernels.ir_team import SMALLEST_TURN_BYTES
 from haversack.kernels.llvm import CompiledModule, compile_text, host_target
 from haversack.kernels.threads import parallel_address, team_threads
 
 NAME = "llvm-dense-bf16"
-
-MOST_TOKENS = 4
-"""Tokens that a weight is multiplied with while it is read once."""
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32)
 
@@ -31,17 +28,13 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return plain and both and len(x) <= MOST_TOKENS and weight.shape[1] % STEP_COLUMNS == 0
 
 
-def workspace_bytes(num_tokens: int, columns: int) -> int:
-    """Activations in float32."""
-    return 4 * num_tokens * columns
-
-
-def prepared(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
-    """A call that writes `x W^T` to `out` `(tokens, rows)`, whose rows are contiguous, from whatever `x` and `weight` hold by then."""
+def prepared(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> Callable[[], None]:
+    """A call that writes `x W^T` to `out` `(tokens, rows)`, whose rows are contiguous, from whatever `x` and `weight` hold by then. It uses
+    `workspace_bytes` of `workspace`, uint8."""
     tokens, columns = x.shape
     assert supports(x, weight) and out.shape == (tokens, len(weight)) and out.stride(1) == 1
-    laid_out = torch.empty(tokens, columns, dtype=torch.float32)
-    addresses = {"x": x, "laid_out": laid_out, "weight": weight, "out": out}
+    assert workspace.nbytes >= workspace_bytes(tokens, columns)
+    addresses = {"x": x, "laid_out": workspace, "weight": weight, "out": out}
     numbers = {"rows": len(weight), "out_stride": out.stride(0)}
     words = [addresses[name].data_ptr() if name in addresses else numbers[name] for name in JOB]
     job = (ctypes.c_int64 * len(JOB))(*words)
@@ -60,7 +53,7 @@ def prepared(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> Callab
 def matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x W^T`, `(tokens, rows)` in bfloat16."""
     out = x.new_empty(len(x), len(weight))
-    prepared(x, weight, out)()
+    prepared(x, weight, out, torch.empty(workspace_bytes(*x.shape), dtype=torch.uint8))()
     return out
 
 

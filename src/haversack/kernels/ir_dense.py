@@ -24,11 +24,19 @@ the next."""
 STEP_COLUMNS = 32
 """Columns of one vector: a matrix has whole steps."""
 
+MOST_TOKENS = 4
+"""Tokens that a weight is multiplied with while it is read once."""
+
 PREFETCH_BYTES = 8 << 10
 """How far ahead weights are asked for, as for packed rows (`ir_matmul.py`)."""
 
 _WORDS, _FLOATS = "<16 x i32>", "<16 x float>"
 _POINTERS = ("x", "laid_out", "weight", "out")
+
+
+def workspace_bytes(num_tokens: int, columns: int) -> int:
+    """Of activations in float32; none for more tokens than are multiplied so."""
+    return 4 * num_tokens * columns if num_tokens <= MOST_TOKENS else 0
 
 
 def dense_text(columns: int, tokens: int, target: Target) -> str:
