@@ -63,7 +63,7 @@ def number_of_bytes(value: str, unit: str) -> tuple[float, int]:
     printed = numbers[0].replace(",", "")
     figures = re.sub(r"e.*|\D", "", printed).lstrip("0")
     digits = len(figures if "." in printed else figures.rstrip("0"))
-    return float(printed) * bytes_of_unit(unit), max(1, digits)
+    return float(round(float(printed) * bytes_of_unit(unit))), max(1, digits)
 
 
 def bytes_of_unit(unit: str) -> float:
