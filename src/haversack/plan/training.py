@@ -160,6 +160,7 @@ def _answer(question: TrainingQuestion) -> TrainingAnswer:
         runtime_bytes=question.runtime_bytes,
         base_bytes=question.base_bytes,
         whole_at_ends=question.whole_at_ends,
+        on_host=not question.machine.devices,
     )
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]
