@@ -16,10 +16,12 @@ from benchmarks import litgpt
 from benchmarks.published_words import read_setting
 from benchmarks.results_file import write_results
 from haversack.cost.parallel import rank_config
+from haversack.cost.training import training_cost
 from haversack.describe.model import Model, describe_model
 from haversack.describe.parallel import Parallelism
 from haversack.describe.site import WeightSite
 from haversack.describe.skeleton import build_skeleton
+from haversack.describe.workload import TuneWorkload
 from haversack.engine.trace import LiveBytes
 from haversack.errors import HaversackError, UsageError
 from haversack.ledger import total_bytes
@@ -48,6 +50,15 @@ def tune(row: dict[str, Any], model: Model) -> float:
     per_weight = BYTES_PER_WEIGHT[row["format"]] if "format" in row else None
     peak = litgpt.peak_bytes(model.config, batch_size=row["batch"], tokens=row["tokens"], bytes_per_weight=per_weight)
     return peak + CUBLAS_WORKSPACE_BYTES
+
+
+def full(row: dict[str, Any], model: Model) -> float:
+    """All weights tuned in bfloat16 with AdamW, several samples in each row, through transformers' model of the same shape."""
+    workload = TuneWorkload(
+        row["batch"], row["tokens"], method="full", samples_apart=True, recompute=row.get("recompute", "none")
+    )
+    ledger = training_cost(model, workload).ledger()
+    return max(ledger.total_bytes(p) for p in ("forward", "loss", "backward", "update")) + CUBLAS_WORKSPACE_BYTES
 
 
 def generate(row: dict[str, Any], model: Model) -> float:
@@ -123,6 +134,7 @@ def deepspeed(row: dict[str, Any], model: None) -> float:
 
 RUNS: dict[str, Callable[[dict[str, Any], Any], float]] = {
     "tune": tune,
+    "full": full,
     "generate": generate,
     "weights": weights,
     "kv": kv,

@@ -126,6 +126,30 @@ def _longest_sample(setting: str, model: str) -> int:
     return int(first[1])
 
 
+def _torchtune(row: Row, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Its full tuning on one device: all in bfloat16, torch's AdamW, rows packed to one length, logits widened for the loss."""
+    setting = row["setting"].lower()
+    if "compile" in setting or ("cumulative" in setting and not re.search(r"baseline|\+ ?packed", setting)):
+        raise NotScoredError("a compiled graph: the compiler decides what is saved")
+    if not row["task"].startswith("full"):
+        raise NotScoredError(f"torchtune's {row['task']} has modules of its own, which are not described here")
+    if "packed" not in setting.replace("unpacked", ""):
+        raise NotScoredError("unpacked sequences whose lengths are not printed")
+    batch, tokens = re.search(r"batch (\d+)", setting), re.search(r"(?:max seq|packed|seq) (\d+)", setting)
+    if batch is None or tokens is None or "single device" not in setting:
+        raise NotScoredError("batch, length or number of devices is not printed")
+    return _scored(
+        row,
+        {
+            "run": "full",
+            "model": model_named(row["model"], models),
+            "batch": int(batch[1]),
+            "tokens": int(tokens[1]),
+            "recompute": "full" if "checkpoint" in setting else "none",
+        },
+    )
+
+
 def _generate(row: Row, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     setting, is_litgpt = row["setting"].lower(), "litgpt" in row["source"].lower() or "lit-gpt" in row["source"].lower()
     if "compile" in setting:
@@ -276,6 +300,7 @@ def _is_generate(row: Row) -> bool:
 _RULES: tuple[tuple[Callable[[Row], bool], Callable[[Row, Mapping[str, Mapping[str, Any]]], dict[str, Any]]], ...] = (
     (_is_litgpt_tune, _litgpt_tune),
     (_is_generate, _generate),
+    (lambda row: "torchtune" in row["source"].lower() and "finetune" in row["task"], _torchtune),
     (lambda row: "1910.02054" in row["source"], _zero),
     (lambda row: "deepspeed" in row["source"].lower() and row["kind"] == "formula", _deepspeed),
     (lambda row: ("kv" in row["task"].lower() and "cache" in row["task"]) or row["task"].startswith("weights+kv"), _kv),

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.published_words import NotScoredError, count_of_tokens, number_of_bytes, read_setting  # noqa: E402
+from benchmarks.published_words import NotScoredError, count_of_tokens, number_of_bytes, read_setting
 
 MODELS = {name: {} for name in ("phi-1_5", "llama-2-7b", "llama-2-70b", "llama-3_1-8b", "stablelm-alpha-3b")}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,17 @@ WORKLOAD = TuneWorkload(1, 16, method="qlora", lora_rank=2, precision="fp32")
 def test_reading_one_by_one_gives_the_same_model(family: str, tmp_path: Path) -> None:
     described = describe_model(save_tiny(family, tmp_path / "m"))
     attention = "eager" if family == "gemma2" else "sdpa"
+    workload = replace(WORKLOAD, attention=attention)
     steps = []
     for model, read in (
         (open_model(described, torch.float32, attention), None),
-        open_for(described, WORKLOAD, torch.float32),
+        open_for(described, workload, torch.float32),
     ):
         torch.manual_seed(0)
-        steps.append(TrainingStep(model, described, WORKLOAD, read=read).begin(described))
+        steps.append(TrainingStep(model, described, workload, read=read).begin(described))
     whole, streamed = steps
     assert not any(t.is_meta for t in (*streamed.model.parameters(), *streamed.model.buffers()))
-    expected, found = (
-        {name: t for name, t in (*step.model.named_parameters(), *step.model.named_buffers())} for step in steps
-    )
+    expected, found = (dict([*step.model.named_parameters(), *step.model.named_buffers()]) for step in steps)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
