@@ -44,11 +44,13 @@ fuzz: env
 	$(PY) -m tests.cli.fuzz $(FUZZ_CASES) $$RANDOM
 
 # Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures, with the seconds that it took;
-# `make bench-NAME` runs one. On two cores bench-quick, which needs no peers, took 5 minutes and bench-decode_peers 17. The total is not
-# known: bench-weights packs 53 settings of other tools per model, and bench-kv has not run to its end.
-bench: bench-quick bench-plans bench-kv_prefill peers bench-exports bench-weights bench-decode_peers bench-kv
+# `make bench-NAME` runs one, and goes on where it was stopped. docs/results.md states what each took, and the sum. bench-quick needs no peers.
+QUICK := plan_time kernels exact_bytes process_peak streaming
+LONG := calibration decode decode_time fsdp kv_prefill loss optimizers packing plans prediction feedback recipes kills
+BESIDE_PEERS := exports decode_peers weights kv
+bench: bench-quick $(LONG:%=bench-%) peers $(BESIDE_PEERS:%=bench-%)
 
-bench-quick: bench-kernels bench-exact_bytes bench-process_peak bench-streaming
+bench-quick: $(QUICK:%=bench-%)
 
 bench-%: env
 	$(PY) -m benchmarks.$*

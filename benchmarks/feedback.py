@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.results_file import write_results
 from haversack import data
-from haversack.cost.calibrated import cache_folder, tokenize
+from haversack.cache import cache_folder
+from haversack.cost.calibrated import tokenize
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import Model, describe_model
@@ -95,7 +96,7 @@ class _Study:
     def __init__(self, model: Model):
         self.model = model
         self.ids = tokenize(model, data.text("calibration"), num_tokens=32_768, seq_len=SEQ_LEN)
-        self.statistics = calibrate(model, self.ids, cache=cache_folder())
+        self.statistics = calibrate(model, self.ids, cache=cache_folder("calibration"))
         assert model.folder is not None
         self.checkpoint = Checkpoint.open(model.folder)
         texts = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,29 @@ FOLDER = Path("build/bench")
 
 
 class FinishedRows:
-    """JSON lines `[key, row]`, appended as rows are finished."""
+    """JSON lines `[key, row, seconds]`, appended as rows are finished; the seconds are those since the row before."""
 
     def __init__(self, name: str):
         self.path = FOLDER / f"{name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, Any] = {}
+        self._earlier: dict[str, float] = {}
+        self._used: set[str] = set()
+        self._last = time.monotonic()
+        _OPENED.append(self)
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
-                    key, row = json.loads(line)
+                    key, row, *seconds = json.loads(line)
                 except ValueError:
                     continue  # the last line of a killed run
                 self.rows[key] = row
+                self._earlier[key] = sum(seconds)
 
     def __contains__(self, depends_on: Any) -> bool:
-        return digest(depends_on) in self.rows
+        key = digest(depends_on)
+        self._used.add(key)
+        return key in self.rows
 
     def get(self, depends_on: Any, make: Callable[[], Any]) -> Any:
         """The finished row, or what `make` returns, kept."""
@@ -41,10 +49,25 @@ class FinishedRows:
 
     def put(self, depends_on: Any, row: Any) -> None:
         """Keep a row."""
-        key = digest(depends_on)
+        key, now = digest(depends_on), time.monotonic()
+        seconds, self._last = now - self._last, now
         self.rows[key] = row
+        self._earlier.pop(key, None)
         with self.path.open("a") as file:
-            file.write(json.dumps([key, row]) + "\n")
+            file.write(json.dumps([key, row, round(seconds, 1)]) + "\n")
+
+    @property
+    def earlier_seconds(self) -> float:
+        """What earlier runs took for the rows that this one was asked for."""
+        return sum(self._earlier.get(key, 0.0) for key in self._used)
+
+
+_OPENED: list[FinishedRows] = []
+
+
+def earlier_seconds() -> float:
+    """Of all rows that this process took over from earlier runs."""
+    return sum(rows.earlier_seconds for rows in _OPENED)
 
 
 def digest(of: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.plan_time import GOAL_SECONDS
 from benchmarks.results_file import RESULTS
 
 Reading = tuple[str, bool]
@@ -46,6 +47,15 @@ def _residents(rows: Any) -> Reading:
     held = [row for row in rows if row["resident"] != "what runs"]
     equal = [row for row in held if row["predicted"] == row["measured"]]
     return f"{len(equal)} of {len(held)} equal", len(equal) == len(held)
+
+
+def _error(row: Any) -> float:
+    """Of what was predicted, as a share of what was measured."""
+    return abs(float(row["predicted"] / row["measured"] - 1))
+
+
+def _rates(seconds: Any) -> dict[str, float]:
+    return {which: 1 / each for which, each in seconds.items()}
 
 
 def _bounded(rows: Any) -> Reading:
@@ -176,6 +186,41 @@ GOALS = (
     ),
     Goal("time to first token, cold", "under 20 s", "decode", lambda f: _first_token(f, "cold", 20)),
     Goal("with the kernel cache", "under 1 s", "decode", lambda f: _first_token(f, "with the kernel cache", 1)),
+    Goal(
+        "a 1.1B model streamed under a 1 GiB tensor budget: peak",
+        "within 5%",
+        "streaming",
+        lambda f: share_at_most([_error(row) for row in f["bytes"] if row["what"].startswith("tensors at")], 0.05),
+    ),
+    Goal(
+        "its tokens per second",
+        "within 25%",
+        "streaming",
+        lambda f: share_at_most([_error(_rates(f["seconds"]["decode step"]))], 0.25),
+    ),
+    Goal(
+        "calibrating model A, from nothing to a plan, minutes",
+        "under 5",
+        "calibration",
+        lambda rows: at_most([row["seconds"] / 60 for row in rows if row["model"] == "a"], 5),
+    ),
+    Goal(
+        "calibrating a 1.1B shape, minutes",
+        "under 30",
+        "calibration",
+        lambda rows: at_most([row["seconds"] / 60 for row in rows if row["model"] == "1.1B"], 30),
+    ),
+    *(
+        Goal(
+            f"processor time from a cold start: {case}",
+            f"under {limit} s",
+            "plan_time",
+            lambda rows, case=case: next(  # type: ignore[misc]
+                at_most([row["cpu_seconds"]], row["goal_seconds"]) for row in rows if row["case"] == case
+            ),
+        )
+        for case, limit in GOAL_SECONDS.items()
+    ),
     Goal(
         "random training settings: median error of the tensor peak",
         "at most 1%",

@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.results_file import write_results
 from haversack import data
-from haversack.cost.calibrated import cache_folder, tokenize
+from haversack.cache import cache_folder
+from haversack.cost.calibrated import tokenize
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import Model, describe_model
@@ -62,9 +63,9 @@ class Bench:
         self.model: Model = describe_model(folder)
         ids = tokenize(self.model, data.text("calibration"), num_tokens=CALIBRATION_TOKENS, seq_len=SEQ_LEN)
         settings = CalibrationSettings()
-        self.statistics: Statistics = calibrate(self.model, ids, cache=cache_folder(), settings=settings)
+        self.statistics: Statistics = calibrate(self.model, ids, cache=cache_folder("calibration"), settings=settings)
         self.checkpoint = Checkpoint.open(folder)
-        self.kept = cache_folder().parent / "benchmarks" / "recipes" / self.model.fingerprint[:16]
+        self.kept = cache_folder("benchmarks") / "recipes" / self.model.fingerprint[:16]
         self.kept.mkdir(parents=True, exist_ok=True)
         self._meter: DamageMeter | None = None
 

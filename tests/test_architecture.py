@@ -15,7 +15,7 @@ import haversack
 
 ROOT = Path(haversack.__file__).parent
 ORDER = (
-    ("errors", "units", "ledger", "_version"),
+    ("errors", "units", "cache", "ledger", "_version"),
     ("describe",),
     ("codecs", "kernels"),
     ("parts",),

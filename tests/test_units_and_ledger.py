@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, Ledger, StoredTensor, total_bytes
-from haversack.units import format_bytes, format_seconds, parse_budget, parse_bytes
+from haversack.units import format_bytes, format_rate, format_seconds, parse_budget, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,16 @@ def test_percent_is_of_what_is_available() -> None:
 @given(st.integers(1, 2**60))
 def test_formatted_bytes_read_back_within_half_a_percent(num_bytes: int) -> None:
     assert abs(parse_bytes(format_bytes(num_bytes)) - num_bytes) <= max(1, num_bytes * 0.006)
+
+
+def test_rates_have_no_exponent() -> None:
+    assert [format_rate(rate) for rate in (0.0279, 41.94, 999.4, 1980.4, 1e6)] == [
+        "0.0279",
+        "41.9",
+        "999",
+        "1,980",
+        "1,000,000",
+    ]
 
 
 def test_seconds_are_readable() -> None:

@@ -74,3 +74,8 @@ def format_count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{word}"
     return f"{number:,}"
+
+
+def format_rate(per_second: float) -> str:
+    """Three figures and never an exponent: `0.0279`, `41.9`, `1,980`."""
+    return f"{per_second:,.0f}" if per_second >= 1000 else f"{per_second:.3g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_a_row_is_made_once_and_survives_a_torn_line(tmp_path: Path, monkeypatch
     again = finished_rows.FinishedRows("x")
     assert again.get(["a", 1], make) == first == {"kl": 1}
     assert again.get(["a", 2], make) == {"kl": 2}
+
+
+def test_a_resumed_benchmark_counts_the_seconds_of_the_rows_it_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_rows, "FOLDER", tmp_path)
+    rows = [["wanted", {}, 40.0], ["stale", {}, 500.0], ["older", {}]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(finished_rows, "digest", lambda of: of)
+    resumed = finished_rows.FinishedRows("x")
+    assert resumed.get("wanted", dict) == {} and resumed.get("older", dict) == {} and resumed.earlier_seconds == 40
+    assert resumed.get("new", lambda: {"kl": 1}) == {"kl": 1} and resumed.earlier_seconds == 40
+    assert finished_rows.FinishedRows("x").rows.keys() == {"wanted", "stale", "older", "new"}
 
 
 def test_a_missing_peer_is_an_error_that_names_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,9 @@ def test_verify_without_the_unpacked_model_says_so(cli, packed, without_processe
         patched.setattr(quality, "describe_model", gone)
         ran = cli("verify", packed, "--json")
     assert ran.code == 0 and any("quality was not measured" in note for note in ran.json["notes"])
-    assert {"within_budget", "budget_bytes", "peak_bytes", "bytes", "figures", "kernels"} <= set(ran.json)
+    assert {"within_budget", "budget_bytes", "peak_bytes", "bytes", "seconds", "figures", "kernels"} <= set(ran.json)
+    step, shown = ran.json["seconds"]["decode step"], {row["what"]: row for row in ran.json["figures"]}
+    assert step["predicted"] > 0 and shown["tokens/s"]["predicted"] == f"{1 / step['predicted']:.3g}"
 
 
 def test_verify_prints_80_columns_and_exits_1_beyond_the_budget(cli, packed, without_processes):

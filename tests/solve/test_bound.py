@@ -8,6 +8,7 @@ import pytest
 
 from haversack.solve.bound import bound
 from haversack.solve.exact import NoSolutionError, solve
+from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
 from .test_exact import random_problem
 from .test_scale import large_problem
@@ -36,6 +37,23 @@ def test_bound_optimum_greedy_stand_in_order(minimise: str) -> None:
     assert feasible >= 25
     print(found, feasible)
     assert found >= 0.8 * feasible  # these are tight on purpose: capacities are one solution's bytes, to the byte
+
+
+def test_choices_that_cost_nothing_and_share_a_workspace_do_not_chase_each_other() -> None:
+    """Leaving a choice seems to free its workspace, of which another group needs nearly as much."""
+
+    def group(name: str, *choices: dict[str, int]) -> Group:
+        return Group(name, tuple(Choice(f"c{i}", account_bytes=held) for i, held in enumerate(choices)))
+
+    groups = (
+        group("a", {"held": 100, "workspace.a": 300}, {"held": 167, "workspace.a": 85}),
+        group("b", {"held": 10, "workspace.b": 166}),
+        group("c", {"held": 50}, {"held": 45, "workspace.c": 1}),
+    )
+    point = TimePoint("decode", "device", ("held",), (PeakTerm(("workspace.a", "workspace.b", "workspace.c")),))
+    for capacity in (460, 393, 390):
+        found = bound(Problem(groups, (point,), {"device": capacity}))
+        assert found.evaluation is not None and found.evaluation.feasible, capacity
 
 
 def test_close_on_many_groups() -> None:

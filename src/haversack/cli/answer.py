@@ -8,7 +8,7 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.verdict import verdict_json, verdict_words
-from haversack.units import format_bytes, format_count, format_seconds
+from haversack.units import format_bytes, format_count, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from haversack.plan.question import Answer
@@ -74,7 +74,7 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         ("on disk", format_bytes(prediction.disk_bytes)),
         (
             "decode",
-            f"{format_seconds(prediction.seconds_per_token)} per step, {speed:.3g} tokens/s by the machine's rates",
+            f"{format_seconds(prediction.seconds_per_token)} per step, {format_rate(speed)} tokens/s by the machine's rates",
         ),
         (
             "prefill",

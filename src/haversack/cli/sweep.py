@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from haversack.cli import console
 from haversack.errors import UsageError
-from haversack.units import format_bytes
+from haversack.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from haversack.plan.sweep import SweepPoint
@@ -59,7 +59,7 @@ def print_sweep(
                 format_bytes(point.peak_bytes),
                 point.point,
                 "yes" if point.fits else "no",
-                f"{point.tokens_per_second:,.4g}" if point.tokens_per_second else "unknown",
+                format_rate(point.tokens_per_second) if point.tokens_per_second else "unknown",
             )
             for point in found
         ]

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from haversack._version import __version__
+from haversack.cache import cache_folder
 from haversack.cost.cache_damages import MAX_SECONDS, cache_damages, head_options, measure_heads, probe_rows
 from haversack.cost.damage import NONE, Damage
 from haversack.cost.lossless import holding
@@ -71,12 +71,6 @@ class Calibration:
     """Others, that judge the plan that is kept."""
 
 
-def cache_folder() -> Path:
-    """Where calibrations are kept: `$XDG_CACHE_HOME/haversack/calibration`."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "haversack" / "calibration"
-
-
 def calibrate_model(
     model: Model,
     text: str,
@@ -108,8 +102,8 @@ def calibrate_model(
 @contextmanager
 def _one_at_a_time(model: Model, tell: Progress) -> Iterator[None]:
     """The system lets go of the lock when its process ends, however that ends."""
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cache_folder() / f"{model.fingerprint[:16]}.lock", timeout=0)
+    cache_folder("calibration").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache_folder("calibration") / f"{model.fingerprint[:16]}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -131,7 +125,9 @@ def _calibrate(
     tell: Progress,
 ) -> Calibration:
     settings = CalibrationSettings()
-    statistics = calibrate(model, windows.calibration, cache=cache_folder(), settings=settings, progress=tell)
+    statistics = calibrate(
+        model, windows.calibration, cache=cache_folder("calibration"), settings=settings, progress=tell
+    )
     table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
     offered = candidate_options("weights", recipes)
     proxies = _weight_damages(model, statistics, offered, table, tell)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haversack.cache import cache_folder
 from haversack.describe.gguf_blocks import GgufForm
 from haversack.describe.gguf_families import checkpoint_name, config_from, family_of, is_rotated
 from haversack.describe.gguf_file import GgufFile, GgufTensor
@@ -34,8 +35,7 @@ def folder_of(file: Path) -> Path:
     file = file.resolve()
     status = file.stat()
     key = hashlib.sha256(f"{file} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "haversack" / "gguf"
-    folder = base / f"{file.stem}-{key}"
+    folder = cache_folder("gguf") / f"{file.stem}-{key}"
     if not (folder / NOTE_NAME).is_file():
         opened = GgufFile.open(file)
         shapes = {name: tensor.shape for name, tensor in opened.tensors.items()}

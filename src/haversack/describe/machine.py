@@ -26,6 +26,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from haversack.cache import cache_folder
 from haversack.errors import MachineError, MissingDependencyError, OutputError
 from haversack.units import format_bytes
 
@@ -239,9 +240,8 @@ def measured(
 
 def rates_file(machine: Machine) -> Path:
     """Where measured rates of this CPU model, core count and memory (in whole GiB) are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     key = f"{machine.cpu_model}|{machine.cores}|{round(machine.memory_bytes / 2**30)}"
-    return Path(base) / "haversack" / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    return cache_folder() / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
 
 
 def named(name: str) -> Machine:

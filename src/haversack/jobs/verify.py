@@ -14,7 +14,7 @@ from haversack.errors import HaversackError, OutputError
 from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
 from haversack.plan.schema import Plan
-from haversack.units import format_seconds
+from haversack.units import format_rate, format_seconds
 
 Progress = Callable[[str, int, int], None]
 VERIFIED_NAME = "verified.json"
@@ -43,7 +43,8 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
     measured |= _run_fresh(folder, "tensors")
     tell("running the workload", 2, 2)
     rows = _byte_rows(plan, measured)
-    figures = _figures(plan, measured)
+    seconds = _seconds(plan, measured)
+    figures = _figures(seconds, measured)
     notes = list(plan.notes)
     if quality:
         from haversack.jobs.quality import compare_quality
@@ -61,6 +62,7 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
         "budget_bytes": budget,
         "peak_bytes": peak,
         "bytes": rows,
+        "seconds": seconds,
         "figures": figures,
         "kernels": measured["kernels"],
         "notes": notes,
@@ -112,16 +114,29 @@ def _byte_rows(plan: Plan, measured: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _figures(plan: Plan, measured: dict[str, Any]) -> list[dict[str, str]]:
+def _seconds(plan: Plan, measured: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Of loading, reading the prompt and one step of decoding; what took no time that could be measured is None."""
     prediction = plan.prediction
-    seconds = measured["seconds_per_step"]
-    rows = [
-        ("load", format_seconds(prediction.load_seconds), format_seconds(measured["load_seconds"])),
-        ("prefill", format_seconds(prediction.prefill_seconds), format_seconds(measured["prefill_seconds"])),
-        ("decode step", format_seconds(prediction.seconds_per_token), format_seconds(seconds) if seconds else "-"),
-        ("tokens/s", "", f"{measured['decode_tokens_per_second']:.3g}"),
-        ("fraction of the bound", "1", f"{prediction.seconds_per_token / seconds:.2f}" if seconds else "-"),
-    ]
+    both = {
+        "load": (prediction.load_seconds, measured["load_seconds"]),
+        "prefill": (prediction.prefill_seconds, measured["prefill_seconds"]),
+        "decode step": (prediction.seconds_per_token, measured["seconds_per_step"]),
+    }
+    return {what: {"predicted": predicted, "measured": found or None} for what, (predicted, found) in both.items()}
+
+
+def _figures(seconds: dict[str, dict[str, float | None]], measured: dict[str, Any]) -> list[dict[str, str]]:
+    rows = [(what, _shown(row["predicted"]), _shown(row["measured"])) for what, row in seconds.items()]
+    predicted, found = seconds["decode step"]["predicted"], seconds["decode step"]["measured"]
+    tokens_per_step = measured["decode_tokens_per_second"] * (found or 0.0)
+    rows += [
+        ("tokens/s", format_rate(tokens_per_step / predicted) if predicted else "", format_rate(measured["decode_tokens_per_second"])),
+        ("fraction of the bound", "1", f"{predicted / found:.2f}" if predicted and found else "-"),
+    ]  # fmt: skip
     rows.append(("decode loop", "", measured["loop"]))
     rows += [("kernel " + kernel, "", "; ".join(grids)) for kernel, grids in measured["kernels"].items()]
     return [{"what": what, "predicted": predicted, "measured": found} for what, predicted, found in rows]
+
+
+def _shown(seconds: float | None) -> str:
+    return "-" if seconds is None else format_seconds(seconds)

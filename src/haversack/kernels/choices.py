@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from haversack._version import __version__
+from haversack.cache import cache_folder
 from haversack.describe.machine import cpu_model, usable_cores
 from haversack.kernels.format import PackedFormat, PlaneFormat
-from haversack.kernels.llvm import cache_folder, host_target
+from haversack.kernels.llvm import host_target
 
 LEAST_GAIN = 0.05
 """Share of the first kernel's time that another must save to be chosen; and that more threads must save over fewer."""
@@ -82,7 +83,7 @@ def forget() -> None:
 def choices_file() -> Path:
     """Beside the kernel cache, named after the machine."""
     facts = json.dumps(machine_facts(), sort_keys=True)
-    return cache_folder().parent / "choices" / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+    return cache_folder("choices") / f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
 
 
 def machine_facts() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from haversack._version import __version__
+from haversack.cache import cache_folder
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,6 @@ def host_target() -> Target:
     return Target(binding.get_host_cpu_name(), features.flatten() if features else "")
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/haversack/kernels`, by default under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "haversack" / "kernels"
-
-
 class CompiledModule:
     """The functions of one compiled text; keeps their memory alive."""
 
@@ -70,7 +65,7 @@ def compile_text(text: str, target: Target) -> CompiledModule:
     """Compile IR text for `target`, which must run on this machine, or load the object made earlier."""
     binding = _binding()
     with _LOCK:
-        path = cache_folder() / f"{_key(text, target)}.o"
+        path = cache_folder("kernels") / f"{_key(text, target)}.o"
         code = _read(path)
         from_cache = code is not None
         machine = _machine(binding, target)

@@ -28,7 +28,7 @@ from haversack.plan.write import write_answer
 from haversack.recipes.base import any_named, candidate_options
 from haversack.solve.bound import bound
 from haversack.solve.exact import NoSolutionError, Solution, Solver
-from haversack.solve.front import pareto_front, uniform_baselines
+from haversack.solve.front import FrontPoint, pareto_front, undominated_points, uniform_baselines
 from haversack.solve.problem import Problem, as_tuple
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ not known to a thousandth. The rest of the proof took 25 s of 26 on a model of 1
 EXACT_CHOICES = 1500
 """Up to so many choices, equal groups counted once, the integer program takes at most a second."""
 
-FRONT_POINTS = 10
+FRONT_POINTS = 16
+"""Of the drawn front, at budgets that grow by equal factors: what is worth seeing lies among the small ones."""
 
 
 def make_plan(
@@ -284,8 +285,8 @@ def _smallest(problem: Problem) -> Solution:
 
 
 def _front(built: ServingProblem, solution: Solution, question: Question) -> tuple[dict[str, Any], ...]:
-    """Damage against peak bytes, for a calibrated model: the relaxation's front between the smallest plan and everything at
-    16 bits, and every option taken everywhere."""
+    """Damage against peak bytes, for a calibrated model: the plan itself on the relaxation's front between the smallest plan
+    and everything at 16 bits, and every option taken everywhere."""
     if question.weight_damages is None:
         return ()
     tier = "device"
@@ -294,10 +295,18 @@ def _front(built: ServingProblem, solution: Solution, question: Question) -> tup
     largest = free.evaluate(neutral).peak_bytes[tier]
     smallest = bound(free, "bytes").evaluation
     low = smallest.peak_bytes[tier] if smallest is not None else solution.evaluation.peak_bytes[tier]
-    budgets = [low + (largest - low) * step // FRONT_POINTS for step in range(1, FRONT_POINTS)]
+    budgets = [int(low * (largest / low) ** (step / FRONT_POINTS)) for step in range(1, FRONT_POINTS)]
+    own = FrontPoint(
+        budget_bytes=question.budget_bytes or largest,
+        chosen=solution.chosen,
+        damage=solution.evaluation.damage,
+        lower_bound=solution.lower_bound,
+        seconds=solution.evaluation.seconds,
+        peak_bytes=solution.evaluation.peak_bytes[tier],
+    )
     rows = [
         {"kind": "front", "label": "least damage", "peak_bytes": point.peak_bytes, "damage": point.damage}
-        for point in pareto_front(free, budgets, tier=tier, exact=False)
+        for point in undominated_points([own, *pareto_front(free, budgets, tier=tier, exact=False)])
     ]
     options = dict.fromkeys(c.id for row in built.weights.values() for c in row.values() if not c.option.is_neutral)
     for label, (_, taken) in uniform_baselines(free, neutral, list(options)).items():

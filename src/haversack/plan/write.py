@@ -33,7 +33,7 @@ from haversack.plan.schema import (
 )
 from haversack.recipes.base import candidate_options
 from haversack.solve.exact import Solution
-from haversack.units import format_bytes
+from haversack.units import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from haversack.plan.refine import Refined
@@ -188,7 +188,7 @@ def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
     if needed <= (question.budget_bytes or needed):
         damage, seconds = plan.prediction.damage.nats, plan.prediction.seconds_per_token
         loses = f" and loses {damage:.3g} nats per token" if damage is not None else ""
-        speed = f"{workload.users / seconds:.3g} tokens/s" if seconds else "its speed"
+        speed = f"{format_rate(workload.users / seconds)} tokens/s" if seconds else "its speed"
         return f"The nearest plan decodes at {speed}{loses}; relax the bound that it misses."
     sentence = f"A budget of {format_bytes(needed)} would do"
     kv = plan.ledger.timeline["decode"].get("kv", {}).get("device", 0)
@@ -196,9 +196,11 @@ def _cheapest_change(question: Question, plan: Plan, needed: int) -> str:
     if 0 < shortfall < kv:
         tokens = int(workload.context_tokens * (1 - shortfall / kv))
         if tokens > 1:
-            return f"{sentence}, or a context of about {tokens} tokens instead of {workload.context_tokens}."
-    if workload.users > 1:
-        return f"{sentence}, or fewer users than {workload.users}."
+            sentence += f", or a context of about {tokens} tokens instead of {workload.context_tokens}"
+    elif workload.users > 1:
+        sentence += f", or fewer users than {workload.users}"
+    if question.weight_damages is None:
+        sentence += "; `--calibrate` may find less, since it weighs options that nobody published figures for"
     return sentence + "."
 
 

@@ -158,7 +158,7 @@ def pareto(points: Sequence[FrontPoint], budget_bytes: int | None) -> str:
     drawn = [point for point in points if point.damage > 0]
     if not drawn:
         return ""
-    left, right, top, bottom, height = 64, 16, 14, 40, 300
+    left, right, top, bottom, height = 84, 16, 14, 40, 300
     lows, highs = min(p.damage for p in drawn), max(p.damage for p in drawn)
     low, high = math.floor(math.log10(lows)), math.ceil(math.log10(highs) + 1e-9)
     high = max(high, low + 1)
@@ -175,7 +175,9 @@ def pareto(points: Sequence[FrontPoint], budget_bytes: int | None) -> str:
     for exponent in range(low, high + 1):
         y = y_of(10.0**exponent)
         parts.append(f'<line x1="{left}" x2="{_WIDTH - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" class="quiet">{10.0**exponent:g}</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" class="quiet">{10.0**exponent:.{max(0, -exponent)}f}</text>'
+        )
     for i in range(5):
         num_bytes = edge_low + (edge_high - edge_low) * i / 4
         anchor = "start" if i == 0 else "end" if i == 4 else "middle"

@@ -356,7 +356,6 @@ class Relaxation:
     def _fitted(self, flat: np.ndarray, prices: Prices) -> np.ndarray | None:
         """Swaps, least priced loss per unit of what is over first, until every budget holds."""
         arrays = self.arrays
-        flat = flat.copy()
         cost = self.cost(prices)
         for _ in range(MAX_REPAIR_STEPS):
             booked, points = self.held(flat)
@@ -379,8 +378,19 @@ class Relaxation:
             count = int(np.searchsorted(np.cumsum(saved[order]), needed)) + 1
             # one at a time where links or peak terms make swaps depend on each other, else all that are needed
             count = 1 if len(arrays.links) else max(1, min(count, len(order)) // (2 if count > 4 else 1))
-            flat[arrays.group_of[order[:count]]] = order[:count]
+            swaps = [order[:count], *order[:IMPROVEMENTS_PER_ROUND, None]]
+            trials = (self._swapped(flat, columns) for columns in swaps)  # a peak may stay as high by another member
+            lower = (t for t in trials if self._over(self.values(t, self.held(t)[1]))[family] < over[family])
+            if (found := next(lower, None)) is None:
+                return None
+            flat = found
         return None
+
+    def _swapped(self, flat: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """A solution with these choices, of different groups, in the place of its own."""
+        trial = flat.copy()
+        trial[self.arrays.group_of[columns]] = columns
+        return trial
 
     def _over(self, values: np.ndarray) -> np.ndarray:
         """By how much each family passes its budget, relative; at most 0 where it holds."""
@@ -409,8 +419,7 @@ class Relaxation:
             accepted = False
             for column in columns[np.argsort(-gain[columns])][:IMPROVEMENTS_PER_ROUND]:
                 tries += 1
-                trial = flat.copy()
-                trial[arrays.group_of[column]] = column
+                trial = self._swapped(flat, column)
                 trial_booked = booked + (
                     self._account_column(column) - self._account_column(flat[arrays.group_of[column]])
                 )

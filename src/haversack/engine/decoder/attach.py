@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from haversack.cache import cache_folder
 from haversack.engine.attention import NAME
 from haversack.engine.decoder.loop import Decoder
 from haversack.engine.generation import install_kv_plan
@@ -25,7 +26,7 @@ from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.reach import TOLERANCE, neutral_plan, small_copy
 from haversack.errors import HaversackError, UnsupportedModelError
 from haversack.formats.output import write_whole
-from haversack.kernels.llvm import cache_folder, host_target
+from haversack.kernels.llvm import host_target
 
 PROMPT_TOKENS, PADDING_TOKENS, NUM_STEPS = 21, 5, 14
 
@@ -38,7 +39,7 @@ def attach_decoder(model: Any) -> Decoder:
 
 def check_steps(config: Any) -> None:
     """Raise UnsupportedModelError unless compiled steps of a small copy give the model's own logits."""
-    path = cache_folder().parent / "decoders" / f"{_key(config)}.json"
+    path = cache_folder("decoders") / f"{_key(config)}.json"
     verdict = None
     with contextlib.suppress(OSError, ValueError, KeyError):
         verdict = str(json.loads(path.read_text())["verdict"])
