@@ -33,16 +33,17 @@ def plan_alone() -> None:
     import torch
     from transformers.utils import import_utils
 
-    if _COMPILER in sys.modules:  # another torch imports it at once
+    answers = [getattr(import_utils, name, None) for name in _NOT_NEEDED]
+    known = all(hasattr(answer, "cache_clear") for answer in answers) and hasattr(import_utils, "_is_package_available")
+    if _COMPILER in sys.modules or not known:  # another torch, or another transformers, which imports as it will
         return
     put_off(_COMPILER, _TOLD_TO_COMPILER)
-    torch.compiler.disable = _disable  # type: ignore[assignment]
+    torch.compiler.disable = _disable
     with (
         _Instead(torch.distributed, "is_available", lambda: False),
         _Instead(import_utils, "_is_package_available", lambda name, return_version=False: (False, "0")),
     ):
-        for name in _NOT_NEEDED:
-            answer = getattr(import_utils, name)  # it keeps its first answer
+        for answer in answers:  # each keeps its first answer
             answer.cache_clear()
             answer()
 

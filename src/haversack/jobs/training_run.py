@@ -148,8 +148,12 @@ def _random_to_pack(described: Any, dtype: torch.dtype, attention: str, seed: in
     from haversack.engine.adapters import whole_linears
 
     generator = torch.Generator().manual_seed(seed)
-    model = build_skeleton(described.config, described.name).to(dtype)
-    shapes = {f"{site.module}.weight": module.weight.shape for site, module in whole_linears(model, described)}
+    model: Any = build_skeleton(described.config, described.name)
+    model.to(dtype)
+    shapes = {
+        f"{site.module}.weight": module.get_parameter("weight").shape
+        for site, module in whole_linears(model, described)
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in shapes:
             path, _, leaf = name.rpartition(".")
