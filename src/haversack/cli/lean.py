@@ -33,7 +33,7 @@ def plan_alone() -> None:
     import torch
     from transformers.utils import import_utils
 
-    answers = [getattr(import_utils, name, None) for name in _NOT_NEEDED]
+    answers: list[Any] = [getattr(import_utils, name, None) for name in _NOT_NEEDED]
     known = all(hasattr(answer, "cache_clear") for answer in answers) and hasattr(import_utils, "_is_package_available")
     if _COMPILER in sys.modules or not known:  # another torch, or another transformers, which imports as it will
         return
