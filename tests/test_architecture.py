@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import subprocess
 import sys
@@ -113,27 +112,3 @@ def test_transformers_finds_the_quantizer_whichever_is_imported_first() -> None:
 def test_methods_are_listed_without_torch() -> None:
     code = "import sys\nfrom haversack.recipes.base import list_methods\nassert list_methods() and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_plan_of_a_config_leaves_the_compiler_alone(tmp_path: Path) -> None:
-    """What takes a third of its processor time is not imported, and the answer is the same."""
-    from tests.describe.families import FAMILIES
-
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({**FAMILIES["llama"], "dtype": "bfloat16"}))
-    program = (
-        "import sys; from haversack.cli import lean; from haversack.cli.app import run\n"
-        "lean.is_own_process = sys.argv[1] == 'own'; code = run(sys.argv[2:])\n"
-        "print([n for n in ('torch._dynamo.utils', 'torch.distributed.tensor', 'accelerate') if n in sys.modules], file=sys.stderr)\n"
-        "raise SystemExit(code)"
-    )
-    asked = ["plan", str(config), "--context", "64", "--machine", "h100-80gb", "--tensor-budget", "1GiB", "--json"]
-    own, other = (
-        subprocess.run([sys.executable, "-c", program, whose, *asked], capture_output=True, text=True)
-        for whose in ("own", "other")
-    )
-    assert own.returncode == other.returncode == 0, own.stderr
-    assert own.stderr.splitlines()[-1] == "[]"
-    answers = [json.loads(done.stdout) for done in (own, other)]
-    assert answers[0]["prediction_hash"] == answers[1]["prediction_hash"]
-    assert answers[0]["timeline"] == answers[1]["timeline"]
