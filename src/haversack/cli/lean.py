@@ -59,6 +59,8 @@ def put_off(package: str, marks: Sequence[str] = ()) -> None:
     def run_and_get(attribute: str) -> Any:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
+        if importlib.util.find_spec(f"{package}.{attribute}") is not None:
+            return importlib.import_module(f"{package}.{attribute}")
         del module.__dict__["__getattr__"]
         assert spec.loader is not None
         spec.loader.exec_module(module)
