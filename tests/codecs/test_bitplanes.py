@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allocations import peak_bytes
 from haversack.codecs.bitplanes import UNPACK_BYTES_PER_CODE, block_bytes, pack_planes, unpack_rows
 from haversack.errors import UsageError
 
@@ -35,13 +36,7 @@ def test_the_layout_is_as_documented():
 def test_unpacking_allocates_no_more_than_it_says():
     packed = pack_planes(torch.randint(0, 256, (512, 512), dtype=torch.uint8), 8)
     index = torch.arange(512)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        unpack_rows(packed, index, 8, 512)
-    total, peak = 0, 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
+    peak = peak_bytes(lambda: unpack_rows(packed, index, 8, 512))
     # The rows' own planes are copied first: as many bytes as they take packed.
     assert peak <= 512 * 512 * UNPACK_BYTES_PER_CODE + packed.nbytes + 3 * 8 * 512
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from allocations import peak_bytes
 from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.corrected import CorrectedKV
@@ -50,18 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def peak_bytes(function) -> int:
-    """The most that live allocations grew by while `function` ran, as the allocator told the profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("new_tokens", [1, 4, 96, 600])

@@ -6,6 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packed_cases import error_of, make_case, make_input, make_table_case
 
+from allocations import peak_bytes
 from haversack.kernels import compiled, generic, ir_dequantize, ir_matmul, llvm, registry
 from haversack.kernels.dot_schemes import SCHEMES, VectorsF32
 from haversack.kernels.format import PackedFormat
@@ -170,7 +171,7 @@ def test_tiles_workspace_is_as_declared(dtype):
     x = make_input(40, 1024, dtype)
     kernel = compiled.CompiledTiles(HOST)
     kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16)
-    peak = _peak_bytes(lambda: kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16))
+    peak = peak_bytes(lambda: kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16))
     workspace = peak - 40 * 2000 * dtype.itemsize
     declared = kernel.workspace_bytes(case.fmt, 40, 2000, dtype, 16)
     assert 0.7 * declared <= workspace <= declared < 2000 * 1024 * 4
@@ -183,20 +184,9 @@ def test_matvec_workspace_is_as_declared(dtype):
         x = make_input(3, 700, dtype)
         bits = kernel.scheme.activation_bits
         kernel.matmul(x, case.codes, case.scales, case.zeros, case.fmt, bits)
-        peak = _peak_bytes(lambda k=kernel, x=x, b=bits: k.matmul(x, case.codes, case.scales, case.zeros, case.fmt, b))
+        peak = peak_bytes(lambda k=kernel, x=x, b=bits: k.matmul(x, case.codes, case.scales, case.zeros, case.fmt, b))
         workspace = peak - 3 * 300 * dtype.itemsize
         assert 0 < workspace <= kernel.workspace_bytes(case.fmt, 3, 300, dtype, bits), kernel.NAME
-
-
-def _peak_bytes(work) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    total, peak = 0, 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak
 
 
 def test_odd_groups_have_no_compiled_kernel():

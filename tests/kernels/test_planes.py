@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compiled import HOST, SHORT_OF_AVX512, SSE
 
+from allocations import peak_bytes
 from haversack.codecs.bitplanes import num_blocks, pack_planes
 from haversack.errors import UsageError
 from haversack.kernels.activations import rounded_activations
@@ -110,13 +111,7 @@ def test_workspace_is_as_declared_and_holds_no_whole_matrix(dtype):
         x = torch.randn(num_tokens, 1024).to(dtype)
         given_ = (codes, scales, out_features, fmt, kernel.activation_bits)
         kernel.matmul(x, *given_)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            kernel.matmul(x, *given_)
-        total, peak = 0, 0
-        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-            if event.name() == "[memory]":
-                total += event.nbytes()
-                peak = max(peak, total)
+        peak = peak_bytes(lambda k=kernel, x=x, g=given_: k.matmul(x, *g))
         workspace = peak - num_tokens * out_features * dtype.itemsize
         declared = kernel.workspace_bytes(fmt, num_tokens, out_features, dtype, kernel.activation_bits)
         assert 0.6 * declared <= workspace <= declared, kernel.NAME

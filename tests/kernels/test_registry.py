@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from packed_cases import error_of, make_case, make_input, make_table_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from allocations import peak_bytes
 from haversack.errors import UsageError
 from haversack.kernels import generic, registry
 from haversack.kernels.format import PackedFormat
@@ -101,13 +102,7 @@ def test_generic_workspace_is_never_exceeded_and_smaller_than_the_matrix(dtype):
     """The allocator's own report, on a matrix of several tiles."""
     case = make_case(3000, 1024, 3, 64, False)
     x = make_input(2, 1024, dtype)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        generic.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16)
-    total, peak = 0, 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
+    peak = peak_bytes(lambda: generic.matmul(x, case.codes, case.scales, case.zeros, case.fmt, 16))
     declared = generic.workspace_bytes(case.fmt, 2, 3000, dtype, 16)
     result_bytes = 2 * 3000 * dtype.itemsize
     assert 0 < peak - result_bytes <= declared < 4 * 3000 * 1024

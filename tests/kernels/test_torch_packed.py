@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from packed_cases import error_of, make_case, make_input
 
+from allocations import peak_bytes
 from haversack.errors import UsageError
+from haversack.kernels import registry
 from haversack.kernels.torch_packed import pack_torch_int4, pack_torch_int8
 
 
@@ -20,6 +23,31 @@ def test_torch_int4_and_int8_compute_the_same_product():
         # One rounding of the result, and of the weights where torch expands them, both to bfloat16.
         assert (error <= 2**-7 * (x.double().abs() @ weight.abs().t())).all()
         assert packed.layout.startswith(f"torch-int{bits}")
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(8, 0, True), (4, 64, True), (4, 128, False)])
+@pytest.mark.parametrize(("num_tokens", "out_features"), [(1, 5), (40, 2000)])
+def test_tiles_against_float64_within_the_declared_workspace(bits, group_size, symmetric, num_tokens, out_features):
+    kernel = next(k for k in registry.kernels() if k.NAME.startswith(f"torch-int{bits}"))
+    case = make_case(out_features, 1024, bits, group_size, symmetric)
+    x = make_input(num_tokens, 1024, torch.bfloat16)
+    assert kernel.supports(case.fmt, num_tokens, torch.bfloat16, 16)
+    arguments = (x, case.codes, case.scales, case.zeros, case.fmt, 16)
+    y = kernel.matmul(*arguments)
+    declared = kernel.workspace_bytes(case.fmt, num_tokens, out_features, torch.bfloat16, 16)
+    assert peak_bytes(lambda: kernel.matmul(*arguments)) - y.nbytes <= declared
+    assert error_of(y, x, case) < 2**-7  # scales, results and what torch expands are rounded to bfloat16
+    assert kernel.matmul(x[:0], case.codes, case.scales, case.zeros, case.fmt, 16).shape == (0, out_features)
+
+
+def test_tiles_leave_to_others_what_torch_cannot_take():
+    of = {bits: next(k for k in registry.kernels() if k.NAME.startswith(f"torch-int{bits}")) for bits in (4, 8)}
+    for bits, group_size, in_features, dtype, activation_bits in (
+        (8, 64, 1024, torch.bfloat16, 16), (4, 24, 1024, torch.bfloat16, 16), (4, 64, 1000, torch.bfloat16, 16),
+        (4, 64, 1024, torch.float32, 16), (4, 64, 1024, torch.bfloat16, 8), (2, 64, 1024, torch.bfloat16, 16),
+    ):  # fmt: skip
+        fmt = make_case(16, in_features, bits, group_size, True).fmt
+        assert not any(kernel.supports(fmt, 1, dtype, activation_bits) for kernel in of.values())
 
 
 def test_what_torch_cannot_take_is_refused():

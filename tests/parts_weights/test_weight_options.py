@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from allocations import peak_bytes
 from haversack.codecs.bitpack import unpack_codes
 from haversack.codecs.codebooks import codebook
 from haversack.codecs.scale_codings import scale_coding
@@ -363,17 +364,6 @@ def repeated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if tensor.shape == shape:
         return tensor
     return tensor.repeat(-(-shape[0] // tensor.shape[0]), *[1] * (tensor.ndim - 1))[: shape[0]].contiguous()
-
-
-def peak_bytes(work) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    total, peak = 0, 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            total += event.nbytes()
-            peak = max(peak, total)
-    return peak
 
 
 # Second-order feedback

@@ -312,11 +312,13 @@ def kernels(device_type: str = "cpu") -> tuple[PackedKernel, ...]:
     """All kernels of packed matrices for a device of this machine, fast to general."""
     from haversack.kernels import compiled, generic
     from haversack.kernels.llvm import host_target
+    from haversack.kernels.torch_packed import TorchTiles
 
     if device_type != "cpu":
         return (*(triton_kernels() if device_type == "cuda" else ()), generic)
     target = host_target()
-    return (*compiled.matvecs(target), compiled.CompiledTiles(target), generic)
+    own = (*compiled.matvecs(target), compiled.CompiledTiles(target))
+    return (*own, *(TorchTiles(bits) for bits in (8, 4)), generic)
 
 
 @cache
