@@ -78,7 +78,7 @@ def predict(workload: TrainingWorkload) -> int:
     from haversack.describe.model import describe_model
     from haversack.describe.parallel import Parallelism
 
-    ledger = rank_cost(describe_model(CONFIG), workload, Parallelism(data=RANKS, zero=3)).stages[0]
+    ledger = rank_cost(describe_model(CONFIG), workload, Parallelism(data=RANKS, zero=3), on_host=True).stages[0]
     return round(ledger.peak()[1] * (1 + SLACK_FRACTION))
 
 

@@ -1,6 +1,6 @@
 """Published peaks of real systems against predictions: `python -m benchmarks.published ROWS.csv`.
 
-`published.toml` holds the setting of each row. No constant here is fitted: formats are their makers', the rest is traced.
+`published.toml` holds the setting of rows whose words leave something out; other rows are read as they are (`benchmarks.published_words`). No constant here is fitted: formats are their makers', the rest is traced.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import litgpt
+from benchmarks.published_words import read_setting
 from benchmarks.results_file import write_results
 from haversack.cost.parallel import rank_config
 from haversack.cost.training import training_cost
@@ -21,7 +23,7 @@ from haversack.describe.site import WeightSite
 from haversack.describe.skeleton import build_skeleton
 from haversack.describe.workload import TuneWorkload
 from haversack.engine.trace import LiveBytes
-from haversack.errors import HaversackError
+from haversack.errors import HaversackError, UsageError
 from haversack.ledger import total_bytes
 
 BYTES_PER_WEIGHT = {
@@ -40,34 +42,23 @@ CUBLAS_WORKSPACE_BYTES = 8_519_680
 
 TOLERANCE = 0.10
 
+COLUMNS = ("id", "kind", "task", "model", "setting", "metric", "value", "unit", "hardware", "source", "note")
+
 
 def tune(row: dict[str, Any], model: Model) -> float:
-    """litgpt's LoRA: rank 8 on queries and values, their inputs dropped by a twentieth (`finetune/lora.py`), AdamW, all in bfloat16."""
-    packed = "format" in row
+    """litgpt's LoRA (`benchmarks.litgpt`): rank 8 on queries and values, AdamW, all in bfloat16, matrices in 4 bits where the row says so."""
+    per_weight = BYTES_PER_WEIGHT[row["format"]] if "format" in row else None
+    peak = litgpt.peak_bytes(model.config, batch_size=row["batch"], tokens=row["tokens"], bytes_per_weight=per_weight)
+    return peak + CUBLAS_WORKSPACE_BYTES
+
+
+def full(row: dict[str, Any], model: Model) -> float:
+    """All weights tuned in bfloat16 with AdamW, several samples in each row, through transformers' model of the same shape."""
     workload = TuneWorkload(
-        row["batch"],
-        row["tokens"],
-        method="qlora" if packed else "lora",
-        lora_rank=8,
-        lora_targets="query-value",
-        lora_dropout=0.05,
-        loss="native",
+        row["batch"], row["tokens"], method="full", samples_apart=True, recompute=row.get("recompute", "none")
     )
-    cost = training_cost(model, workload)
-    if not packed:
-        return (
-            max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward", "update"))
-            + CUBLAS_WORKSPACE_BYTES
-        )
-    ledger = cost.ledger()
-    foreign = sum(weight_bytes(site, row["format"], row["format"]) for site in model.weights) + total_bytes(model.rest)
-    own = cost.staying["weights"] + cost.staying["packed weights"]
-    return (
-        max(ledger.total_bytes(p) for p in ("forward", "loss", "backward", "update"))
-        - own
-        + foreign
-        + CUBLAS_WORKSPACE_BYTES
-    )
+    ledger = training_cost(model, workload).ledger()
+    return max(ledger.total_bytes(p) for p in ("forward", "loss", "backward", "update")) + CUBLAS_WORKSPACE_BYTES
 
 
 def generate(row: dict[str, Any], model: Model) -> float:
@@ -133,13 +124,17 @@ def zero(row: dict[str, Any], model: None) -> float:
 
 
 def deepspeed(row: dict[str, Any], model: None) -> float:
-    """Its own estimators, which also count gradients in 32 bits: 4P + 16P/N for stage 2, 4L + 18P/N for stage 3."""
-    n, ranks = row["parameters"], row["ranks"]
-    return 4 * n + 16 * n / ranks if row["stage"] == 2 else 4 * row["widest"] + 18 * n / ranks
+    """Its own estimators of a GPU, which also count gradients in 32 bits: stage 2 with 4P + 16P/N, or 2P where the optimizer is offloaded; stage
+    3 with 4L + 18P/N, 4L + 2P/N without the optimizer, 4L without parameters as well (`docs/code-docs/source/memory.rst`)."""
+    n, ranks, offload = row["parameters"], row["ranks"], row.get("offload", "")
+    if row["stage"] == 2:
+        return 2 * n if offload else 4 * n + 16 * n / ranks
+    return 4 * row["widest"] + {"": 18, "optimizer": 2, "all": 0}[offload] * n / ranks
 
 
 RUNS: dict[str, Callable[[dict[str, Any], Any], float]] = {
     "tune": tune,
+    "full": full,
     "generate": generate,
     "weights": weights,
     "kv": kv,
@@ -150,31 +145,44 @@ RUNS: dict[str, Callable[[dict[str, Any], Any], float]] = {
 }
 
 
-def main(file: Path) -> None:
-    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    published = {row["id"]: row for row in csv.DictReader(file.open())}
-    figures: list[dict[str, Any]] = []
-    for name in published:
-        row = table["rows"].get(name)
-        if row is None:
-            figures.append({"id": name, "kind": "dropped", "why": "no setting"})
-            continue
+def score(published: Mapping[str, Mapping[str, str]], table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A figure for each row: predicted where its setting is known, or can be read from its own words; else why not."""
+    for name, words in published.items():
+        row: dict[str, Any] = table["rows"].get(name) or read_setting(words, table["models"])
         if row["kind"] in ("other", "dropped"):
-            figures.append({"id": name, **row})
+            yield {"id": name, **row}
             continue
         try:
             model = describe_model(table["models"][row["model"]]["config"]) if "model" in row else None
             predicted = RUNS[row["run"]](row, model)
         except HaversackError as problem:
-            figures.append({"id": name, **row, "agrees": False, "failed": str(problem)})
-            print(name, row["kind"], "failed:", problem, flush=True)
+            yield {"id": name, **row, "kind": "dropped", "why": str(problem)}
             continue
         error = predicted / row["value"] - 1
         exact = row["kind"] != "formula" or abs(error) < 0.5 * 10.0 ** (1 - row["digits"])
-        figures.append(
-            {"id": name, **row, "predicted": predicted, "error": error, "agrees": exact and abs(error) <= TOLERANCE}
-        )
-        print(name, row["kind"], f"{predicted / 1e9:.3f} GB against {row['value'] / 1e9:.3f}: {error:+.2%}", flush=True)
+        yield {"id": name, **row, "predicted": predicted, "error": error, "agrees": exact and abs(error) <= TOLERANCE}
+
+
+def read_rows(file: Path) -> dict[str, dict[str, str]]:
+    """Rows by their id. Raises DataError for a file without the columns that settings are read from."""
+    with file.open(newline="") as lines:
+        reader = csv.DictReader(lines)
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise UsageError(f"{file} has no column {missing[0]!r}; rows need {', '.join(COLUMNS)}.")
+        return {row["id"]: {name: text or "" for name, text in row.items() if name} for row in reader}
+
+
+def main(file: Path) -> None:
+    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    figures = []
+    for row in score(read_rows(file), table):
+        figures.append(row)
+        if "predicted" in row:
+            sizes = f"{row['predicted'] / 1e9:.3f} GB against {row['value'] / 1e9:.3f}: {row['error']:+.2%}"
+            print(row["id"], row["kind"], sizes, flush=True)
+        else:
+            print(row["id"], "not scored:", row["why"], flush=True)
     for kind in ("formula", "torch"):
         scored = [row for row in figures if row["kind"] == kind]
         print(kind, sum(row["agrees"] for row in scored), "of", len(scored))
@@ -201,7 +209,7 @@ def tables(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "title": "Published peaks that are not scored",
             "columns": ["row", "kind", "why"],
-            "rows": [[row["id"], row["kind"], row.get("why") or row.get("failed", "")] for row in others],
+            "rows": [[row["id"], row["kind"], row["why"]] for row in others],
         },
     ]  # fmt: skip
 

@@ -165,3 +165,18 @@ def test_a_sharded_rank_peaks_where_it_holds_most() -> None:
     tuned = TuneWorkload(4, 64, method="lora")
     frozen = rank_cost(model, tuned, Parallelism(data=64, zero=3)).stages[0].owners_at("backward")
     assert frozen["communication buffers"] < backward["communication buffers"]
+
+
+def test_changes_that_cannot_lower_what_is_over_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading alone is over the budget: neither recomputation nor fewer states would do."""
+    from haversack.cost import training
+
+    question = _question(1000)
+    traced = []
+    trace = training.trace_training
+    monkeypatch.setattr(training, "trace_training", lambda *given: traced.append(given[1]) or trace(*given))
+    answer = plan_training(question)
+    assert len(traced) == 1
+    assert "a budget of" in (answer.cheapest_change or "")
+    plan_training(question)
+    assert len(traced) == 1  # kept with the model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import prod
 
@@ -11,6 +12,7 @@ from tests.describe.families import FAMILIES
 
 from haversack.describe.assemble import read_parameter, read_site
 from haversack.describe.checkpoint import Checkpoint, dtype_name
+from haversack.describe.hub import find_source
 from haversack.describe.model import Model, describe_model
 from haversack.describe.site import ROLES, TensorSlice, WeightSite
 
@@ -92,6 +94,13 @@ def test_a_config_alone_gives_the_same_model(family, saved_families):
     assert from_config.folder is None
     assert replace(from_config, folder=folder, name=from_folder.name) == from_folder
     assert from_config.fingerprint == from_folder.fingerprint
+
+
+def test_a_config_of_its_own_name_gives_it_to_the_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"]))
+    (tmp_path / "tiny-llama.json").write_text(json.dumps(FAMILIES["llama"]))
+    assert find_source(tmp_path / "tiny-llama.json").name == "tiny-llama"
+    assert find_source(tmp_path / "config.json").name == tmp_path.name
 
 
 # Latent projections and Gemma 3n's extra paths have no role of their own; a vision tower is left as it is.

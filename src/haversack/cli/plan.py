@@ -84,8 +84,11 @@ def plan(
 
         check_output_file(output)
 
+    from haversack.cli.lean import plan_alone
     from haversack.describe.model import describe_model
 
+    if not weighed:
+        plan_alone()
     described = describe_model(model, trust_remote_code=trust_remote_code)
     if mix:
         from haversack.cli.money import fleet_verb

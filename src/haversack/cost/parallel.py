@@ -11,6 +11,7 @@ from haversack.cost.training import PASSES, SLACK, SLACK_FRACTION, STATES, Train
 from haversack.describe.model import Model, describe_model
 from haversack.describe.parallel import Parallelism, rank_config, stage_layers
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
+from haversack.engine.trace import WORKSPACE
 from haversack.engine.training_trace import ACTIVATIONS, EMBED_BACKWARD, GRADIENTS, LOSS, LOSS_BACKWARD
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, Ledger
@@ -54,8 +55,9 @@ def rank_cost(
     runtime_bytes: int = 0,
     base_bytes: Mapping[str, int] | None = None,
     whole_at_ends: bool = False,
+    on_host: bool = False,
 ) -> RankCost:
-    """The ledger of one rank of each pipeline stage. `workload.batch_size` is of one rank.
+    """The ledger of one rank of each pipeline stage. `workload.batch_size` is of one rank; ranks `on_host` speak through gloo.
 
     Tensor parallelism is traced: the rank's own heads, columns and vocabulary through the model's code. Pipeline stages
     keep the activations of the micro-batches in flight (one forward, one backward: `stages - stage` of them; Narayanan et al.
@@ -70,7 +72,9 @@ def rank_cost(
     own = dataclasses.replace(workload, seq_len=max(2, workload.seq_len // parallel.context))
     cost = training_cost(part, own, base_bytes)
     stages = stage_layers(model.num_layers, parallel.pipeline)
-    ledgers = tuple(_stage_ledger(cost, part, parallel, stage, stages, runtime_bytes) for stage in range(len(stages)))
+    ledgers = tuple(
+        _stage_ledger(cost, part, parallel, stage, stages, runtime_bytes, on_host) for stage in range(len(stages))
+    )
     if whole_at_ends:
         ledgers = tuple(_with_whole_ends(ledger, cost, runtime_bytes) for ledger in ledgers)
     return RankCost(parallel, cost, ledgers, tuple(len(stage) for stage in stages))
@@ -101,7 +105,13 @@ def sent_bytes(model: Model, workload: TrainingWorkload, parallel: Parallelism) 
 
 
 def _stage_ledger(
-    cost: TrainingCost, model: Model, parallel: Parallelism, stage: int, stages: list[range], runtime_bytes: int
+    cost: TrainingCost,
+    model: Model,
+    parallel: Parallelism,
+    stage: int,
+    stages: list[range],
+    runtime_bytes: int,
+    on_host: bool,
 ) -> Ledger:
     """Owners scale with the weights of the stage's layers; activations with its layers and the batches in flight. Of each time
     point, the moment that is highest on the rank."""
@@ -120,16 +130,23 @@ def _stage_ledger(
             for owner, num_bytes in owners.items():
                 if owner in (*SHARDED_FROM, "packed weights", "weights (as they come)"):
                     kind = "weights" if owner == "weights (as they come)" else owner
-                    rows[owner] = sharded_bytes(round(num_bytes * share * experts), kind, parallel)
+                    own = num_bytes * share * experts
+                    if owner == GRADIENTS and parallel.zero == 3 and not cost.trace.accumulates:
+                        own = max(0.0, own - _whole_gradients(units, point, moment))  # these are counted as buffers
+                    rows[owner] = sharded_bytes(round(own), kind, parallel)
                 elif owner == ACTIVATIONS:
                     rows[owner] = round(num_bytes * layers * in_flight)
                 elif owner != "logits and loss" or stage == len(stages) - 1:
                     rows[owner] = num_bytes
             if point == "update" and parallel.zero:
                 rows["workspace"] = ceil(rows.get("workspace", 0) / parallel.shards)
+            gathering = _gathering(units, parallel, point) if on_host else 0.0
             rows[COMMUNICATION] = round(_buffers(units, parallel, point, moment))
-            if sum(rows.values()) > sum(highest.values()):
-                highest = rows
+            before = {owner: n for owner, n in rows.items() if owner != WORKSPACE}  # a layer is gathered before it runs
+            before[COMMUNICATION] = round(gathering)
+            for held in (rows, before) if gathering else (rows,):
+                if sum(held.values()) > sum(highest.values()):
+                    highest = held
         host = {o: highest.pop(o) for o in (STATES, "master weights") if parallel.offload and highest.get(o)}
         _book(ledger, point, highest, host, runtime_bytes)
         if point in PASSES and cost.trace.disk_bytes:
@@ -186,11 +203,31 @@ def _buffers(units: _Units, parallel: Parallelism, point: str, moment: str) -> f
         return whole + GATHERED_UNITS * layer
     if moment == LOSS:
         return whole + layer
+    own = _whole_gradients(units, point, moment)
     if moment == LOSS_BACKWARD:
-        return whole + layer + units.head * units.trained
+        return whole + layer + own
     if moment == EMBED_BACKWARD:
-        return whole + (whole + layer) * units.trained
-    return whole + units.head * units.trained + GATHERED_UNITS * layer * (1 + units.trained)
+        return whole + own + layer * units.trained
+    return whole + own + layer * units.trained + GATHERED_UNITS * layer
+
+
+def _whole_gradients(units: _Units, point: str, moment: str) -> float:
+    """Gradients that are not scattered yet: those of what lies outside the layers until all layers are done, and a layer's own while it runs."""
+    if moment == EMBED_BACKWARD:
+        return units.outer * units.trained
+    if point == "backward":
+        return (units.head + units.layer) * units.trained
+    return units.head * units.trained if moment == LOSS_BACKWARD else 0.0
+
+
+def _gathering(units: _Units, parallel: Parallelism, point: str) -> float:
+    """What a rank holds while it gathers a layer through gloo, which gathers into a flat tensor of its own (torch 2.13,
+    `ProcessGroupGloo.cpp`): beside it the layer's buffer, and the buffer of the layer before (forward) or the layer that will run next, whole,
+    with the scattered input of the one before (backward)."""
+    if parallel.shards == 1 or parallel.zero != 3 or point not in ("forward", "backward", "evaluate"):
+        return 0.0
+    held = units.outer + (GATHERED_UNITS + 1) * units.layer
+    return held if point != "backward" else held + (units.head + units.layer) * units.trained
 
 
 def _shares(model: Model, stages: list[range], stage: int) -> tuple[float, int, int, int]:

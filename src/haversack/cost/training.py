@@ -16,7 +16,13 @@ from math import prod
 from haversack.describe.checkpoint import holds_weights
 from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
-from haversack.engine.adapters import BASE_GRID, DECOMPOSE_BYTES_PER_ELEMENT, PACK_BYTES_PER_ELEMENT, PACK_ELEMENTS
+from haversack.engine.adapters import (
+    BASE_GRID,
+    DECOMPOSE_BYTES_PER_ELEMENT,
+    PACK_BYTES_PER_ELEMENT,
+    PACK_ELEMENTS,
+    reads_one_by_one,
+)
 from haversack.engine.training_trace import (
     ACTIVATIONS,
     BACKWARD,
@@ -125,11 +131,12 @@ class TrainingCost:
 def training_cost(
     model: Model, workload: TrainingWorkload, base_bytes: Mapping[str, int] | None = None
 ) -> TrainingCost:
-    """Trace a workload and declare what stays. About half a second of CPU time for layers of any width.
+    """Trace a workload and declare what stays. About half a second of CPU time for layers of any width; a workload that was traced for
+    this model before is not traced again.
 
     `base_bytes` are, by owner, what a base holds that is packed already, instead of what packing it would give.
     """
-    trace = trace_training(model, workload)
+    trace = _traced(model, workload)
     staying = {**trace.resident_bytes, **(base_bytes or {})}
     widened = workload.has_master_weights
     option = optimizer_option(workload.optimizer)
@@ -145,21 +152,35 @@ def training_cost(
     return TrainingCost(workload, trace, staying, tuple(compose(trace)), load_bytes)
 
 
+def _traced(model: Model, workload: TrainingWorkload) -> TrainingTrace:
+    """The trace of a workload, kept with the model: a refusal and a fit weigh the same workloads in many ways."""
+    traces: dict[TrainingWorkload, TrainingTrace] = model.__dict__.setdefault("_training_traces", {})
+    if workload not in traces:
+        traces[workload] = trace_training(model, workload)
+    return traces[workload]
+
+
 def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed: bool = False) -> int:
-    """The most while weights come: all of them unpacked at first (made from a config alone, a tied head has a matrix of its
-    own until it is tied), then each matrix beside its packed form."""
+    """The most while weights come. What is not packed is there first (made from a config alone, a tied head has a matrix of its own until it is tied);
+    matrices that will be packed come one by one beside it, or, where they can't be read so, all at once."""
     resident = trace.resident_bytes
     width = DTYPE_BYTES[dtype]
-    live = resident["weights"] + width * sum(prod(shape) for shape in trace.packed)
+    whole = {shape: width * prod(shape) for shape in trace.packed}
+    one_by_one = reads_one_by_one(model)
+    live = resident["weights"] + (0 if one_by_one else sum(whole[shape] for shape in trace.packed))
     tied = sum(width * site.num_parameters for site in model.weights if site.role == "embedding" and site.tied_modules)
     peak = live + (0 if has_weights(model) else tied)
     for out_features, in_features in trace.packed:
+        matrix = whole[out_features, in_features]
+        if one_by_one:
+            live += matrix
         packed = total_bytes(BASE_GRID.stored(out_features, in_features))
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
         if decomposed:
             working = DECOMPOSE_BYTES_PER_ELEMENT[dtype] * out_features * in_features
-        peak = max(peak, live + packed + working)
-        live += packed - width * out_features * in_features
+        read = DTYPE_BYTES[model.dtype] * out_features * in_features if one_by_one else 0  # as it lies in the file
+        peak = max(peak, live + read, live + packed + working)
+        live += packed - matrix
     return max(peak, live + resident.get("adapters", 0) + resident.get("master weights", 0))
 
 

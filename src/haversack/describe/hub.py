@@ -62,7 +62,8 @@ def find_source(source: str | Path | Mapping[str, Any], revision: str | None = N
             raise ModelNotFoundError(
                 f"{text!r} is a file, but a model is a folder, a GGUF file, a config.json or a hub id."
             )
-        return ModelSource(path.resolve().parent.name, read_config(path), folder=None)
+        name = path.resolve().parent.name if path.stem == "config" else path.stem  # `llama-70b.json` says what it is
+        return ModelSource(name, read_config(path), folder=None)
     hub_id, _, asked = text.partition("@")
     if revision and asked and asked != revision:
         raise UsageError(f"{text!r} names revision {asked!r} and the call names {revision!r}; name one of them.")

@@ -29,6 +29,7 @@ def build_skeleton(
     check_quantization(config, name)
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -40,9 +41,15 @@ def build_skeleton(
     kind = AutoModelForSeq2SeqLM if getattr(parsed, "is_encoder_decoder", False) else AutoModelForCausalLM
     logging.set_verbosity_error()
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with (
+            torch.device("meta"),
+            warnings.catch_warnings(),
+            no_init_weights(),
+        ):  # which takes seconds on meta, for nothing
             warnings.simplefilter("ignore")
-            return kind.from_config(parsed, trust_remote_code=trust_remote_code, attn_implementation="eager")
+            model = kind.from_config(parsed, trust_remote_code=trust_remote_code, attn_implementation="eager")
+        model.tie_weights()
+        return model
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise UnsupportedModelError(

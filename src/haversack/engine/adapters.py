@@ -41,6 +41,10 @@ PACK_BYTES_PER_ELEMENT = {"F32": 9, "BF16": 13}
 were counted on matrices of 0.07 to 2.4 million elements."""
 
 
+ReadMatrix = Callable[[str], torch.Tensor]
+"""A parameter's values by its name, for those that were left unread."""
+
+
 class LowRankAdapter(nn.Module):
     """`y = base(x) + scale * (x A^T) B^T` with `A` `(rank, in)` and `B` `(out, rank)`; the base is frozen. While training, the share `dropout` of
     the numbers that `A` meets is dropped, which keeps them and a byte each for the backward pass.
@@ -131,6 +135,13 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.matrix.unpack(grad.dtype), None
 
 
+def reads_one_by_one(model: Model) -> bool:
+    """Whether matrices that will be packed need never be there together: stacked experts stay as they are, and such models are loaded whole."""
+    return not any(site.expert is not None for site in model.weights) and not any(
+        site.shares_with is not None for site in model.attention
+    )
+
+
 def adapt(
     model: nn.Module,
     described: Model,
@@ -142,9 +153,10 @@ def adapt(
     kind: Callable[..., nn.Module] = LowRankAdapter,
     dropout: float = 0.0,
     decomposed: bool = False,
+    read: ReadMatrix | None = None,
 ) -> None:
     """Freeze `model` and put an adapter beside each whole linear of its layers, or another `kind` of what is trained of them; with
-    `packed`, pack those linears that are not packed yet.
+    `packed`, pack those linears that are not packed yet. Matrices that were left on meta are read by `read`, one at a time.
 
     `targets` names the adapted roles (`TARGETS`). Stacked experts stay frozen as they are. With `decomposed`, matrices are packed so that what
     adapters begin with takes up the error (`decompose`).
@@ -157,11 +169,13 @@ def adapt(
         if not (wanted or packed):
             continue
         is_packed = isinstance(module.weight, PackedTensor)
-        start = decompose(module, rank) if decomposed and wanted and not is_packed else None
+        matrix = None if is_packed else _matrix(module, site, read if packed else None)
+        start = decompose(module, matrix, rank) if decomposed and wanted and matrix is not None else None
         if start is not None:
             base: nn.Module = start[0]
         else:
-            base = _pack(module, site) if packed and not is_packed else module
+            base = _packed_linear(module, matrix) if packed and matrix is not None else module
+        del matrix
         if wanted:
             base = kind(base, site_out(module), site_in(module), rank, dtype)
             if isinstance(base, LowRankAdapter):
@@ -197,19 +211,14 @@ def site_in(module: nn.Module) -> int:
     return module.get_parameter("weight").shape[0 if hasattr(module, "nf") else 1]
 
 
-def _pack(module: nn.Module, site: WeightSite) -> PackedLinear:
-    """Round a linear to the grid's nearest codes, a block of rows at a time."""
-    return _packed_linear(module, _matrix(module))
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """`(out, in)` as it lies."""
-    weight: Any = module.weight
+def _matrix(module: nn.Module, site: WeightSite, read: ReadMatrix | None) -> torch.Tensor:
+    """`(out, in)` as it lies, or read."""
+    weight: Any = module.weight if read is None else read(f"{site.module}.weight")
     return weight.detach().T if hasattr(module, "nf") else weight.detach()
 
 
 def _packed_linear(module: nn.Module, matrix: torch.Tensor) -> PackedLinear:
-    """The module's linear with `matrix` on the grid in place of its own."""
+    """The module's linear with `matrix` on the grid in place of its own, rounded a block of rows at a time."""
     out_features, in_features = matrix.shape
     declared = {t.name: t for t in BASE_GRID.stored(out_features, in_features)}
     codes = torch.empty(declared["codes"].shape, dtype=torch.uint8)
@@ -220,11 +229,10 @@ def _packed_linear(module: nn.Module, matrix: torch.Tensor) -> PackedLinear:
     return PackedLinear(codes, scales, in_features, bias)
 
 
-def decompose(module: nn.Module, rank: int) -> tuple[PackedLinear, torch.Tensor, torch.Tensor]:
+def decompose(module: nn.Module, weight: torch.Tensor, rank: int) -> tuple[PackedLinear, torch.Tensor, torch.Tensor]:
     """A linear as a packed matrix and a product `up` `(out, rank)`, `down` `(rank, in)` that takes up its error, found in turns: round what the product
     leaves, then take the leading singular directions of what rounding leaves; the best turn's. Its error is never more than rounding's alone, beyond the
     factors' rounding to float16. Source: Guo et al. 2023, arXiv 2311.12023, algorithm 1, without weights."""
-    weight = _matrix(module)
     rank = min(rank, *weight.shape)
     best = _packed_linear(module, weight)
     up, down = (torch.zeros(shape) for shape in ((weight.shape[0], rank), (rank, weight.shape[1])))

@@ -196,6 +196,7 @@ def _transpose(weight: Any) -> PackedTensor:
 
 
 _HANDLERS: dict[Callable, Callable[..., Any]] = {
+    torch.Tensor.detach: lambda weight: weight,
     F.linear: _linear,
     F.embedding: _embedding,
     torch.addmm: _addmm,

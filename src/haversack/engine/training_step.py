@@ -17,7 +17,7 @@ from torch import nn
 
 from haversack.describe.model import Model
 from haversack.describe.workload import PACKED, TrainingWorkload, TuneWorkload, recomputation
-from haversack.engine.adapters import LowRankAdapter, PackedLinear, adapt
+from haversack.engine.adapters import LowRankAdapter, PackedLinear, ReadMatrix, adapt
 from haversack.engine.connections import PartialConnections, connections_of
 from haversack.engine.cut_loss import CutLoss
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
@@ -45,10 +45,18 @@ class TrainingStep:
     """A model made ready for a workload, and its optimizer once it is told to `begin`.
 
     `model` is a causal language model in the workload's `weights_dtype`; it is changed: adapters are put in, layers are told to
-    recompute. `scratch` is the folder for activations that are kept on disk (the system's, if left out).
+    recompute. `scratch` is the folder for activations that are kept on disk (the system's, if left out); `read` gives the matrices that a model
+    opened to be packed has left on meta.
     """
 
-    def __init__(self, model: Any, described: Model, workload: TrainingWorkload, scratch: Path | None = None):
+    def __init__(
+        self,
+        model: Any,
+        described: Model,
+        workload: TrainingWorkload,
+        scratch: Path | None = None,
+        read: ReadMatrix | None = None,
+    ):
         self.model = model
         self.workload = workload
         optimizer_option(workload.optimizer)  # a name that there is
@@ -69,6 +77,7 @@ class TrainingStep:
                 dropout=workload.lora_dropout,
                 kind={"paca": PartialConnections, "peqa": TrainedScales}.get(workload.method, LowRankAdapter),
                 decomposed=workload.method == "lq-lora",
+                read=read,
             )
         recomputed = recomputation(workload.recompute, described.num_layers)
         if recomputed:

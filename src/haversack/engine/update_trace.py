@@ -8,6 +8,7 @@ takes is highest, and at two longer ones, where what is made of the whole tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -74,13 +75,14 @@ def _trace_update(
 ) -> TensorUpdate:
     own = option.at(tensor.shape, inner=tensor.is_matrix)
     num_elements = prod(tensor.shape)
-    if own.subspace is not None or not own.rule.elementwise or num_elements <= prod(SHORT_SHAPES[1]):
-        return run_update(make, tensor)
+    by_element = own.subspace is None and own.rule.elementwise
+    if not by_element or num_elements <= prod(SHORT_SHAPES[1]):
+        return run_update(make, tensor, by_element=by_element)
     kind = (tensor.dtype, tensor.is_matrix, len(tensor.shape))
     traced = (*SHORT_SHAPES, *LONG_SHAPES)
     if kind not in lines:
         shapes = traced if len(tensor.shape) > 1 else [(prod(shape),) for shape in traced]
-        lines[kind] = [run_update(make, replace(tensor, shape=shape)) for shape in shapes]
+        lines[kind] = [run_update(make, replace(tensor, shape=shape), by_element=True) for shape in shapes]
     sizes = [prod(shape) for shape in traced]
     rises = [update.rise_bytes for update in lines[kind]]
     changes = [update.change_bytes for update in lines[kind]]
@@ -94,11 +96,13 @@ def _on_line(at: int, sizes: Sequence[int], values: Sequence[int]) -> int:
     return y + round((at - x) / (further - x) * (above - y))
 
 
-def run_update(make: MakeStepper, tensor: TrainedTensor) -> TensorUpdate:
-    """One tensor's second update, traced whole."""
+def run_update(make: MakeStepper, tensor: TrainedTensor, *, by_element: bool = False) -> TensorUpdate:
+    """One tensor's second update, traced whole. A rule `by_element` has no operation that differs by device: it is traced on meta, in a
+    tenth of the time."""
     live = OwnedBytes()
-    with FakeTensorMode(), TrueValues(), live:
-        parameter = nn.Parameter(torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device="cpu"))
+    device = "meta" if by_element else "cpu"
+    with nullcontext() if by_element else FakeTensorMode(), TrueValues(), live:
+        parameter = nn.Parameter(torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype), device=device))
         stepper = make([parameter], [parameter] if tensor.is_matrix else [])
         for _ in range(2):  # states are made by the first
             parameter.grad = torch.empty_like(parameter)

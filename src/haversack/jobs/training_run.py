@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from haversack.describe.workload import TrainingWorkload
+    from haversack.engine.adapters import ReadMatrix
 
 MEASURED_STEPS = 2
 """The first step makes the optimizer's states, the second has them from its beginning: every later one is alike."""
@@ -107,10 +108,10 @@ def _prepare(source: str | dict[str, Any], workload: TrainingWorkload) -> tuple[
     from haversack.engine.training_step import DTYPES, TrainingStep
 
     described = describe_model(source)
-    model = open_model(described, DTYPES[workload.weights_dtype], workload.attention)
+    model, read = open_for(described, workload, DTYPES[workload.weights_dtype])
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, workload.seq_len)
-    step = TrainingStep(model, described, workload).begin(described)
+    step = TrainingStep(model, described, workload, read=read).begin(described)
     batches: list[dict[str, Any]] = []
     for _ in range(workload.accumulation_steps):
         ids = torch.randint(described.vocab_size, shape, generator=generator)
@@ -130,6 +131,52 @@ def _pair_in_each_row(ids: torch.Tensor) -> dict[str, Any]:
     positions = (place - half * (length // 2)).repeat(rows, 1)
     sequences = half + 2 * torch.arange(rows)[:, None]
     return {"positions": positions, "pairs": Pairs(sequences, rows, torch.zeros(2 * rows))}
+
+
+def open_for(
+    described: Any, workload: TrainingWorkload, dtype: torch.dtype, *, seed: int = 0
+) -> tuple[Any, ReadMatrix | None]:
+    """The model, and, where its matrices will be packed one by one, what reads them: they were left on meta then."""
+    from haversack.describe.checkpoint import holds_weights
+    from haversack.describe.workload import PACKED
+    from haversack.engine.adapters import reads_one_by_one
+    from haversack.engine.whole import load_to_pack
+
+    if getattr(workload, "method", None) in PACKED and reads_one_by_one(described):
+        if holds_weights(described.folder):
+            return load_to_pack(described, dtype=dtype, attention=workload.attention)
+        return _random_to_pack(described, dtype, workload.attention, seed)
+    return open_model(described, dtype, workload.attention, seed=seed), None
+
+
+def _random_to_pack(described: Any, dtype: torch.dtype, attention: str, seed: int) -> tuple[Any, ReadMatrix]:
+    """Random weights of a config: all but the linears of the layers, which are made as they are asked for."""
+    import torch
+
+    from haversack.describe.skeleton import build_skeleton
+    from haversack.engine.adapters import whole_linears
+
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = build_skeleton(described.config, described.name)
+    model.to(dtype)
+    shapes = {
+        f"{site.module}.weight": module.get_parameter("weight").shape
+        for site, module in whole_linears(model, described)
+    }
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in shapes:
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            kept = owner._parameters if leaf in owner._parameters else owner._buffers
+            kept[leaf] = torch.nn.Parameter(made) if leaf in owner._parameters else made
+        else:
+            tensor._is_hf_initialized = True
+    model.tie_weights()
+    model.initialize_weights()
+    model.set_attn_implementation(attention)
+    spread = getattr(model.config, "initializer_range", 0.02)
+    return model, lambda name: torch.empty(shapes[name], dtype=dtype).normal_(0.0, spread, generator=generator)
 
 
 def open_model(described: Any, dtype: torch.dtype, attention: str, *, seed: int = 0) -> Any:

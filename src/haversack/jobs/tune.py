@@ -473,16 +473,18 @@ def _step(request: TrainingRequest, workload: Any, settings: TrainingSettings) -
     from haversack.engine.packed_base import freeze_packed
     from haversack.engine.peft_format import load_adapter
     from haversack.engine.training_step import DTYPES, TrainingStep
-    from haversack.jobs.training_run import open_model
+    from haversack.jobs.training_run import open_for, open_model
 
     torch.manual_seed(settings.seed)
     dtype = DTYPES[workload.weights_dtype]
+    read = None
     if request.base_bytes is not None:
         dtype = torch_dtype(request.model.dtype)  # what was not packed stays as it is, too
-    model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
-    if request.base_bytes is not None:
+        model = open_model(request.model, dtype, workload.attention, seed=settings.seed)
         freeze_packed(model, workload.attention)
-    step = TrainingStep(model, request.model, workload, request.output)
+    else:
+        model, read = open_for(request.model, workload, dtype, seed=settings.seed)
+    step = TrainingStep(model, request.model, workload, request.output, read)
     if request.adapter is not None:
         load_adapter(model, request.adapter)
     if request.ranks.are_several:

@@ -18,12 +18,18 @@ from haversack.engine.cut_loss import cuts
 from haversack.engine.training_trace import GRADIENTS
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.ledger import Ledger
-from haversack.plan.recompute import choose_recomputation
 from haversack.plan.search import largest_that
 from haversack.recipes.base import optimizer_option, preference
 from haversack.units import format_bytes
 
 LARGEST = ("batch", "context")
+
+PASSES = frozenset({"reference", "forward", "loss", "backward", "update", "evaluate"})
+"""Time points that hold less where a pass keeps less."""
+
+STATE_POINTS = frozenset({"resume", "save"})
+"""Time points that hold less where there are fewer states."""
+
 _MAX_TRIES = 12
 
 
@@ -125,13 +131,15 @@ def plan_training(question: TrainingQuestion) -> TrainingAnswer:
     answer = predict_training(question)
     if answer.fits:
         return answer
-    for change, other in _changes(question):
-        if _answer(other).fits:
+    least, how = answer.ledger.peak()[1], ""
+    for change, other in _changes(question, answer.ledger):
+        tried = _answer(other)
+        if tried.fits:
             return dataclasses.replace(answer, cheapest_change=f"It would fit with {change}.")
-    needed = format_bytes(answer.ledger.peak()[1])
-    return dataclasses.replace(
-        answer, cheapest_change=f"None of the changes tried would do; a budget of {needed} would."
-    )
+        if tried.ledger.peak()[1] < least:
+            least, how = tried.ledger.peak()[1], f" with {change}"
+    sentence = f"None of the changes tried would do; a budget of {format_bytes(least)} would{how}."
+    return dataclasses.replace(answer, cheapest_change=sentence)
 
 
 def largest(question: TrainingQuestion, what: str) -> int | None:
@@ -163,6 +171,7 @@ def _answer(question: TrainingQuestion) -> TrainingAnswer:
         runtime_bytes=question.runtime_bytes,
         base_bytes=question.base_bytes,
         whole_at_ends=question.whole_at_ends,
+        on_host=not question.machine.devices,
     )
     stage, ledger = rank.worst()
     peak = ledger.peak()[1]
@@ -193,9 +202,12 @@ def step_operators(question: TrainingQuestion, answer: TrainingAnswer) -> list[O
     return [*rows, communication_operator(question.machine, sent)] if sent else rows
 
 
-def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion]]:
-    """Changes from the cheapest: what costs time alone, then what rounds states or weights, then what trains less."""
+def _changes(question: TrainingQuestion, ledger: Ledger) -> Iterator[tuple[str, TrainingQuestion]]:
+    """Changes from the cheapest: what costs time alone, then what rounds states or weights, then what trains less. Those that can't lower a
+    time point of `ledger` which is over the budget are left out."""
     workload = question.workload
+    over = {point for point in ledger.timeline if ledger.total_bytes(point) > (question.budget_bytes or 0)}
+    by_pass, by_states = over <= PASSES, over <= {*PASSES, *STATE_POINTS}
 
     def changed(**fields: object) -> TrainingQuestion:
         return dataclasses.replace(question, workload=dataclasses.replace(workload, **fields))  # type: ignore[arg-type]
@@ -203,14 +215,16 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
     sparing: dict[str, object] = {}
     if workload.loss != "cut" and cuts(question.model):
         sparing["loss"] = "cut"
-        yield "loss=cut (the same result in about the same time)", changed(**sparing)
+        if by_pass:
+            yield "loss=cut (the same result in about the same time)", changed(**sparing)
     if workload.recompute == "none" and workload.saved == "exact" and not _keeps_nothing(workload):
-        some = _some_layers(question, sparing)
+        some = _some_layers(question, sparing) if by_pass else None
         if some is not None:
             yield f"{_words({**sparing, **some})} (the same result, those layers run twice)", changed(**sparing, **some)
         sparing["recompute"] = "full"
-        yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
-    if workload.update == "step" and workload.accumulation_steps == 1:
+        if by_pass:
+            yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
+    if by_pass and workload.update == "step" and workload.accumulation_steps == 1:
         once = {**sparing, "update": "backward"}
         yield (
             f"{_words(once)} (the same result, but gradients can't be clipped by their norm together)",
@@ -219,11 +233,12 @@ def _changes(question: TrainingQuestion) -> Iterator[tuple[str, TrainingQuestion
     if workload.batch_size > 1:
         sparing |= {"batch_size": 1, "accumulation_steps": workload.accumulation_steps * workload.batch_size}
         times = f"batch 1, accumulated {sparing['accumulation_steps']} times"
-        yield f"{times}, and {_words(sparing) or 'the rest as it is'}", changed(**sparing)
-    if workload.optimizer in ("adamw", "muon"):
+        if by_pass:
+            yield f"{times}, and {_words(sparing) or 'the rest as it is'}", changed(**sparing)
+    if by_states and workload.optimizer in ("adamw", "muon"):
         yield "optimizer=adamw8bit besides", changed(**sparing, optimizer="adamw8bit")
     if isinstance(workload, TuneWorkload) and workload.method not in PACKED and workload.precision != "master":
-        if workload.method == "full":
+        if by_states and workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")
 
@@ -237,6 +252,8 @@ def _some_layers(question: TrainingQuestion, sparing: Mapping[str, object]) -> d
     """The layers that need to recompute, on one rank; None where even all are too few."""
     if question.parallel.ranks > 1 or question.tensor_bytes is None:
         return None
+    from haversack.plan.recompute import choose_recomputation  # with scipy's optimizers, a tenth of a plan's time
+
     workload = dataclasses.replace(question.workload, **sparing)  # type: ignore[arg-type]
     found = choose_recomputation(question.model, workload, question.tensor_bytes)
     return None if found is None else {"recompute": found[0].recompute}

@@ -20,7 +20,7 @@ from haversack.engine.decoder.trace import Node, View
 from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.packed_tensor import PackedMatrix, PackedTensor
 from haversack.errors import UnsupportedModelError
-from haversack.kernels import ir_run, superscales
+from haversack.kernels import dense, ir_dense, ir_run, superscales
 from haversack.kernels.attention import CacheForm, DecodeAttention
 from haversack.kernels.compiled import CompiledMatvec, Matvec
 from haversack.kernels.format import PackedFormat
@@ -189,7 +189,7 @@ class StepProgram:
                     start = out.data_ptr() + (rows.start or 0) * out.element_size()
                     by_kernel.setdefault(kernel, []).append(_Product(matrix, start, out.stride(0)))
             else:
-                self._torch(_torch_product(x, weight, out))
+                self._torch(_product(x, weight, out, self._workspace))
         for kernel, group in by_kernel.items():
             self._matmul(kernel, group, x)
 
@@ -311,6 +311,9 @@ class StepProgram:
         for action in self.schedule.actions:
             for node in action.nodes:
                 if action.kind == "linear":
+                    (source,) = node.inputs
+                    assert isinstance(source, View)
+                    largest = max(largest, ir_dense.workspace_bytes(self.batch_size, source.sizes[-1]))
                     for matrix, _ in _matrices(node.facts["weight"]):
                         kernel = _compiled_kernel(matrix, self.batch_size, node.layout.dtype)
                         if kernel is not None:
@@ -498,15 +501,17 @@ def _chosen(matrix: PackedMatrix, fmt: PackedFormat, batch_size: int, dtype: tor
     return choose(fmt, batch_size, matrix.out_features, dtype, matrix.option.grid.activation_bits)
 
 
-def _torch_product(x: torch.Tensor, weight: Any, out: torch.Tensor) -> Callable[[], Any]:
-    """`out = x W^T` by torch or by the registry's kernels."""
-    if isinstance(weight, PackedTensor):
+def _product(x: torch.Tensor, weight: Any, out: torch.Tensor, workspace: torch.Tensor) -> Callable[[], Any]:
+    """`out = x W^T` by torch or by the registry's kernels; a plain matrix by the compiled product where there are few tokens."""
+    plain = weight.detach() if not isinstance(weight, PackedTensor) else None
+    if plain is None:
         matrices = _matrices(weight)
-        if len(matrices) == 1 and matrices[0][0].option.is_neutral:
-            transposed = matrices[0][0].tensors()["weight"].t()
-            return lambda: torch.mm(x, transposed, out=out)
-        return lambda: out.copy_(weight.linear(x))
-    transposed = weight.detach().t()
+        if len(matrices) != 1 or not matrices[0][0].option.is_neutral:
+            return lambda: out.copy_(weight.linear(x))
+        plain = matrices[0][0].tensors()["weight"]
+    if dense.supports(x, plain):
+        return dense.prepared(x, plain, out, workspace)
+    transposed = plain.t()
     return lambda: torch.mm(x, transposed, out=out)
 
 

@@ -396,7 +396,9 @@ class WeightOption:
         if self.code is not None:
             return self.code.workspace_bytes(num_tokens, out_features, in_features, dtype)
         if self.grid is None:
-            return 0
+            from haversack.kernels.ir_dense import workspace_bytes
+
+            return workspace_bytes(num_tokens, in_features) if dtype == "BF16" else 0
         transformed = sum(t.workspace_bytes(num_tokens, in_features, dtype) for t in self.transforms)
         running = [self.grid.workspace_bytes(num_tokens, out_features, in_features, dtype)]
         running += [c.workspace_bytes(num_tokens, out_features, in_features, dtype) for c in self.corrections]
