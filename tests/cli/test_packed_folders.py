@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import CONTEXT_TOKENS
 
+from haversack.units import format_rate
+
 MEASURED = {
     "residents": {"weights": 5}, "tensor_peaks": {"load": 5, "prefill": 5, "decode": 5}, "peak_private_bytes": 9,
     "imported_private_bytes": 2, "file_bytes": 3, "load_seconds": 1.0, "prefill_seconds": 1.0, "seconds_per_step": 1.0,
@@ -116,7 +118,7 @@ def test_verify_without_the_unpacked_model_says_so(cli, packed, without_processe
     assert ran.code == 0 and any("quality was not measured" in note for note in ran.json["notes"])
     assert {"within_budget", "budget_bytes", "peak_bytes", "bytes", "seconds", "figures", "kernels"} <= set(ran.json)
     step, shown = ran.json["seconds"]["decode step"], {row["what"]: row for row in ran.json["figures"]}
-    assert step["predicted"] > 0 and shown["tokens/s"]["predicted"] == f"{1 / step['predicted']:.3g}"
+    assert step["predicted"] > 0 and shown["tokens/s"]["predicted"] == format_rate(1 / step["predicted"])
 
 
 def test_verify_prints_80_columns_and_exits_1_beyond_the_budget(cli, packed, without_processes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,7 +217,8 @@ def test_speculation_takes_tokens_back(llama):
 def test_described_sites_are_those_that_run(name):
     model = small_copy(FAMILIES[name])
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    assert describe_model(config).attention == observe_sites(model)
+    described = [replace(site, rope_theta=None) for site in describe_model(config).attention]  # which no run shows
+    assert described == list(observe_sites(model))
 
 
 def test_what_needs_more_bytes_than_planned_is_refused_first(llama):

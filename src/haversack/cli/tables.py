@@ -3,8 +3,12 @@ becomes a short list."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Collection, Sequence
+
+LONGEST_WORD = 24
+"""Longer ones are wrapped at their hyphens where the width asks for it."""
 
 GAP = 2
 """Spaces between columns, and before what belongs to the line above."""
@@ -20,7 +24,7 @@ def table_lines(
     cells = [[str(cell) for cell in row] for row in (columns, *rows)]
     natural = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     least = [
-        natural[i] if i in right else max((len(word) for row in cells for word in row[i].split()), default=0)
+        natural[i] if i in right else max((len(piece) for row in cells for piece in _pieces(row[i])), default=0)
         for i in range(len(columns))
     ]
     room = width - GAP * (len(columns) - 1)
@@ -44,10 +48,19 @@ def _shared(natural: Sequence[int], least: Sequence[int], room: int) -> list[int
     return widths
 
 
+def _pieces(cell: str) -> list[str]:
+    """What a cell is never broken within."""
+    words = cell.split()
+    return [p for word in words for p in (re.split("(?<=-)", word) if len(word) > LONGEST_WORD else [word])]
+
+
+def _wrapped(cell: str, width: int) -> list[str]:
+    is_long = any(len(word) > max(width, LONGEST_WORD) for word in cell.split())
+    return textwrap.wrap(cell, width, break_on_hyphens=is_long) or [""]
+
+
 def _side_by_side(row: Sequence[str], widths: Sequence[int], right: Collection[int]) -> list[str]:
-    wrapped = [
-        textwrap.wrap(cell, max(1, n), break_on_hyphens=False) or [""] for cell, n in zip(row, widths, strict=True)
-    ]
+    wrapped = [_wrapped(cell, max(1, n)) for cell, n in zip(row, widths, strict=True)]
     lines = []
     for k in range(max(map(len, wrapped))):
         pieces = [part[k] if k < len(part) else "" for part in wrapped]

@@ -18,9 +18,9 @@ from haversack.describe.model import Model
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.adapters import (
     BASE_GRID,
-    DECOMPOSE_BYTES_PER_ELEMENT,
     PACK_BYTES_PER_ELEMENT,
     PACK_ELEMENTS,
+    decompose_bytes,
     reads_one_by_one,
 )
 from haversack.engine.training_trace import (
@@ -145,8 +145,8 @@ def training_cost(
         for tensor in trace.trained
     )
     staying[BATCH] = 8 * workload.step_tokens
-    decomposed = isinstance(workload, TuneWorkload) and workload.method == "lq-lora"
-    load_bytes = _load_bytes(model, trace, workload.weights_dtype, decomposed=decomposed)
+    rank = workload.lora_rank if isinstance(workload, TuneWorkload) and workload.method == "lq-lora" else 0
+    load_bytes = _load_bytes(model, trace, workload.weights_dtype, decomposed_rank=rank)
     if base_bytes is not None:
         load_bytes = sum(base_bytes.values()) + trace.resident_bytes.get("adapters", 0)
     return TrainingCost(workload, trace, staying, tuple(compose(trace)), load_bytes)
@@ -160,7 +160,7 @@ def _traced(model: Model, workload: TrainingWorkload) -> TrainingTrace:
     return traces[workload]
 
 
-def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed: bool = False) -> int:
+def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed_rank: int = 0) -> int:
     """The most while weights come. What is not packed is there first (made from a config alone, a tied head has a matrix of its own until it is tied);
     matrices that will be packed come one by one beside it, or, where they can't be read so, all at once."""
     resident = trace.resident_bytes
@@ -176,8 +176,8 @@ def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed: b
             live += matrix
         packed = total_bytes(BASE_GRID.stored(out_features, in_features))
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
-        if decomposed:
-            working = DECOMPOSE_BYTES_PER_ELEMENT[dtype] * out_features * in_features
+        if decomposed_rank:
+            working = decompose_bytes(out_features, in_features, decomposed_rank, dtype)
         read = DTYPE_BYTES[model.dtype] * out_features * in_features if one_by_one else 0  # as it lies in the file
         peak = max(peak, live + read, live + packed + working)
         live += packed - matrix

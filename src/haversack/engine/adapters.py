@@ -14,7 +14,7 @@ from haversack.describe.site import WeightSite
 from haversack.engine.packed_tensor import PackedTensor
 from haversack.parts.weights.base import WeightTask
 from haversack.parts.weights.integer import IntegerGrid
-from haversack.parts.weights.low_rank import LowRankCorrection
+from haversack.parts.weights.low_rank import LowRankCorrection, finds_every_direction
 
 ATTENTION_ROLES = ("query", "key", "value", "output", "qkv")
 LINEAR_ROLES = (*ATTENTION_ROLES, "gate", "up", "down")
@@ -29,7 +29,7 @@ UNPACK_ELEMENTS = 2**20
 DECOMPOSE_ROUNDS = 8
 """Turns of rounding and of the product that takes up its error, at most; they end where the error no longer falls."""
 
-DECOMPOSE_BYTES_PER_ELEMENT = {"F32": 19, "BF16": 23}
+DECOMPOSE_BYTES_PER_ELEMENT, EVERY_DIRECTION_BYTES = {"F32": 19, "BF16": 23}, 11
 """What they hold beside matrix and stored tensors, by the matrix's dtype: 17.7 to 18.6 and 21.7 to 22.6 were counted on
 matrices of 0.07 to 0.8 million elements; of smaller ones, all of whose singular vectors are found, up to 11 more."""
 
@@ -227,6 +227,12 @@ def _packed_linear(module: nn.Module, matrix: torch.Tensor) -> PackedLinear:
         pack_rows(matrix, codes, scales)
     bias: Any = module.bias
     return PackedLinear(codes, scales, in_features, bias)
+
+
+def decompose_bytes(out_features: int, in_features: int, rank: int, dtype: str) -> int:
+    """What `decompose` holds at most beside a matrix of `dtype` and its stored tensors."""
+    found = EVERY_DIRECTION_BYTES if finds_every_direction(out_features, in_features, rank) else 0
+    return (DECOMPOSE_BYTES_PER_ELEMENT[dtype] + found) * out_features * in_features
 
 
 def decompose(module: nn.Module, weight: torch.Tensor, rank: int) -> tuple[PackedLinear, torch.Tensor, torch.Tensor]:

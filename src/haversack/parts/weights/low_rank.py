@@ -91,6 +91,11 @@ class LowRankCorrection(Correction):
         return min(self.rank, out_features, in_features)
 
 
+def finds_every_direction(rows: int, columns: int, rank: int) -> bool:
+    """Whether `leading_directions` finds all singular triples: a good part of them is wanted."""
+    return 2 * (2 * rank + _EXTRA_DIRECTIONS) >= min(rows, columns)
+
+
 def leading_directions(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """At least `rank` singular triples of `(rows, columns)`: left `(rows, n)`, sizes, right `(n, columns)`.
 
@@ -100,9 +105,9 @@ def leading_directions(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
     """
     import torch
 
-    wide = 2 * rank + _EXTRA_DIRECTIONS
-    if 2 * wide >= min(matrix.shape):
+    if finds_every_direction(*matrix.shape, rank):
         return torch.linalg.svd(matrix, full_matrices=False)
+    wide = 2 * rank + _EXTRA_DIRECTIONS
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(matrix.shape[1], wide, generator=generator)
     for _ in range(_POWER_TURNS):
