@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tests.cli.conftest import CONTEXT_TOKENS
 
+from allocations import peak_bytes
+from haversack.plan.schema import Plan
 from haversack.units import format_rate
 
 MEASURED = {
@@ -119,6 +121,20 @@ def test_verify_without_the_unpacked_model_says_so(cli, packed, without_processe
     assert {"within_budget", "budget_bytes", "peak_bytes", "bytes", "seconds", "figures", "kernels"} <= set(ran.json)
     step, shown = ran.json["seconds"]["decode step"], {row["what"]: row for row in ran.json["figures"]}
     assert step["predicted"] > 0 and shown["tokens/s"]["predicted"] == format_rate(1 / step["predicted"])
+
+
+def test_all_that_loads_is_seen_by_the_allocator(packed):
+    """What is read beside the building of the model is allocated where a profiler looks."""
+    from transformers import AutoModelForCausalLM
+
+    plan = Plan.read(packed / "plan.json")
+    held = sum(row.stored_bytes for row in plan.weights)
+    peak = peak_bytes(lambda: AutoModelForCausalLM.from_pretrained(packed))
+    assert (
+        held
+        <= peak
+        <= plan.ledger.total_bytes("load") - plan.ledger.timeline["load"].get("runtime", {}).get("device", 0)
+    )
 
 
 def test_verify_prints_80_columns_and_exits_1_beyond_the_budget(cli, packed, without_processes):

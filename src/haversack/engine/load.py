@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,15 +29,12 @@ from haversack.engine.packed_tensor import PackedMatrix
 from haversack.engine.streaming import StreamWindow
 from haversack.errors import PlanError
 from haversack.formats.packed_folder import PLAN_NAME, PackedFolder
-from haversack.formats.tiers import map_file, read_resident
+from haversack.formats.tiers import fill_resident, map_file, resident_room
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-StoredTensors: TypeAlias = "dict[str, dict[str, torch.Tensor]]"
-"""By site, by name."""
 
 READER_STACK_BYTES = 256 << 10
 """Of the thread that reads: a stack of the usual size would count against a hard limit of memory."""
@@ -116,25 +113,44 @@ def prepare(model: PreTrainedModel, packed: PackedModel) -> None:
         model.set_experts_implementation("eager")  # experts one by one, each from its own packed matrix
 
 
-def begin_reading(packed: PackedModel) -> Future[StoredTensors]:
+@dataclass(frozen=True)
+class Reading:
+    """Stored tensors by their full names, which hold their values once `done` is."""
+
+    room: dict[str, torch.Tensor]
+    done: Future[None]
+
+    def result(self) -> dict[str, torch.Tensor]:
+        self.done.result()
+        return self.room
+
+
+def begin_reading(packed: PackedModel) -> Reading:
     """Start to read what will be resident, in a thread of its own: the system copies while transformers builds the model, which
-    is Python. The 1.1B shape at 4 bits takes a quarter of loading's processor time to read."""
-    sites = packed.sites_in("resident")
+    is Python. The 1.1B shape at 4 bits takes a quarter of loading's processor time to read. The room is made here, so that
+    whoever watches this thread's allocations sees it."""
+    wanted = _flat(packed.tensors_of(packed.sites_in("resident")))
+    room = resident_room(wanted)
     before = threading.stack_size(READER_STACK_BYTES)
     try:
         pool = ThreadPoolExecutor(1, thread_name_prefix="haversack-reader")
-        reading = pool.submit(_read, read_resident, sites, packed.tensors_of(sites))
+        done = pool.submit(fill_resident, wanted, room)
     finally:
         threading.stack_size(before)
     pool.shutdown(wait=False)
-    return reading
+    return Reading(room, done)
 
 
-def finish(model: Any, packed: PackedModel, reading: Future[StoredTensors]) -> Any:
+def finish(model: Any, packed: PackedModel, reading: Reading) -> Any:
     """Bring packed tensors into their tiers, put them on, and install the planned cache."""
     mapped, streamed = packed.sites_in("mapped"), packed.sites_in("streamed")
-    stored = reading.result() | _read(map_file, mapped, packed.tensors_of(mapped))
-    matrices = [_fixed(site, packed, stored[site.id]) for site in (*packed.sites_in("resident"), *mapped)]
+    stored = reading.result() | map_file(_flat(packed.tensors_of(mapped)))
+    matrices = [
+        _fixed(
+            site, packed, {name: stored[tensor.name] for name, tensor in packed.folder.site_tensors(site.id).items()}
+        )
+        for site in (*packed.sites_in("resident"), *mapped)
+    ]
     if streamed:
         matrices += _stream(model, packed, streamed, packed.tensors_of(streamed))
     attach(model, matrices, torch_dtype(packed.described.dtype))
@@ -144,13 +160,8 @@ def finish(model: Any, packed: PackedModel, reading: Future[StoredTensors]) -> A
     return model.eval()
 
 
-def _read(reader: Any, sites: list[WeightSite], tensors: Mapping[str, Mapping[str, CheckpointTensor]]) -> StoredTensors:
-    rows = {f"{site.id}.{name}": (site.id, name) for site in sites for name in tensors[site.id]}
-    found: dict[str, dict[str, torch.Tensor]] = {site.id: {} for site in sites}  # dropped matrices store nothing
-    for full, tensor in reader([t for site in sites for t in tensors[site.id].values()]).items():
-        site_id, name = rows[full]
-        found[site_id][name] = tensor
-    return found
+def _flat(tensors: Mapping[str, Mapping[str, CheckpointTensor]]) -> list[CheckpointTensor]:
+    return [tensor for of_site in tensors.values() for tensor in of_site.values()]
 
 
 def _option(packed: PackedModel, site: WeightSite) -> WeightOption:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,21 +33,35 @@ def read_resident(
     cgroup is not charged twice. `progress` is called with the bytes read since the last call. Raises CheckpointError if
     a file ends early.
     """
+    rows = list(tensors)
+    room = resident_room(rows)
+    fill_resident(rows, room, progress)
+    return room
+
+
+def resident_room(tensors: Iterable[CheckpointTensor]) -> dict[str, torch.Tensor]:
+    """Storages for tensors that will be read, by name: no page of them is touched yet."""
+    import torch
+
+    return {tensor.name: torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype)) for tensor in tensors}
+
+
+def fill_resident(
+    tensors: Iterable[CheckpointTensor], room: Mapping[str, torch.Tensor], progress: Callable[[int], None] | None = None
+) -> None:
+    """Read tensors into their room, in the order in which they lie. Allocates nothing, so that it may run in any thread."""
     import torch
 
     by_file: dict[Path, list[CheckpointTensor]] = {}
     for tensor in tensors:
         by_file.setdefault(tensor.file, []).append(tensor)
-    read: dict[str, torch.Tensor] = {}
     for file, rows in by_file.items():
         fd = _open(file)
         try:
             for row in sorted(rows, key=lambda row: row.start):
-                read[row.name] = torch.empty(row.shape, dtype=torch_dtype(row.dtype))
-                _fill(fd, row, memoryview(read[row.name].reshape(-1).view(torch.uint8).numpy().data), progress)
+                _fill(fd, row, memoryview(room[row.name].reshape(-1).view(torch.uint8).numpy().data), progress)
         finally:
             os.close(fd)
-    return read
 
 
 def map_file(tensors: Iterable[CheckpointTensor]) -> dict[str, torch.Tensor]:
