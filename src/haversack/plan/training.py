@@ -224,7 +224,7 @@ def _changes(question: TrainingQuestion, ledger: Ledger) -> Iterator[tuple[str, 
         sparing["recompute"] = "full"
         if by_pass:
             yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
-    if by_pass and workload.update == "step" and workload.accumulation_steps == 1:
+    if by_pass and workload.update == "step" and workload.accumulation_steps == 1 and question.parallel.ranks == 1:
         once = {**sparing, "update": "backward"}
         yield (
             f"{_words(once)} (the same result, but gradients can't be clipped by their norm together)",
