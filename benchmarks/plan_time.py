@@ -58,7 +58,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "7B": {**_LLAMA, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }  # fmt: skip
-_RANKS = ("--batch", "1", "--context", "8192", "--with", "data=1024", "--with", "zero=3", "--with", "recompute=full")
+_RANKS = ("--batch", "1", "--context", "4096", "--with", "data=1024", "--with", "zero=3", "--with", "recompute=full")
 CASES: dict[str, tuple[str, ...]] = {
     "--help": (*HAVERSACK, "--help"),
     "import haversack": ("-c", "import haversack"),
