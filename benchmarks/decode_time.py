@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.finished_rows import FinishedRows
 from benchmarks.results_file import write_results
 from benchmarks.streaming import CONFIG, make_model
+from benchmarks.weights import source_digest
 from haversack.cost.damage import NONE, Damage
 from haversack.describe import machine as machines
 from haversack.describe.machine import Machine
@@ -150,7 +151,7 @@ def main() -> None:
     finished = FinishedRows("decode_time")
     rows = []
     for case in CASES[: arguments.first]:
-        key = [case.name, GENERATED, machine.rates.to_dict()]
+        key = [case.name, GENERATED, machine.rates.to_dict(), source_digest()]
         rows.append(finished.get(key, lambda case=case: run_case(case, arguments.folder, machine)))  # type: ignore[misc]
         print(rows[-1], flush=True)
     if len(rows) < len(CASES):
