@@ -132,7 +132,7 @@ def take_turns(
                     processes[name] = stack.enter_context(process)
                 answer = processes[name].ask(request(name, case, rounds + 1, num_threads))
             except peer.PeerError as error:
-                found[name] = str(error)
+                found[name] = str(error).split(" at {")[0]  # not the request, which names this machine's paths
                 print(f"{case}: {name} failed: {error}", flush=True)
                 return
             if counts:
