@@ -105,7 +105,8 @@ def leading_directions(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
     """
     import torch
 
-    if finds_every_direction(*matrix.shape, rank):
+    rows, columns = matrix.shape
+    if finds_every_direction(rows, columns, rank):
         return torch.linalg.svd(matrix, full_matrices=False)
     wide = 2 * rank + _EXTRA_DIRECTIONS
     generator = torch.Generator().manual_seed(0)
