@@ -554,7 +554,10 @@ class KVOption:
         if self.project is not None:
             from haversack.parts.kv.projected import projection_workspace_bytes
 
-            inside, shape = self.project.inside(site), {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
+            inside, shape = (
+                self.project.inside(site),
+                {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype},
+            )
             within = self.unprojected.workspace_bytes(inside, capacity_tokens=capacity_tokens, **shape)  # type: ignore[arg-type]
             return within + projection_workspace_bytes(site, inside, **shape)  # type: ignore[arg-type]
         regions = self.regions(site, capacity_tokens)
@@ -635,7 +638,9 @@ class KVOption:
     def from_dict(cls, data: Mapping[str, Any]) -> KVOption:
         if "heads" in data:
             return cls(heads=tuple(cls.from_dict(option) for option in data["heads"]))
-        parts = {stage: part_from_dict(data[stage]) for stage in ("project", "score", "represent", "demote") if stage in data}
+        parts = {
+            stage: part_from_dict(data[stage]) for stage in ("project", "score", "represent", "demote") if stage in data
+        }
         return cls(**parts)  # type: ignore[arg-type]
 
 

@@ -156,7 +156,9 @@ class BlockSlots(Slots):
         exponents = torch.empty((*x.shape[:-1], len(channels)), dtype=torch.uint8, device=x.device)
         for i, block in enumerate(channels):
             part = x[..., block].float()
-            _, above = torch.frexp(part.abs().amax(-1, keepdim=True))  # the largest is below 2^above, and not below half of that
+            _, above = torch.frexp(
+                part.abs().amax(-1, keepdim=True)
+            )  # the largest is below 2^above, and not below half of that
             step = (above - (self.part.bits - 1)).clamp_(LOWEST_EXPONENT, 127)
             exponents[..., i : i + 1] = step + EXPONENT_BIAS
             part = torch.ldexp(part, -step).round_().clamp_(-half, half - 1)

@@ -120,5 +120,5 @@ class _Order(Projection):
 
 def by_falling(weights: Sequence[Sequence[float]], num_channels: int | None = None) -> Channels:
     """Each head's channels by falling weight, the first `num_channels` of them (None: all)."""
-    orders = (sorted(range(len(head)), key=lambda c: -head[c]) for head in weights)  # noqa: B023
+    orders = (sorted(range(len(head)), key=lambda c: -head[c]) for head in weights)
     return tuple(tuple(order[:num_channels]) for order in orders)

@@ -108,7 +108,10 @@ class DepthMergedKV(Represent):
         inside = self._packed.blockwise_bytes(site, regions, **sizes)  # type: ignore[arg-type]
         block_tokens, groups = self._packed.blocks(regions, new_tokens)
         widest = max(site.key_head_dim, site.value_head_dim)
-        reading = heads * (block_tokens * f32 + groups * self.retained_tokens * (widest * f32 + 2 * i64))
+        reading = heads * (
+            block_tokens * (site.key_head_dim + site.value_head_dim) * f32
+            + groups * self.retained_tokens * (widest * f32 + 2 * i64)
+        )
         merging = heads * 256 * (2 * (site.key_head_dim + site.value_head_dim) + 9 * widest + 16) * f32
         return max(inside + reading, merging)
 
@@ -178,7 +181,9 @@ class MergedGroups(PackedGroups):
 
     def _shared(self) -> tuple[MergedGroups, PackedGroups]:
         if self.first is None or self.first.directions is None:
-            raise UsageError(f"{self.site.id} shares the directions of the layer before it, which it was not joined with.")
+            raise UsageError(
+                f"{self.site.id} shares the directions of the layer before it, which it was not joined with."
+            )
         return self.first, self.first.directions
 
     def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -197,7 +202,11 @@ class MergedGroups(PackedGroups):
                 its = before[i][rows]
                 its = its / its.norm(dim=-1, keepdim=True).clamp_min(1e-12)
                 cosine = (its * direction).sum(-1).clamp_(-1, 1)
-                places = cosine.unflatten(2, (-1, self.group_tokens)).topk(self.part.retained_tokens, -1, largest=False).indices
+                places = (
+                    cosine.unflatten(2, (-1, self.group_tokens))
+                    .topk(self.part.retained_tokens, -1, largest=False)
+                    .indices
+                )
                 lengths = first._tokens(f"{name}_lengths", first_slot, last_slot)[rows].float()
                 first._retain(name, rows, first_slot, its * lengths[..., None], places)
                 self._retain(name, rows, first_slot, x, places)
@@ -207,14 +216,15 @@ class MergedGroups(PackedGroups):
 
     def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         first, store = self._shared()
-        keys, values = store.read(first_slot, last_slot)
-        for name, x in (("key", keys), ("value", values)):
-            x.mul_(self._tokens(f"{name}_lengths", first_slot, last_slot)[..., None].float())
+        found = []
+        for name, directions in zip(("key", "value"), store.read(first_slot, last_slot)):
+            x = directions * self._tokens(f"{name}_lengths", first_slot, last_slot)[..., None]
             grouped = x.unflatten(2, (-1, self.group_tokens))
             places = first.tensors[f"{name}_places"][:, :, first_slot:last_slot, :, None].long()
             retained = self.tensors[f"{name}_retained"][:, :, first_slot:last_slot].float()
             grouped.scatter_(3, places.expand_as(retained), retained)
-        return keys, values
+            found.append(x)
+        return found[0], found[1]
 
     def _tokens(self, name: str, first_slot: int, last_slot: int) -> torch.Tensor:
         return self.tensors[name][:, :, first_slot * self.group_tokens : last_slot * self.group_tokens]

@@ -55,7 +55,9 @@ class FewerKeyChannels(Represent):
     @property
     def label(self) -> str:
         packed = f" at {self.bits} bits" if self.bits else ""
-        return f"keys without {self.pruned_share:.4g} of their channels{packed} g{self.group_size} +{self.recent_tokens}"
+        return (
+            f"keys without {self.pruned_share:.4g} of their channels{packed} g{self.group_size} +{self.recent_tokens}"
+        )
 
     def kept_channels(self, site: AttentionSite) -> int:
         return site.key_head_dim - int(self.pruned_share * site.key_head_dim)
@@ -95,7 +97,9 @@ class FewerKeyChannels(Represent):
         heads, f32, i64 = batch_size * site.num_kv_heads, DTYPE_BYTES["F32"], 8
         inside = self._packed.blockwise_bytes(site, regions, **sizes)  # type: ignore[arg-type]
         block_tokens, groups = self._packed.blocks(regions, new_tokens)
-        reading = heads * (block_tokens * 2 * site.key_head_dim * f32 + groups * site.key_head_dim * (4 * i64 + 2 * f32))
+        reading = heads * (
+            block_tokens * 2 * site.key_head_dim * f32 + groups * site.key_head_dim * (4 * i64 + 2 * f32)
+        )
         squares = batch_size * site.num_heads * new_tokens * site.key_head_dim * 2 * f32
         packing = heads * 256 * (2 * site.key_head_dim + site.value_head_dim) * 4 * f32
         return max(inside + reading, inside + squares, packing)

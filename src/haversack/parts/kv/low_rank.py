@@ -24,11 +24,11 @@ class LowRankKV(Project):
 
     With k the keys of heads that lie together, end to end, c = A k is stored, and a query q of one of them meets c as B q, where B has the rows of its head; values
     and outputs likewise. Bases are calibrated (`engine.projections`), float16 in base64, `(groups, heads_together * head_dim, rank)` each: `key_basis` A, `query_basis`
-    B, `value_basis`, `output_basis`; a missing query or output basis is the other's. Without bases, the mean of the heads' first channels is stored. Rotated
+    B, `value_basis`, `output_basis`; a missing query or output basis is the other's. Without bases, the mean of the heads' first channels is stored, as converting to grouped heads by pooling does. Rotated
     keys are projected: a basis that mixes channels of different speeds depends on the position, one that keeps to a speed's
     pairs commutes with the rotation (`per_frequency` when it is calibrated), and could be folded into the weights.
 
-    Bytes per token: those of `num_kv_heads / heads_together` heads of these ranks; and 2 rank head_dim num_kv_heads per stored basis and layer.
+    Bytes per token: those of `num_kv_heads / heads_together` heads of these ranks; and 2 rank head_dim num_kv_heads for each of the four bases of a layer.
     Error: the projection's; none at full rank but the rounding of bases to float16. Everything behind sees fewer, narrower heads.
     """
 
@@ -60,7 +60,9 @@ class LowRankKV(Project):
     def _ranks(self, site: AttentionSite) -> tuple[int, int]:
         widths = site.key_head_dim, site.value_head_dim
         if site.num_kv_heads % self.heads_together:
-            raise UsageError(f"{self.id} takes {self.heads_together} heads together, but {site.id} has {site.num_kv_heads}.")
+            raise UsageError(
+                f"{self.id} takes {self.heads_together} heads together, but {site.id} has {site.num_kv_heads}."
+            )
         for name, rank, width in zip(("key_rank", "value_rank"), (self.key_rank, self.value_rank), widths):
             most = width * self.heads_together
             check_range(self.id, name, rank, f"at most {most} at {site.id}", rank <= most)
@@ -72,13 +74,12 @@ class LowRankKV(Project):
     def _bases(self, site: AttentionSite) -> dict[str, tuple[str, int, int]]:
         """By name the stored bases: their base64, and a head's width and rank."""
         key_rank, value_rank = self._ranks(site)
-        found = {
+        return {
             "keys": (self.key_basis, site.key_head_dim, key_rank),
-            "queries": (self.query_basis, site.key_head_dim, key_rank),
+            "queries": (self.query_basis or self.key_basis, site.key_head_dim, key_rank),
             "values": (self.value_basis, site.value_head_dim, value_rank),
-            "outputs": (self.output_basis, site.value_head_dim, value_rank),
+            "outputs": (self.output_basis or self.value_basis, site.value_head_dim, value_rank),
         }
-        return {name: row for name, row in found.items() if row[0] or name in ("keys", "values")}
 
     def stored(self, site: AttentionSite) -> tuple[StoredTensor, ...]:
         groups = site.num_kv_heads // self.heads_together
@@ -99,7 +100,11 @@ class LowRankKV(Project):
         import torch
 
         heads = self.heads_together
-        return torch.eye(width).repeat(heads, heads)[:, :rank] / heads**0.5 if rank <= width else torch.eye(width * heads)[:, :rank]
+        return (
+            torch.eye(width).repeat(heads, heads)[:, :rank] / heads**0.5
+            if rank <= width
+            else torch.eye(width * heads)[:, :rank]
+        )
 
 
 class _Directions(Projection):
@@ -111,7 +116,7 @@ class _Directions(Projection):
         self.heads_together = heads_together
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        return self._by_head(x, self._basis("queries", "keys"))
+        return self._by_head(x, self._basis("queries"))
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         return self._stored(x, "keys")
@@ -120,11 +125,11 @@ class _Directions(Projection):
         return self._stored(x, "values")
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        return self._by_head(x, self._basis("outputs", "values").transpose(1, 2))
+        return self._by_head(x, self._basis("outputs").transpose(1, 2))
 
-    def _basis(self, name: str, otherwise: str) -> torch.Tensor:
+    def _basis(self, name: str) -> torch.Tensor:
         """`(num_kv_heads, head_dim, rank)` float32."""
-        basis = self.tensors.get(name, self.tensors[otherwise]).float()
+        basis = self.tensors[name].float()
         return basis.reshape(self.num_kv_heads, -1, basis.shape[-1])
 
     def _stored(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -156,5 +161,7 @@ def _decoded(text: str, shape: torch.Size, part: str, site: AttentionSite) -> to
     except ValueError:
         raise UsageError(f"{part}: a basis is not float16 in base64.") from None
     if len(numbers) != shape.numel() or not numpy.isfinite(numbers).all():
-        raise UsageError(f"{part}: a basis has {len(numbers)} numbers, but {site.id} needs {shape.numel()} finite ones.")
+        raise UsageError(
+            f"{part}: a basis has {len(numbers)} numbers, but {site.id} needs {shape.numel()} finite ones."
+        )
     return torch.from_numpy(numbers.copy()).view(shape)
