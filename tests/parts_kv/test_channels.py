@@ -100,8 +100,9 @@ def test_outliers_that_share_blocks_cost_less_at_the_same_bytes(bits):
         layer.append(keys, values)
         found = layer.store.packed.read(0, 4)
         expected = layer.projection.keys(keys), layer.projection.values(values)
-        errors.append([float((a - b).norm()) for a, b in zip(found, expected)])
-    assert all(after < 0.9 * before for before, after in zip(*errors)), errors  # half of the blocks, 0.71 at best
+        # over each channel's own deviation: what a large one loses must not drown the others, nor does it where queries are small there
+        errors.append([float(((a - b) / b.std(2, keepdim=True)).norm()) for a, b in zip(found, expected)])
+    assert all(after < 0.9 * before for before, after in zip(*errors)), errors
     sizes = {"batch_size": 1, "capacity_tokens": 128, "dtype": "F32"}
     numbers = 2 * 2 * DIM  # the order itself: a byte per channel, keys and values
     assert ordered.stored_bytes(site(), **sizes) == plain.stored_bytes(site(), **sizes) + numbers
