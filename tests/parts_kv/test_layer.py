@@ -324,6 +324,8 @@ def test_padded_rows_are_as_alone(option):
         for name in alone.tensors:
             if name.split(".")[-1] in ("keys", "values"):  # slots of these that are free hold what was there before
                 continue
+            if "projection" in name.split("."):  # which no sequence has a row of
+                continue
             torch.testing.assert_close(layer.tensors[name][row], alone.tensors[name][0], atol=1e-5, rtol=0)
         probe = query[row : row + 1, :, -1:]
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
