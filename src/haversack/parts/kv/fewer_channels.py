@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,7 +33,7 @@ class FewerKeyChannels(Represent):
 
     Bytes beyond the recent window, per token and KV head, with D channels of which n are kept: 2 n + 2 D, or with `bits` those of `kv.per-channel-keys` at these
     widths; and D / 8 per group and head for a bit map, 4 D per sequence and head for the queries' energy. Error: what left out channels add to the logits; none
-    at share 0. Queries are weighed by how long ago they came, so that no window of them is held. Attention is blockwise. Differs from the source in that channels are chosen group
+    at share 0. Queries up to the one that moves a group out of the window count for it, the later the more, so that no window of them is held and the prefill's chunks decide nothing. Attention is blockwise. Differs from the source in that channels are chosen group
     by group as tokens leave the window, so that no prompt is ever held in full, and that queries of all heads of a group count together.
     """
 
@@ -141,19 +143,53 @@ class ThinRing(RingLayer):
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
         result = self._attend(query, keys, values, how)
-        self._learn(query.detach(), how.real)
-        self.append(keys, values, how.real)
+        query, counts, since = query.detach(), self.counts, self.real_since_padding
+        if how.real is None and len(set(counts)) == 1:
+            for piece in self._pieces(keys.shape[2]):
+                self._learn(query[:, :, piece], None)
+                self.append(keys[:, :, piece], values[:, :, piece])
+            return result
+        for real in self._masks(keys.shape[2], how.real):
+            self._learn(query, real)
+            self.append(keys, values, real)
+        whole = [seen - before == keys.shape[2] for seen, before in zip(self.counts, counts)]
+        self.real_since_padding = [n + keys.shape[2] if one else 0 for n, one in zip(since, whole)]
         return result
 
+    def _pieces(self, num_new: int) -> list[slice]:
+        """New tokens up to each that makes a group leave: whatever the chunks, the queries before that choose the group's channels."""
+        first = self._until_a_group_leaves(self.counts[0])
+        edges = [0, *range(first, num_new, self.group_tokens), num_new]
+        return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+
+    def _masks(self, num_new: int, real: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        """The same where rows stand differently: `(batch, new_tokens)`, each row's own pieces."""
+        import torch
+
+        is_real = torch.ones(self.batch_size, num_new, dtype=torch.bool) if real is None else real
+        first = torch.tensor([self._until_a_group_leaves(count) for count in self.counts], device=is_real.device)
+        piece = (is_real.cumsum(-1) - 1 - first[:, None]).div(self.group_tokens, rounding_mode="floor") + 1
+        for i in range(int(piece.max()) + 1):
+            yield is_real & (piece == i)
+
+    @property
+    def group_tokens(self) -> int:
+        assert self.packed is not None
+        return self.packed.group_tokens
+
+    def _until_a_group_leaves(self, count: int) -> int:
+        """Tokens from 1 on after which a row of `count` tokens moves a group out of its ring, were it there."""
+        return self.group_tokens - (count - self.regions.sink_tokens - self.plain_tokens) % self.group_tokens
+
     def _learn(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Of every KV head: MEMORY^age times the squares of its queries, padding left out."""
+        """Of every KV head: the mean of its queries' squares, weighed by MEMORY^age, padding left out."""
         import torch
 
         energy = self.tensors["query_energy"]
         batch_size, _, num_queries, head_dim = query.shape
         seen = torch.ones(batch_size, num_queries, device=query.device) if real is None else real.float()
         later = seen.sum(-1, keepdim=True) - seen.cumsum(-1)
-        weights = (MEMORY**later * seen)[:, None, None, :]
+        weights = ((1 - MEMORY) * MEMORY**later * seen)[:, None, None, :]
         squares = query.float().square().view(batch_size, self.site.num_kv_heads, -1, num_queries, head_dim).sum(2)
         energy.mul_(MEMORY ** seen.sum(-1)[:, None, None, None]).add_(weights @ squares)
 

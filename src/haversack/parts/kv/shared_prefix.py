@@ -70,7 +70,9 @@ class SharedPrefixKV(Represent):
         together = PlainKV().workspace_bytes(
             site, parts[0], batch_size=1, new_tokens=max(2, batch_size * new_tokens), dtype=dtype
         )
-        own = PlainKV().workspace_bytes(site, parts[1], batch_size=batch_size, new_tokens=max(2, new_tokens), dtype=dtype)
+        own = PlainKV().workspace_bytes(
+            site, parts[1], batch_size=batch_size, new_tokens=max(2, new_tokens), dtype=dtype
+        )
         f32, rows = DTYPE_BYTES["F32"], batch_size * new_tokens * site.num_heads
         results = rows * (site.key_head_dim * f32 + 4 * site.value_head_dim * f32 + 6 * f32)
         return results + 16 * batch_size * new_tokens + max(together, own)
@@ -120,12 +122,15 @@ class SharedPrefixLayer(KVLayer):
         for row, columns in self._prefix_pieces(keys, values, own, real):
             self._read_on(row, keys[row : row + 1, :, columns], values[row : row + 1, :, columns])
         self.rest.append(keys, values, None if bool(own.all()) else own)
+        self._note(own, real)
 
     def _attend(
         self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if any(begun < self.prefix_tokens for begun in self.begun):
-            raise UsageError(f"{self.site.id}: the shared prefix is not read yet; tokens must be attended and stored in one step.")
+            raise UsageError(
+                f"{self.site.id}: the shared prefix is not read yet; tokens must be attended and stored in one step."
+            )
         plain = replace(how, sinks=None)
         return self._merged(query, self.rest._attend(query, new_keys, new_values, plain), how)
 
@@ -142,14 +147,22 @@ class SharedPrefixLayer(KVLayer):
         for row, columns in pieces:
             part = (slice(row, row + 1), slice(None), columns)
             self.prefix.counts = [self.begun[row]]
-            output[part], lse[part] = self.prefix._attend(query[part], keys[part], values[part], replace(how, real=None))
+            output[part], lse[part] = self.prefix._attend(
+                query[part], keys[part], values[part], replace(how, real=None)
+            )
             self._read_on(row, keys[part], values[part])
         if bool(own.any()):
             rest = self.rest._step(query, keys, values, replace(how, sinks=None, real=None if bool(own.all()) else own))
+            self._note(own, how.real)
             found, found_lse = self._merged(query, rest, how)
             output.copy_(torch.where(own[:, None, :, None], found, output))
             lse.copy_(torch.where(own[:, None], found_lse, lse))
         return output, lse
+
+    def _note(self, own: torch.Tensor, real: torch.Tensor | None) -> None:
+        """To what follows the prefix, its last tokens look like padding; they are none, and may be followed by a crop."""
+        if real is None and not bool(own.all()):
+            self.rest.real_since_padding = [int(n) for n in own.sum(-1)]
 
     def _own(self, num_new: int, real: torch.Tensor | None) -> torch.Tensor:
         """Which new tokens `(batch, new_tokens)` are real and come after the prefix."""
@@ -170,7 +183,7 @@ class SharedPrefixLayer(KVLayer):
         room = self.prefix_tokens + self.rest.regions.total_tokens
         check_room(self.site, longest + self.prefix_tokens, room)
         pieces = []
-        for row, begun in enumerate(self.begun):
+        for row in range(self.batch_size):
             columns = (~own[row] if real is None else real[row] & ~own[row]).nonzero().flatten().tolist()
             if columns:
                 if columns[-1] - columns[0] + 1 != len(columns):
@@ -243,7 +256,9 @@ class SharedPrefixLayer(KVLayer):
 
     def check_crop(self, num_tokens: int) -> None:
         if num_tokens > min(self.rest.counts):
-            raise UsageError(f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; some are of the shared prefix.")
+            raise UsageError(
+                f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; some are of the shared prefix."
+            )
         self.rest.check_crop(num_tokens)
 
     def _forget(self, num_tokens: int) -> None:
