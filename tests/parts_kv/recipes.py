@@ -8,6 +8,7 @@ from typing import Any
 
 from haversack.describe.site import AttentionSite
 from haversack.parts.kv.base import KVLayer, KVOption
+from haversack.parts.kv.low_rank import LowRankKV
 from haversack.recipes.base import Recipe, all_recipes
 from haversack.recipes.cache_budget import CacheBudget
 
@@ -69,6 +70,7 @@ def statistics() -> SimpleNamespace:
         key_energy=[[float(i) for i in range(32)], [float(i * 7 % 32) for i in range(32)]],
         value_energy=[[float(i) for i in range(32)], [1.0] * 32],
         fitted=lambda part, per_frequency=False: part,
+        turned_to_before=LowRankKV,
     )
     return SimpleNamespace(
         channels=[channels] * len(SITES),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.parts_kv.recipes import build
-from tests.parts_kv.test_layer import DIM, hidden_for, one_thread, reference, run, site, tokens
+from tests.parts_kv.test_layer import DIM, SCALING, hidden_for, one_thread, reference, run, site, tokens
 
 from haversack.engine.channel_moments import ChannelMoments, least_loss, least_loss_by_frequency
 from haversack.errors import UsageError
@@ -216,7 +216,8 @@ def test_channels_follow_the_latest_queries():
 def moments(keys: torch.Tensor, queries: torch.Tensor, values: torch.Tensor) -> ChannelMoments:
     flat = [x[0].double().transpose(0, 1).flatten(1) for x in (keys, values)]
     q = queries[0].double()
-    return ChannelMoments(site(), q.mT @ q, *(x.mT @ x for x in flat), torch.eye(2 * DIM, dtype=torch.float64))
+    one = torch.eye(2 * DIM, dtype=torch.float64)
+    return ChannelMoments(site(), q.mT @ q, *(x.mT @ x for x in flat), one, one, one)
 
 
 def few_directions(
@@ -358,6 +359,27 @@ def test_directions_meet_half_way_and_lengths_stay():
     retained = cosines[0] > 0.9999
     assert retained.sum() == 2 * 5  # one of each group and head
     torch.testing.assert_close(cosines[0][~retained], cosines[1][~retained], atol=1e-3, rtol=0)
+
+
+def test_a_layer_turned_to_the_one_before_merges_what_shares_no_direction_as_it_is():
+    """The deeper layer holds the first one's keys and values turned in all channels: turned back first, nothing is lost."""
+    query, keys, values = tokens(1, 160)
+    turn = torch.linalg.qr(torch.randn(2, DIM, DIM, generator=torch.Generator().manual_seed(3))).Q
+    others = [x @ turn for x in (keys, values)]
+    flat = [[x[0].double().transpose(0, 1).flatten(1) for x in some] for some in ((keys, values), others)]
+    fitted = moments(others[0], query, others[1])
+    fitted = replace(fitted, keys_with_before=flat[1][0].mT @ flat[0][0], values_with_before=flat[1][1].mT @ flat[0][1])
+    options = pair(DepthMergedKV(False, 0, 32, 0, 1))
+    errors = []
+    for deeper in (options[1], replace(options[1], project=fitted.turned_to_before())):
+        first, layer = (o.build(site(), batch_size=1, capacity_tokens=160, dtype="F32") for o in (options[0], deeper))
+        layer.join(first)
+        first.append(keys, values)
+        layer.append(*others)
+        found = layer.attend(query[:, :, -1:], scaling=SCALING)[0]
+        expected = reference(query[:, :, -1:], *others, torch.zeros(1, 160, dtype=torch.bool))[0]
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert errors[1] < 0.01 < 0.3 < errors[0]
 
 
 @pytest.mark.parametrize("bits", [0, 4])

@@ -24,13 +24,27 @@ _NAME = "haversack-moments"
 @dataclass(frozen=True)
 class ChannelMoments:
     """Of one layer, over tokens, float64: `queries` `(heads, head_dim, head_dim)`; `keys` and `values` `(kv_heads * head_dim,)` squared, heads end to end;
-    `value_gradients` as the values', of the tokens' negative log-likelihood."""
+    `value_gradients` as the values', of the tokens' negative log-likelihood; `keys_with_before` and `values_with_before` the products of what this layer's
+    heads hold with what the same heads of the layer before do, zero in the first."""
 
     site: AttentionSite
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     value_gradients: torch.Tensor
+    keys_with_before: torch.Tensor
+    values_with_before: torch.Tensor
+
+    def turned_to_before(self) -> LowRankKV:
+        """Each head turned, channels and all, to where it is nearest to the same head of the layer before: the orthogonal map of least squared distance
+        (Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem"). It changes no logit, and outputs are turned back."""
+        width = self.site.key_head_dim, self.site.value_head_dim
+        bases = []
+        for together, each in zip((self.keys_with_before, self.values_with_before), width):
+            blocks = [_block(together, head, 1, each) for head in range(self.site.num_kv_heads)]
+            left, _, right = torch.linalg.svd(torch.stack(blocks))
+            bases.append(encoded(left @ right))
+        return LowRankKV(*width, key_basis=bases[0], value_basis=bases[1])
 
     @property
     def query_energy(self) -> list[list[float]]:
@@ -155,6 +169,7 @@ def channel_moments(
     for text in texts:
         ids = torch.tensor([list(text)])
         moved: list[torch.Tensor] = []
+        before: dict[str, torch.Tensor] = {}
 
         def observe(
             module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -164,7 +179,15 @@ def channel_moments(
             q = query[0].detach().double()
             add(layer, "queries", q.mT @ q)
             for name, x in (("keys", key), ("values", value)):
-                add(layer, name, _moment(x))
+                flat = x[0].detach().double().transpose(0, 1).flatten(1)  # (tokens, kv_heads * head_dim)
+                add(layer, name, flat.mT @ flat)
+                earlier = before.get(name, torch.zeros_like(flat))  # noqa: B023
+                add(
+                    layer,
+                    f"{name}_with_before",
+                    flat.mT @ (earlier if earlier.shape == flat.shape else torch.zeros_like(flat)),
+                )
+                before[name] = flat  # noqa: B023
             shift = torch.zeros_like(value, dtype=torch.float32, requires_grad=True)
             moved.append(shift)  # noqa: B023
             return haversack_attention(module, query, key, value + shift.to(value.dtype), *args, **kwargs)
@@ -174,15 +197,10 @@ def channel_moments(
             loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
             gradients = torch.autograd.grad(loss, moved)
         for layer, gradient in enumerate(gradients):
-            add(layer, "value_gradients", _moment(gradient))
+            flat = gradient[0].double().transpose(0, 1).flatten(1)
+            add(layer, "value_gradients", flat.mT @ flat)
     count = sum(len(text) for text in texts)
     return tuple(
         ChannelMoments(site, **{name: moment / count for name, moment in found.items()})
         for site, found in zip(sites, sums, strict=True)
     )
-
-
-def _moment(x: torch.Tensor) -> torch.Tensor:
-    """`(1, kv_heads, tokens, head_dim)` to the second moment of all heads end to end."""
-    flat = x[0].detach().double().transpose(0, 1).flatten(1)
-    return flat.mT @ flat

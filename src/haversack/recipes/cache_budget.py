@@ -42,6 +42,8 @@ class ChannelStatistics(Protocol):
 
     def fitted(self, part: LowRankKV, *, per_frequency: bool = False) -> LowRankKV: ...
 
+    def turned_to_before(self) -> LowRankKV: ...
+
 
 class HeadStatistics(Protocol):
     """What recipes ask of a model's heads; `engine.attention_statistics` measures it, and says in which shapes."""

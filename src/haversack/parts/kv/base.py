@@ -459,8 +459,8 @@ class KVOption:
             raise UsageError("an option by heads holds nothing but one plain option per KV head.")
         if self.demote is not None and self.demote.merges and not self.represent.lossless:
             raise UsageError(f"{self.demote.id} changes kept tokens, so they can't be stored by {self.represent.id}.")
-        if any(option.represent.joins for option in self.heads) or (self.project is not None and self.represent.joins):
-            raise UsageError("a layer that shares its store with another has one option for all heads, as they are.")
+        if any(option.represent.joins for option in self.heads):
+            raise UsageError("a layer that shares its store with another has one option for all heads.")
 
     @property
     def parts(self) -> tuple[KVPart, ...]:

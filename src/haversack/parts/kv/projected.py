@@ -37,6 +37,9 @@ class ProjectedLayer(KVLayer):
     def held_positions(self, row: int) -> tuple[int, ...]:
         return self.store.held_positions(row)
 
+    def join(self, before: KVLayer) -> None:
+        self.store.join(before.store if isinstance(before, ProjectedLayer) else before)
+
     # Growing and attending
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
