@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from haversack.parts.kv.channels import ChosenChannels, by_falling
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_rank import LowRankKV
+from haversack.recipes.minicache import paired
 
 NUM_TOKENS = 512
 SCORED_TOKENS = 256
@@ -118,6 +120,16 @@ def test_half_the_kv_heads_by_directions_beat_the_mean_of_heads(model, per_frequ
 def test_directions_that_queries_weigh_cost_little_at_three_quarters(model):
     options = [KVOption(project=m.fitted(LowRankKV(WIDTH * 3 // 4, WIDTH * 3 // 4))) for m in model.moments]
     assert model.perplexity(options) < 1.05 * model.whole
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_the_deepest_two_layers_share_directions_once_they_are_turned(model, bits):
+    """Within 4% of the whole cache's perplexity, in the model's dtype and at 4 bits; merged as they are they lose more than twice as much."""
+    turned = paired([m.turned_to_before() for m in model.moments], 1, bits, 64, 32)
+    as_they_are = [replace(option, project=None) for option in turned]
+    lost, more = (model.perplexity(options) / model.whole - 1 for options in (turned, as_they_are))
+    assert 2 * lost < more
+    assert lost < 0.04
 
 
 @pytest.mark.parametrize("bits", [3, 4])

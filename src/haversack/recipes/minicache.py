@@ -14,11 +14,16 @@ from haversack.recipes.base import Recipe
 from haversack.recipes.cache_budget import CacheBudget, Options
 
 
+DEEPER_SHARE = 0.25
+"""Of the angle, as far as directions go towards the deeper layer: the first layer's errors pass through more of the model. With the last two layers merged a quarter costs 1.7% of B's
+perplexity and 2.3% of A's, half the way 5.2% and 8.8% (foreign prose)."""
+
+
 def paired(turns: Sequence[LowRankKV], num_pairs: int, bits: int, group_size: int, recent_tokens: int) -> Options:
     """The deepest layers in pairs, of which the deeper one is turned to the other; everything in the model's dtype (bits 0), or at `bits`."""
     alone = KVOption() if not bits else KVOption(represent=QuantizedKV(bits, bits, group_size, recent_tokens))
-    first = KVOption(represent=DepthMergedKV(False, bits, group_size, recent_tokens))
-    deeper = replace(first, represent=DepthMergedKV(True, bits, group_size, recent_tokens))
+    merged = DepthMergedKV(False, bits, group_size, recent_tokens, deeper_share=DEEPER_SHARE)
+    first, deeper = (KVOption(represent=replace(merged, is_deeper=is_deeper)) for is_deeper in (False, True))
     start = len(turns) - 2 * num_pairs
     pairs = [replace(deeper, project=turns[i]) if (i - start) % 2 else first for i in range(start, len(turns))]
     return (alone,) * start + tuple(pairs)
@@ -28,6 +33,7 @@ def whole_cache(budget: CacheBudget) -> Options:
     """The most bytes that fit, over pairs in the deeper half, bits, groups and recent windows.
 
     Differs from the source in that a layer is turned to its partner before the two are merged: those of small models share no directions as they are.
+    And directions stay nearer to the first layer's, where the source goes further than half-way.
     """
     assert budget.statistics is not None
     turns = [channels.turned_to_before() for channels in budget.statistics.channels]
