@@ -13,7 +13,6 @@ from haversack.parts.kv.quantized import QuantizedKV
 from haversack.recipes.base import Recipe
 from haversack.recipes.cache_budget import CacheBudget, Options
 
-
 DEEPER_SHARE = 0.25
 """Of the angle, as far as directions go towards the deeper layer: the first layer's errors pass through more of the model. With the last two layers merged a quarter costs 1.7% of B's
 perplexity and 2.3% of A's, half the way 5.2% and 8.8% (foreign prose)."""

@@ -136,13 +136,20 @@ class _Directions(Projection):
         batch_size, _, num_tokens, head_dim = x.shape
         together = x.float().reshape(batch_size, -1, self.heads_together, num_tokens, head_dim)
         together = together.transpose(2, 3).reshape(batch_size, -1, num_tokens, self.heads_together * head_dim)
-        return (together @ self.tensors[name].float()).to(x.dtype)
+        return _product(together, self.tensors[name].float()).to(x.dtype)
 
     def _by_head(self, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         """`(batch, heads, tokens, n)` by their KV head's `(num_kv_heads, n, m)`."""
         batch_size, num_heads, num_tokens, _ = x.shape
         grouped = x.float().reshape(batch_size, self.num_kv_heads, -1, x.shape[-1])
-        return (grouped @ basis).to(x.dtype).view(batch_size, num_heads, num_tokens, -1)
+        return _product(grouped, basis).to(x.dtype).reshape(batch_size, num_heads, num_tokens, -1)
+
+
+def _product(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """`(batch, heads, rows, n)` by each head's `(heads, n, m)`, all sequences' rows together, or the basis would be copied for each."""
+    batch_size, heads, rows, width = x.shape
+    together = x.transpose(0, 1).reshape(heads, batch_size * rows, width)
+    return (together @ basis).view(heads, batch_size, rows, -1).transpose(0, 1)
 
 
 def encoded(basis: torch.Tensor) -> str:
