@@ -126,11 +126,10 @@ class DepthMergedKV(Represent):
         tensors = allocate(declared, device)
         directions: PackedGroups | None = None
         if num_groups and not self.is_deeper:
-            slabs = tensors.get("directions.keys"), tensors.get("directions.values")
-            if slabs[0] is not None and slabs[1] is not None:
-                directions = PlainGroups(*slabs, self.group_size)
-            else:
+            if self.bits:
                 directions = QuantizedGroups(self._packed, site, num_groups, tensors)
+            else:
+                directions = PlainGroups(tensors["directions.keys"], tensors["directions.values"], self.group_size)
         return DepthMergedLayer(
             site,
             regions,

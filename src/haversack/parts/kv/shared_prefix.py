@@ -10,7 +10,7 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.kv.base import Attending, KVLayer, Regions, Represent
+from haversack.parts.kv.base import Attending, KVLayer, Regions, Represent, check_room
 from haversack.parts.kv.layer import RingLayer
 from haversack.parts.kv.plain import PlainKV
 
@@ -177,8 +177,6 @@ class SharedPrefixLayer(KVLayer):
     ) -> list[tuple[int, slice]]:
         """Rows that read on in the prefix, and their columns. Raises UsageError where rows differ, DoesNotFitError where what follows would outgrow its room, before
         anything is written."""
-        from haversack.parts.kv.base import check_room
-
         longest = max(a + int(n) for a, n in zip(self.rest.counts, own.sum(-1)))
         room = self.prefix_tokens + self.rest.regions.total_tokens
         check_room(self.site, longest + self.prefix_tokens, room)
@@ -189,9 +187,9 @@ class SharedPrefixLayer(KVLayer):
                 if columns[-1] - columns[0] + 1 != len(columns):
                     raise UsageError(f"{self.site.id}: padding lies between real tokens.")
                 pieces.append((row, slice(columns[0], columns[-1] + 1)))
-        for row, columns in pieces:
-            self._check_same(row, columns, pieces[0], keys, "keys")
-            self._check_same(row, columns, pieces[0], values, "values")
+        for row, at in pieces:
+            self._check_same(row, at, pieces[0], keys, "keys")
+            self._check_same(row, at, pieces[0], values, "values")
         return pieces
 
     def _check_same(self, row: int, at: slice, first: tuple[int, slice], x: torch.Tensor, name: str) -> None:
