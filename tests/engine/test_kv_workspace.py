@@ -22,6 +22,7 @@ from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.low_rank import LowRankKV
 from haversack.parts.kv.merging import Merge
 from haversack.parts.kv.non_uniform import NonUniformKV
+from haversack.parts.kv.pages import PagedKV
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
@@ -51,6 +52,7 @@ OPTIONS = {
     ),  # of as many heads as the site has
     "low-rank": KVOption(project=LowRankKV(32, 32)),
     "low-rank-packed": KVOption(None, QuantizedKV(4, 4, 64, 64), project=LowRankKV(48, 64, 2)),
+    "paged": KVOption(None, PagedKV(32, 16)),
     "merged": KVOption(None, DepthMergedKV()),
     "merged-deeper": KVOption(None, DepthMergedKV(True, 4)),
     "by-head": by_head(

@@ -29,6 +29,7 @@ from haversack.parts.kv.low_rank import LowRankKV
 from haversack.parts.kv.merging import Merge
 from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.normalized_attention import NormalizedAttention
+from haversack.parts.kv.pages import PagedKV
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
@@ -190,6 +191,7 @@ OPTIONS = [
     KVOption(None, DepthMergedKV(True, 0, 32, 8)),
     KVOption(SinksAndWindow(4, 70), DepthMergedKV(False, 4, 32, 8)),
     KVOption(SinksAndWindow(4, 70), DepthMergedKV(True, 4, 32, 8)),
+    KVOption(None, PagedKV(8, 5)),
 ]
 
 
@@ -331,9 +333,11 @@ def test_padded_rows_are_as_alone(option):
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
-            isinstance(part, (QuantizedKV, CorrectedKV, NonUniformKV, BlockFloatKV, FewerKeyChannels, DepthMergedKV))
+            isinstance(
+                part, (QuantizedKV, CorrectedKV, NonUniformKV, BlockFloatKV, FewerKeyChannels, DepthMergedKV, PagedKV)
+            )
             for part in option.parts
-        ):  # packed tokens depend on what was plain when a query came, so on the chunks
+        ):  # packed tokens depend on what was plain when a query came, so on the chunks; pages are a chunk's
             torch.testing.assert_close(together[row, :, part], output[0], atol=1e-5, rtol=0)
 
 

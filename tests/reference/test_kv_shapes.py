@@ -14,6 +14,7 @@ from haversack.describe.model import describe_model
 from haversack.engine import attention
 from haversack.engine.channel_moments import channel_moments
 from haversack.engine.kv_cache import HaversackCache, KVPlan
+from haversack.engine.probe_meter import ProbeMeter
 from haversack.engine.whole import load_whole
 from haversack.jobs.run import open_tokenizer
 from haversack.parts.kv.base import KVOption
@@ -22,6 +23,8 @@ from haversack.parts.kv.channels import ChosenChannels, by_falling
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_rank import LowRankKV
+from haversack.parts.kv.pages import PagedKV
+from haversack.probes.suite import make_suite
 from haversack.recipes.minicache import paired
 
 NUM_TOKENS = 512
@@ -47,6 +50,7 @@ class Model:
         self.described = describe_model(folder)
         self.module = load_whole(self.described, attention=attention.NAME).eval()
         read = open_tokenizer(folder)
+        self.read = read
         self.windows = torch.tensor(read(data.text("foreign-prose")[:12000]).input_ids[: 2 * NUM_TOKENS]).view(2, -1)
         calibration = read(data.text("calibration")[:12000]).input_ids
         self.sites = self.described.attention
@@ -151,3 +155,20 @@ def test_ordered_channels_lose_less_in_blocks_of_the_same_bytes(model, bits):
                 x = x[:, :, : found.shape[2]].float()
                 errors[ordered] += float(((found - x).square().mean(2) / x.square().mean(2)).mean())
     assert errors[True] < errors[False]
+
+
+def test_needles_are_found_in_the_pages_that_are_read(model):
+    """Sixteen pages of sixteen tokens are read per step, of three dozen: every needle that a whole cache finds is found, and bytes grow by the bounds alone."""
+    needles = [
+        task
+        for task in make_suite(model.read, data.text("foreign-prose"), context_tokens=512, num_per_kind=3)
+        if task.kind == "needle"
+    ]
+    meter = ProbeMeter(model.module, model.sites, model.described.dtype, needles)
+    paged = {site.id: KVOption(None, PagedKV(16, 16)) for site in model.sites}
+    whole, found = (meter.scores(options, asked=("after",)) for options in ({}, paged))
+    assert any(score.exact for score in whole)
+    assert all(after.exact or not before.exact for before, after in zip(whole, found))
+    pages = -(-meter.capacity_tokens // 16)
+    assert pages > 2 * 16
+    assert found[0].held_bytes - whole[0].held_bytes == pages * 2 * 4 * 4 * WIDTH * 2  # keys, layers, heads

@@ -23,4 +23,5 @@ RECIPE = Recipe(
     needs_statistics=True,
     candidates=False,
     published="prefill up to 2.9 times and decoding 1.3 to 2.1 times as fast as vLLM (abstract)",
+    catalogue=("lserve",),
 )
