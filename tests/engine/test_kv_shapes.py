@@ -10,6 +10,7 @@ from tests.engine.test_kv_generate import FAMILIES, logits_in_chunks, one_thread
 
 from haversack.engine.attention import NAME
 from haversack.engine.channel_moments import channel_moments
+from haversack.engine.decoder.loop import Decoder
 from haversack.engine.generation import install_kv_plan
 from haversack.engine.kv_cache import HaversackCache, KVPlan
 from haversack.engine.reach import observe_sites, small_copy
@@ -86,6 +87,16 @@ def test_every_family_is_reached_in_any_shape(model, option):
     cache = HaversackCache(plan)
     logits_in_chunks(model, tokens, cache, (64, 64, 22))
     assert cache.num_bytes() == plan.max_bytes()
+
+
+def test_pairs_of_layers_decode_in_the_traced_loop_as_in_generate(llama):
+    """Groups of tokens leave the windows of both layers while steps are compiled."""
+    plan = pairs(llama, batch_size=2, capacity_tokens=120, chunk=16)
+    install_kv_plan(llama, plan)
+    llama.generation_config.eos_token_id = None
+    ids = prompt(2, 37)
+    expected = llama.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0)
+    assert torch.equal(Decoder(llama).generate(ids, torch.ones_like(ids), 60)[0], expected)
 
 
 def test_beams_reorder_pairs_and_copies_go_their_own_way(llama):
