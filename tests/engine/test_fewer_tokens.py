@@ -29,8 +29,8 @@ def test_inner_layers_keep_the_share_of_tokens(length: int) -> None:
     fewer, dense = (
         trace_training(described, replace(WORKLOAD, seq_len=length, saved=saved)) for saved in ("tokens", "exact")
     )
-    share = ceil(length / 2) / length
-    ran = ROWS * ceil(length / 2)
+    share = ceil(0.75 * length) / length
+    ran = ROWS * ceil(0.75 * length)
     beside = (
         8 * ran + 2 * 4 * 16 * ran
     )  # which tokens ran, and their rotations, which all layers share when they run all
@@ -48,7 +48,7 @@ def test_bytes_are_as_predicted() -> None:
     passes = max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward"))
     assert measured["step 1"] == pytest.approx(passes, rel=0.01, abs=64 << 10)
     assert measured["evaluate"] < 1.01 * cost.ledger().total_bytes("evaluate") + (64 << 10)
-    assert passes < 0.85 * training_cost(describe_model(config), replace(workload, saved="exact")).tensor_peak_bytes
+    assert passes < 0.92 * training_cost(describe_model(config), replace(workload, saved="exact")).tensor_peak_bytes
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3"])
@@ -104,7 +104,7 @@ def test_tuned_nearly_as_well_as_with_all_tokens() -> None:
         )
         for saved in ("tokens", "exact")
     }
-    assert before - found["tokens"] > 0.85 * (before - found["exact"]), (before, found)
+    assert before - found["tokens"] > 0.95 * (before - found["exact"]), (before, found)
 
 
 def test_bad_settings_are_refused() -> None:

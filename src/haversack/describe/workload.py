@@ -100,7 +100,7 @@ SAVED = {
     "fp8": "activations of layers kept as 8-bit floats, so that gradients are rounded",
     "sampled": "some rows of linears' inputs kept, so that gradients of weights are right on average",
     "disk": "activations of layers written to a file and read again",
-    "tokens": "half of the tokens run by layers between the first and the last, so that as much less is kept",
+    "tokens": "three quarters of the tokens run by layers between the first and the last, so that as much less is kept",
     "resting": "half of the layers at rest in each step, without gradients, and activations of all kept in 8 bits",
     "reversible": "layers coupled so that their inputs are found again from the last one's outputs, and none is kept",
 }

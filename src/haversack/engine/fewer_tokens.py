@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from haversack.engine.recompute import decoder_layers
 from haversack.errors import UnsupportedModelError, UsageError
 
-DEFAULT_SHARE = 0.5
-"""Of each sequence's tokens."""
+DEFAULT_SHARE = 0.75
+"""Of each sequence's tokens: at half of them model B gained 59% of what it gains with all in 25 steps, at three quarters 82% (docs/failures.md)."""
 
 LEAST_LAYERS = 3
 """Below it there is no layer between the first and the last."""

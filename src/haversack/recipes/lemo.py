@@ -8,7 +8,7 @@ from haversack.recipes.base import Recipe, Setting
 RECIPE = Recipe(
     id="lemo",
     resident="activations",
-    title="half of the tokens run by inner layers while tuning, with --with saved=tokens",
+    title="three quarters of the tokens run by inner layers while tuning, with --with saved=tokens",
     source=Source(
         "Wang, Chen, Li, Cao, Ren and Zhang",
         2025,
