@@ -24,12 +24,16 @@ def block_columns(num_columns: int) -> int:
 def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
     """float32 `(..., columns)`: every block of `block` columns times `H / sqrt(block)`. Allocates twice its result."""
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor
 
     shape, y = x.shape, x.float()
     done = 1
     while done < block:
         factor = min(_LARGEST_FACTOR, block // done)
-        matrix = torch.tensor(_matrix(factor), device=y.device)  # made anew, so that traces may run through here
+        if isinstance(y, FakeTensor):  # a trace runs through here, whose products take no real matrix
+            matrix = y.new_empty((factor, factor))
+        else:
+            matrix = torch.from_numpy(_matrix(factor)).to(y.device)
         y = matrix @ y.reshape(-1, factor, done)  # mixes columns that are `done` apart
         done *= factor
     return y.reshape(shape)

@@ -23,7 +23,7 @@ from haversack.engine.adapters import (
     decompose_bytes,
     reads_one_by_one,
 )
-from haversack.engine.rounded_weights import ROUND_BYTES_PER_ELEMENT, codes_of
+from haversack.engine.rounded_weights import ROUND_BYTES_PER_ELEMENT, ROUND_ELEMENTS, codes_of
 from haversack.engine.training_trace import (
     ACTIVATIONS,
     BACKWARD,
@@ -39,7 +39,6 @@ from haversack.engine.training_trace import (
     trace_training,
 )
 from haversack.ledger import DTYPE_BYTES, Ledger, total_bytes
-from haversack.parts.optimizer.base import PIECE_ELEMENTS
 from haversack.recipes.base import optimizer_option, preference
 
 STATES, BATCH, SLACK, RUNTIME = "optimizer states", "batch", "allocator slack", "runtime"
@@ -185,7 +184,7 @@ def _load_bytes(
         )
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
         if rounded:
-            working = ROUND_BYTES_PER_ELEMENT * min(PIECE_ELEMENTS, out_features * in_features)
+            working = ROUND_BYTES_PER_ELEMENT * min(ROUND_ELEMENTS, out_features * in_features)
         if decomposed_rank:
             working = decompose_bytes(out_features, in_features, decomposed_rank, dtype)
         read = DTYPE_BYTES[model.dtype] * out_features * in_features if one_by_one else 0  # as it lies in the file

@@ -14,14 +14,18 @@ from haversack.describe.model import Model
 from haversack.engine.adapters import ReadMatrix, matrix_of, whole_linears
 from haversack.engine.optimizers import Stepper
 from haversack.ledger import StoredTensor
-from haversack.parts.optimizer.base import PIECE_ELEMENTS, Moment
+from haversack.parts.optimizer.base import Moment
 from haversack.parts.optimizer.integer_state import IntegerState
 
 WEIGHT_CODES = IntegerState(bits=8, stochastic=True)
 """Integers of 8 bits under a scale per 256 weights, as in the source."""
 
-ROUND_BYTES_PER_ELEMENT = 28
-"""What rounding holds for each of `PIECE_ELEMENTS` numbers beside matrix and codes; 23 to 26 were counted."""
+ROUND_ELEMENTS = 2**20
+"""Numbers unpacked and rounded at a time: a multiple of all blocks."""
+
+ROUND_BYTES_PER_ELEMENT = 15
+"""What rounding holds for each of `ROUND_ELEMENTS` numbers beside matrix and codes: 14.03 were counted, of matrices in 16 bits with 0.26 and 1
+million."""
 
 
 def codes_of(shape: tuple[int, ...]) -> tuple[StoredTensor, ...]:
@@ -61,7 +65,7 @@ class RoundedTensor:
 
     def _pieces(self) -> Iterable[slice]:
         n = len(self.stored["codes"])
-        return (slice(start, min(start + PIECE_ELEMENTS, n)) for start in range(0, n, PIECE_ELEMENTS))
+        return (slice(start, min(start + ROUND_ELEMENTS, n)) for start in range(0, n, ROUND_ELEMENTS))
 
 
 class RoundedLinear(nn.Module):
