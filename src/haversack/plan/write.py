@@ -14,7 +14,9 @@ from haversack.cost.candidates import (
     ASSUMED_READ_BYTES_PER_SECOND,
     KVCandidate,
     Serving,
+    SharedCosts,
     WeightCandidate,
+    candidate_id,
 )
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
@@ -128,10 +130,17 @@ def _prefill_seconds(serving: Serving, weights: Sequence[WeightCandidate]) -> fl
 def _weight_records(weights: Sequence[WeightCandidate], built: ServingProblem) -> tuple[WeightChoice, ...]:
     """Options are few and experts are many, so that each option is spelled out once."""
     written = {option: option.to_dict() for option in dict.fromkeys(c.option for c in weights)}
-    return tuple(_weight_record(c, built.weights[c.site.id], written[c.option]) for c in weights)
+    reasons: dict[tuple[SharedCosts, str], str] = {}
+    records = []
+    for c in weights:
+        shared, candidate = built.weights[c.site.id].shared, candidate_id(c.option, c.placement)
+        if (shared, candidate) not in reasons:
+            reasons[shared, candidate] = _why(shared.rows[candidate], shared.rows.values())
+        records.append(_weight_record(c, written[c.option], reasons[shared, candidate]))
+    return tuple(records)
 
 
-def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate], option: dict[str, Any]) -> WeightChoice:
+def _weight_record(c: WeightCandidate, option: dict[str, Any], why: str) -> WeightChoice:
     return WeightChoice(
         site=c.site.id,
         role=c.site.role,
@@ -143,7 +152,7 @@ def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate], optio
         neutral_bytes=c.site.num_bytes,
         damage=c.damage.nats if c.damage.label != "unknown" else None,
         seconds=max(c.seconds, c.disk_seconds),
-        why=_why(c, row.values()),
+        why=why,
     )
 
 
