@@ -20,7 +20,7 @@ from haversack.cost.candidates import (
 )
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
-from haversack.describe.checkpoint import pickled_weights
+from haversack.describe.checkpoint import holds_weights, pickled_weights
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.plan.question import DEFAULT_RUNTIME_BYTES, Answer, Question
@@ -243,6 +243,12 @@ def _notes(question: Question) -> tuple[str, ...]:
     for title, num_bytes in question.model.quantized.items():
         notes.append(
             f"the checkpoint stores {format_bytes(num_bytes)} as {title}; `as is` means what they stand for, in 16 bits"
+        )
+    stored_as = question.model.config.get("quantization_config") or {}
+    if stored_as and not holds_weights(question.model.folder):
+        notes.append(
+            f"its config says that the weights are stored as {stored_as.get('quant_method', 'codes')}; they are not here, so that all is planned "
+            "in the 16 bits that they stand for: name the whole folder to count and keep the codes"
         )
     if question.model.quantized and not (kept := len(stored_options(question.model))):
         notes.append("nothing of it lies on a grid that kernels read, so that no codes can be kept as stored")
