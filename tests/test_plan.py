@@ -38,14 +38,14 @@ def ask(model, budget: int | None, **changes) -> Answer:
 
 
 def test_codes_that_only_a_config_names_are_told_of(big) -> None:
-    """A published FP8 checkpoint takes half of what its config alone is planned as."""
+    """A published AWQ checkpoint takes a quarter of what its config alone is planned as."""
     config = {
         **BIG,
         "num_hidden_layers": 2,
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
     }
     notes = ask(describe_model(config), 2**36).plan.notes
-    assert [note for note in notes if "stored as fp8" in note and "name the whole folder" in note]
+    assert [note for note in notes if "stored as awq" in note and "name the whole folder" in note]
     assert not [note for note in ask(big, 2**36).plan.notes if "stored as" in note]
 
 
