@@ -8,10 +8,12 @@ from haversack.errors import UsageError
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.codebook import CodebookGrid
 from haversack.parts.weights.dropped import DroppedGrid
+from haversack.parts.weights.hessian_feedback import HessianFeedback
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.learned_clipping import LearnedClipping
 from haversack.parts.weights.low_rank import LowRankCorrection
 from haversack.parts.weights.nearest import NearestRounding
+from haversack.parts.weights.residual_planes import ResidualPlanes
 from haversack.parts.weights.sign_stack import SignStack
 from haversack.parts.weights.smoothing import SmoothingScale
 from haversack.parts.weights.tensor_network import TensorNetwork
@@ -36,20 +38,38 @@ def dense(option: WeightOption, task: WeightTask) -> torch.Tensor:
 
 
 def error(option: WeightOption, task: WeightTask) -> float:
-    change = dense(option, task) - task.weight
+    return error_of(option, option.encode(WeightTask(task.weight, task.hessian)), task)
+
+
+def error_of(option: WeightOption, tensors: dict[str, torch.Tensor], task: WeightTask) -> float:
+    change = option.dense(tensors, *task.weight.shape) - task.weight
     return float(((change @ task.hessian) * change).sum())
 
 
-def test_the_first_blocks_of_a_stack_are_the_shorter_stack():
+@pytest.mark.parametrize(
+    "option",
+    [
+        alone(SignStack(6, 3)),
+        WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), corrections=(ResidualPlanes(5, 64),)),
+        WeightOption(IntegerGrid(2, 64), NEAREST, corrections=(LowRankCorrection(1), ResidualPlanes(3))),
+    ],
+    ids=str,
+)
+def test_the_first_blocks_of_a_stack_are_the_shorter_stack(option):
     """What makes any prefix of a stored matrix a model of its own."""
     task = task_of(24, 70)
-    whole = alone(SignStack(6, 3)).encode(WeightTask(task.weight, task.hessian))
+    whole = option.encode(WeightTask(task.weight, task.hessian))
     errors = []
-    for blocks in range(1, 7):
-        shorter = alone(SignStack(blocks, 3))
-        prefix = {name: tensor[:blocks] for name, tensor in whole.items()}
-        assert all(torch.equal(prefix[n], t) for n, t in shorter.encode(WeightTask(task.weight, task.hessian)).items())
-        errors.append(float((shorter.dense(prefix, 24, 70) - task.weight).square().sum()))
+    for blocks in range(option.least_blocks, option.stack.blocks + 1):
+        shorter = option.shortened(blocks)
+        prefix = {
+            name: tensor
+            for name, tensor in whole.items()
+            if (option.block_of(name) or 0) < blocks or option.block_of(name) is None
+        }
+        made = shorter.encode(WeightTask(task.weight, task.hessian))
+        assert prefix.keys() == made.keys() and all(torch.equal(prefix[n], t) for n, t in made.items())
+        errors.append(error_of(shorter, prefix, task))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
 
 

@@ -50,11 +50,17 @@ def pack(
     checkpoint = Checkpoint.open(model.folder)
     options = {row.site: WeightOption.from_dict(row.option) for row in plan.weights}
     streamed = {row.site for row in plan.weights if row.placement["part"] == "streamed"}
+    places = _places(plan)
     sites = {
         site.id: PackedSite(
             options[site.id].to_dict(),
-            options[site.id].stored(site.out_features, site.in_features, site.dtype),
+            stored := options[site.id].stored(site.out_features, site.in_features, site.dtype),
             site.id in streamed,
+            {
+                t.name: place
+                for t in stored
+                if (place := places.get((site.id, options[site.id].block_of(t.name)))) is not None
+            },
         )
         for site in model.weights
     }
@@ -124,6 +130,18 @@ def retune_plan(
             packed[site.id] = (option, option.encode(task))
     windows = calibration.windows
     return retune(model, packed, windows.calibration, windows.search, settings=settings, progress=tell)
+
+
+def _places(plan: Plan) -> dict[tuple[str, int | None], int]:
+    """Where in the order of all blocks each block (site, number) lies, of a folder that can be held at any size."""
+    if plan.elastic is None:
+        return {}
+    held = {row.site: plan.elastic.floor_blocks for row in plan.weights}
+    places: dict[tuple[str, int | None], int] = {}
+    for place, block in enumerate(plan.elastic.blocks):
+        places[block.site, held[block.site]] = place
+        held[block.site] += 1
+    return places
 
 
 def check_belongs(plan: Plan, model: Model) -> None:
