@@ -100,7 +100,7 @@ def test_a_budget_leaves_out_less_than_the_next_block(elastic) -> None:
 
 
 def test_a_model_shrinks_and_grows_in_place(elastic) -> None:
-    source, folder, plan = elastic
+    _, folder, plan = elastic
     record = plan.elastic
     middle, small = record.blocks[len(record.blocks) // 2].peak_bytes, record.floor_peak_bytes
     loaded = load(folder)

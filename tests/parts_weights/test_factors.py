@@ -1,4 +1,4 @@
-"""Matrices made of factors alone, learned clipping, smoothing, and bytes on a normal table."""
+"""Matrices made of factors alone, learned clipping, smoothing, bytes on a normal table, and a datatype per group."""
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from haversack.parts.weights.sign_stack import SignStack
 from haversack.parts.weights.smoothing import SmoothingScale
 from haversack.parts.weights.tensor_network import TensorNetwork
 from haversack.parts.weights.trellis import TrellisGrid
+from haversack.parts.weights.typed import TypedGrid
 
 NEAREST = NearestRounding()
 
@@ -133,3 +134,27 @@ def test_bytes_on_a_normal_table_lose_half_of_what_even_steps_do():
     normal = (codebook("max8").nearest_values(x) - x).square().mean()
     even = min(((x / s).round().clamp(-128, 127) * s - x).square().mean() for s in torch.linspace(0.025, 0.04, 31))
     assert normal < 0.5 * even
+
+
+@pytest.mark.parametrize("bits", (3, 4))
+def test_every_group_finds_its_own_datatype(bits):
+    """Values of each type come back exactly, and on normal weights the best of four types beats each alone and integers."""
+    grid = TypedGrid(bits, 32)
+    table = grid.tables
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(1 << bits, (16, 4, 32), generator=draw)
+    codes[..., 0], codes[..., 1] = 0, (1 << bits) - 1  # both ends, so that the scale is known
+    for number in range(4):  # each type's special value is there, in its own group
+        codes[:, number, 2] = int((~torch.isin(table[number], table[number - 1])).nonzero()[0])
+    weight = torch.stack([table[number][codes[:, number]] for number in range(4)], 1).flatten(1) / 64
+    option = WeightOption(grid, NearestRounding())
+    tensors = option.encode(WeightTask(weight.clone()))
+    assert torch.equal(option.dense(tensors, *weight.shape), weight)
+    assert tensors["types"].shape == (16, 1) and bool((tensors["types"] == 0b11100100).all())
+    normal = torch.randn(64, 256, generator=draw)
+    grids = {"typed": TypedGrid(bits), "integer": IntegerGrid(bits, 128)}
+    errors = {}
+    for name, of in grids.items():
+        option = WeightOption(of, NearestRounding())
+        errors[name] = float((option.dense(option.encode(WeightTask(normal.clone())), 64, 256) - normal).square().sum())
+    assert errors["typed"] < errors["integer"]
