@@ -19,6 +19,7 @@ from haversack.describe.workload import ServeWorkload
 from haversack.errors import DoesNotFitError, PlanError
 from haversack.formats.packed_folder import PackedFolder
 from haversack.jobs.pack import pack, retune_plan
+from haversack.jobs.run import open_decoder
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.weights.base import WeightOption
@@ -229,6 +230,12 @@ def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
     )
     found = make_plan(question)
     assert found.fits and found.plan.prediction.damage.nats == pytest.approx(0.01)
+    assert [row.stored_bytes > 0 for row in found.plan.kv] == [
+        True,
+        False,
+    ]  # the dropped attention's cache goes with it
+    held = found.plan.kv[0].stored_bytes
+    assert {found.plan.prediction.timeline[p]["kv"]["device"] for p in ("prefill", "decode")} == {held}
     gone = {row.site for row in found.plan.weights if row.option}
     assert gone == {site.id for site in model.weights if ".1.self_attn." in site.id}
     pack(model, found.plan, tmp_path / "packed")
@@ -238,6 +245,14 @@ def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
     with torch.no_grad():
         packed, wanted = load(tmp_path / "packed")(ids, use_cache=False).logits, whole(ids, use_cache=False).logits
     assert torch.allclose(packed, wanted, atol=1e-4 * float(wanted.abs().max()))
+    loaded = load(tmp_path / "packed")
+    out = loaded.generate(ids[:1], max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert out.past_key_values.num_bytes() <= held
+    again = whole.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(out.sequences, again)
+    decoder, refusal = open_decoder(loaded)
+    assert decoder is not None, refusal
+    assert torch.equal(decoder.generate(ids[:1], torch.ones_like(ids[:1]), 4, capacity_tokens=23)[0], again)
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:

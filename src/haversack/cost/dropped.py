@@ -1,15 +1,21 @@
-"""What goes with a dropped matrix: where the one that ends a block is dropped, those before it cost nothing more to drop."""
+"""What goes with a dropped matrix: where the one that ends a block is dropped, those before it cost nothing more to drop, and
+where that block is attention, nor does its cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from haversack.cost.candidates import WeightCandidate
-from haversack.cost.damage import Damage
+from haversack.cost.candidates import KVCandidate, WeightCandidate
+from haversack.cost.damage import NONE, Damage
 from haversack.describe.site import WeightSite
+from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.nothing import NothingKV
 from haversack.parts.weights.base import WeightOption
 from haversack.parts.weights.dropped import DroppedGrid
 from haversack.solve.problem import Requires
+
+NOTHING = KVOption(represent=NothingKV())
+"""A cache of no bytes."""
 
 _END_OF = {"query": "output", "key": "output", "value": "output", "qkv": "output", "gate": "down", "up": "down"}
 """Role of the matrix that ends a block, by those of the matrices before it."""
@@ -24,6 +30,32 @@ def follows_for_free(site: WeightSite, option: WeightOption) -> Damage | None:
     if _is_dropped(option) and site.role in _END_OF:
         return Damage(0.0, "proxied", source="dropped only with the end of its block, whose damage holds all")
     return None
+
+
+def with_nothing(
+    weights: Sequence[Sequence[WeightCandidate]], layer: int, damages: Mapping[KVOption, Damage]
+) -> Mapping[KVOption, Damage]:
+    """The options of a layer's cache, with none at all beside them where the layer's attention may be dropped."""
+    may_drop = any(
+        row[0].site.layer == layer and row[0].site.role == "output" and any(_is_dropped(c.option) for c in row)
+        for row in weights
+    )
+    return {**damages, NOTHING: NONE} if may_drop else damages
+
+
+def caches_of_dropped(
+    weights: Sequence[Sequence[WeightCandidate]], kv: Sequence[Sequence[KVCandidate]]
+) -> tuple[Requires, ...]:
+    """A layer holds no keys and values only where the matrix that ends its attention is dropped."""
+    ends = {row[0].site.layer: row for row in weights if row[0].site.role == "output"}
+    links = []
+    for row in kv:
+        if nothing := frozenset(c.id for c in row if c.option == NOTHING):
+            end = ends[row[0].site.layer]
+            links.append(
+                Requires(row[0].site.id, nothing, end[0].site.id, frozenset(c.id for c in end if _is_dropped(c.option)))
+            )
+    return tuple(links)
 
 
 def dropped_together(rows: Sequence[Sequence[WeightCandidate]]) -> tuple[Requires, ...]:
