@@ -16,6 +16,7 @@ from haversack.cost.dropped import follows_for_free
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.workload import ServeWorkload
+from haversack.engine.packed_tensor import packed_tensors
 from haversack.errors import DoesNotFitError, PlanError
 from haversack.formats.packed_folder import PackedFolder
 from haversack.jobs.pack import pack, retune_plan
@@ -28,6 +29,7 @@ from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.plan.make import make_plan
 from haversack.plan.question import Answer, Question
+from haversack.recipes.base import all_recipes
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "mixtral", "gpt_oss",
@@ -253,6 +255,51 @@ def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
     decoder, refusal = open_decoder(loaded)
     assert decoder is not None, refusal
     assert torch.equal(decoder.generate(ids[:1], torch.ones_like(ids[:1]), 4, capacity_tokens=23)[0], again)
+
+
+def test_skipped_layers_are_never_held(tmp_path: Path) -> None:
+    """As many layers as must go, evenly spread: their matrices and caches take no byte, and the others are as they were."""
+    source = save_tiny("llama", tmp_path / "model", num_layers=5)
+    model = describe_model(source)
+    (dropped,) = all_recipes()["unified-layer-skipping"].options()
+    damages = {
+        site.id: {WeightOption(): NONE, dropped: follows_for_free(site, dropped) or Damage(1.0, "proxied")}
+        if site.layer is not None
+        else {WeightOption(): NONE}
+        for site in model.weights
+    }
+    layer = sum(site.num_bytes for site in model.weights if site.layer == 0)
+    question = Question(
+        model=model,
+        workload=ServeWorkload(24, 9),
+        machine=MACHINE,
+        budget_bytes=answer(model, ()).plan.prediction.peak_bytes - 2 * layer,
+        budget_kind="tensor",
+        weight_damages=damages,
+        kv_damages={site.id: {KVOption(): NONE} for site in model.attention},
+        recipes=("unified-layer-skipping",),
+    )
+    meter: Any = SimpleNamespace(judge=lambda built, chosen: Damage(1.0, "measured"))
+    found = make_plan(question, meter=meter)
+    assert found.fits
+    skipped = {row.layer for row in found.plan.weights if row.layer is not None and not row.stored_bytes}
+    assert skipped == {1, 3} and {row.layer for row in found.plan.kv if not row.stored_bytes} == skipped
+    assert all(row.stored_bytes == row.neutral_bytes for row in found.plan.weights if row.layer not in skipped)
+    pack(model, found.plan, tmp_path / "packed")
+    loaded, ids = load(tmp_path / "packed"), random_ids(1, 24)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in packed_tensors(loaded))
+    assert (
+        held
+        == found.plan.prediction.timeline["decode"]["weights"]["device"]
+        == 3 * layer + sum(site.num_bytes for site in model.weights if site.layer is None)
+    )
+    out = loaded.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert out.past_key_values.num_bytes() == found.plan.prediction.timeline["decode"]["kv"]["device"]
+    whole = load_whole(source, torch.float32)
+    del whole.model.layers[3], whole.model.layers[1]
+    with torch.no_grad():
+        wanted = whole(ids, use_cache=False).logits
+        assert torch.allclose(loaded(ids, use_cache=False).logits, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:

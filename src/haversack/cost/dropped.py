@@ -12,7 +12,7 @@ from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.nothing import NothingKV
 from haversack.parts.weights.base import WeightOption
 from haversack.parts.weights.dropped import DroppedGrid
-from haversack.solve.problem import Requires
+from haversack.solve.problem import Problem, Requires
 
 NOTHING = KVOption(represent=NothingKV())
 """A cache of no bytes."""
@@ -21,13 +21,14 @@ _END_OF = {"query": "output", "key": "output", "value": "output", "qkv": "output
 """Role of the matrix that ends a block, by those of the matrices before it."""
 
 
-def _is_dropped(option: WeightOption) -> bool:
+def is_dropped(option: WeightOption) -> bool:
+    """Whether nothing of the matrix is left."""
     return isinstance(option.grid, DroppedGrid) and not option.corrections
 
 
 def follows_for_free(site: WeightSite, option: WeightOption) -> Damage | None:
     """The damage of dropping a matrix that stands before the end of its block, None of any other choice."""
-    if _is_dropped(option) and site.role in _END_OF:
+    if is_dropped(option) and site.role in _END_OF:
         return Damage(0.0, "proxied", source="dropped only with the end of its block, whose damage holds all")
     return None
 
@@ -37,7 +38,7 @@ def with_nothing(
 ) -> Mapping[KVOption, Damage]:
     """The options of a layer's cache, with none at all beside them where the layer's attention may be dropped."""
     may_drop = any(
-        row[0].site.layer == layer and row[0].site.role == "output" and any(_is_dropped(c.option) for c in row)
+        row[0].site.layer == layer and row[0].site.role == "output" and any(is_dropped(c.option) for c in row)
         for row in weights
     )
     return {**damages, NOTHING: NONE} if may_drop else damages
@@ -53,14 +54,31 @@ def caches_of_dropped(
         if nothing := frozenset(c.id for c in row if c.option == NOTHING):
             end = ends[row[0].site.layer]
             links.append(
-                Requires(row[0].site.id, nothing, end[0].site.id, frozenset(c.id for c in end if _is_dropped(c.option)))
+                Requires(row[0].site.id, nothing, end[0].site.id, frozenset(c.id for c in end if is_dropped(c.option)))
             )
     return tuple(links)
 
 
+def caches_follow(
+    problem: Problem, kv: Mapping[str, Mapping[str, KVCandidate]], chosen: Sequence[int]
+) -> tuple[int, ...]:
+    """A solution whose layers hold no keys and values where they may go without, and keep them as they are where they may not."""
+    ids, every = problem.describe(chosen), list(chosen)
+    needed = {(link.group, id): link for link in problem.links for id in link.choices if link.group in kv}
+    for g, group in enumerate(problem.groups):
+        for i, choice in enumerate(group.choices):
+            if (link := needed.get((group.id, choice.id))) is None:
+                continue
+            if ids[link.other_group] in link.other_choices:
+                every[g] = i
+            elif every[g] == i:
+                every[g] = next(j for j, c in enumerate(group.choices) if kv[group.id][c.id].option.is_neutral)
+    return tuple(every)
+
+
 def dropped_together(rows: Sequence[Sequence[WeightCandidate]]) -> tuple[Requires, ...]:
     """A matrix before the end of a block is dropped only where that end is; where the end can't be, it can't be either."""
-    dropped = {row[0].site: frozenset(c.id for c in row if _is_dropped(c.option)) for row in rows}
+    dropped = {row[0].site: frozenset(c.id for c in row if is_dropped(c.option)) for row in rows}
     ends = {(site.layer, site.expert, site.role): site for site in dropped}
     links = []
     for site, choices in dropped.items():

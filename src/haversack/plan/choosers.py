@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from haversack.cost.dropped import caches_follow, is_dropped
 from haversack.cost.serving import ServingProblem
 from haversack.cost.single_changes import stage_model
 from haversack.engine.layer_change import layer_changes
@@ -46,8 +47,13 @@ def choose_by(recipe_id: str, built: ServingProblem, solution: Solution, meter: 
     )
 
 
+_LEAST = 1e-12
+"""Nats of a matrix that is dropped for free with the end of its block, so that keeping it is a choice of its own."""
+
+
 class _Weights:
-    """The weights' groups of a problem as sites with choices, the other groups as a solution has them."""
+    """The weights' groups of a problem as sites with choices, the other groups as a solution has them, but for the caches of
+    dropped attention."""
 
     def __init__(self, built: ServingProblem, solution: Solution, meter: PlanMeter):
         self.built, self.solution, self.meter = built, solution, meter
@@ -59,7 +65,7 @@ class _Weights:
             candidates = [built.weights[group.id][choice.id] for choice in group.choices]
             damages = [as_tuple(choice.damage)[0] for choice in group.choices]
             offered = [
-                Choice(choice.id, c.stored_bytes, max(0.0, damage))
+                Choice(choice.id, c.stored_bytes, max(_LEAST if is_dropped(c.option) else 0.0, damage))
                 for choice, c, damage in zip(group.choices, candidates, damages, strict=True)
             ]
             kept, site = front(offered), candidates[0].site
@@ -74,7 +80,7 @@ class _Weights:
         every = list(self.solution.chosen)
         for g, places, i in zip(self.groups, self.places, chosen, strict=True):
             every[g] = places[i]
-        return tuple(every)
+        return caches_follow(self.built.problem, self.built.kv, every)
 
     def num_bytes(self, chosen: Sequence[int]) -> int:
         groups = self.built.problem.groups

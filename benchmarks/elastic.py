@@ -1,0 +1,116 @@
+"""Folders of any size: what each prefix of an elastic folder's blocks loses, by recipe, beside gptq at as many bytes.
+
+Bytes are those of all matrices, embedding and head included, as stored. KL and perplexity on foreign prose and code, which
+neither training nor calibration saw, by one float32 model for all (`benchmarks.scorer`). Prefixes are taken at even steps of bytes from the
+floor to all blocks; `falls` says whether perplexity fell at every step.
+
+`python -m benchmarks.elastic [--models a] [--recipes any-precision bitstack] [--steps 12]`
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.results_file import write_results
+from benchmarks.scorer import Scorer, perplexity
+from haversack import data
+from haversack.cost.calibrated import Calibration, collect_statistics
+from haversack.cost.stacks import order_of_blocks, stack_damages
+from haversack.describe.assemble import read_site
+from haversack.describe.checkpoint import Checkpoint
+from haversack.describe.model import describe_model
+from haversack.describe.site import WeightSite
+from haversack.parts.weights.base import WeightOption
+from haversack.plan.elastic import stacked_option
+from haversack.recipes.base import all_recipes
+
+
+class Bench:
+    """One model with its statistics and a scorer."""
+
+    def __init__(self, name: str):
+        folder = data.reference_model(name)
+        self.name, self.model = name, describe_model(folder)
+        self.calibration: Calibration = collect_statistics(self.model, data.text("calibration"))
+        self.checkpoint, self.scorer = Checkpoint.open(folder), Scorer(folder)
+
+    def encoded(self, site: WeightSite, option: WeightOption) -> dict[str, torch.Tensor]:
+        weight = read_site(self.checkpoint, site).float()
+        return option.encode(self.calibration.statistics[site.id].task(weight))
+
+    def row(self, recipe: str, options: Mapping[str, WeightOption], tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Every site at an option, read from what is stored of it."""
+        num_bytes, dense = 0, {}
+        for site in self.model.weights:
+            option, shape = options[site.id], (site.out_features, site.in_features)
+            num_bytes += option.stored_bytes(*shape, site.dtype)
+            dense[f"{site.module}.{site.parameter}"] = option.dense(tensors[site.id], *shape)
+        scored = self.scorer.score(dense)
+        weights = sum(site.num_parameters for site in self.model.weights)
+        row = {
+            "model": self.name,
+            "recipe": recipe,
+            "bytes": num_bytes,
+            "bits_per_weight": round(8 * num_bytes / weights, 4),
+            "kl": fmean(scored["kl"]),
+            "perplexity": perplexity(fmean(scored["nll"])),
+        }
+        print(row, flush=True)
+        return row
+
+    def prefixes(self, recipe: str, steps: int) -> list[dict[str, Any]]:
+        """Rows at even steps of bytes, from the floor to all blocks."""
+        option = stacked_option((recipe,))
+        assert option.stack is not None
+        damages = stack_damages(self.calibration, option, lambda what, done, total: None)
+        stacks = [option.shortened(n) for n in range(option.least_blocks, option.stack.blocks + 1)]
+        sizes = {}
+        for site in self.model.weights:
+            stored = [each.stored_bytes(site.out_features, site.in_features, site.dtype) for each in stacks]
+            sizes[site.id] = tuple(b - a for a, b in zip(stored, stored[1:], strict=False))
+        order = order_of_blocks(damages, sizes)
+        tensors = {site.id: self.encoded(site, option) for site in self.model.weights}
+        held, rows, taken = dict.fromkeys(sizes, 0), [], 0
+        total = sum(map(sum, sizes.values()))
+        due = [total * step // steps for step in range(steps + 1)]
+        for site in (*order, None):
+            while due and taken >= due[0]:
+                due.pop(0)
+                if not rows or rows[-1]["blocks"] < sum(held.values()):
+                    row = self.row(recipe, {s: stacks[n] for s, n in held.items()}, tensors)
+                    rows.append({**row, "blocks": sum(held.values())})
+            if site is not None:
+                taken += sizes[site][held[site]]
+                held[site] += 1
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["a"])
+    parser.add_argument("--recipes", nargs="+", default=["any-precision", "bitstack"])
+    parser.add_argument("--steps", type=int, default=12)
+    asked = parser.parse_args()
+    figures: list[dict[str, Any]] = []
+    for name in asked.models:
+        bench = Bench(name)
+        yardstick = []
+        for option in (o for o in all_recipes()["gptq"].options() if o.grid.group_size == 64 and o.grid.symmetric):
+            tensors = {site.id: bench.encoded(site, option) for site in bench.model.weights}
+            yardstick.append(bench.row("gptq", dict.fromkeys(tensors, option), tensors))
+        figures += yardstick
+        for recipe in asked.recipes:
+            rows = bench.prefixes(recipe, asked.steps)
+            for before, row in zip([None, *rows], rows, strict=False):
+                row["falls"] = before is None or row["perplexity"] < before["perplexity"]
+            figures += rows
+    print(write_results("elastic", figures))
+
+
+if __name__ == "__main__":
+    main()
