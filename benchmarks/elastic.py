@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -72,7 +73,7 @@ class Bench:
         sizes = {}
         for site in self.model.weights:
             stored = [each.stored_bytes(site.out_features, site.in_features, site.dtype) for each in stacks]
-            sizes[site.id] = tuple(b - a for a, b in zip(stored, stored[1:], strict=False))
+            sizes[site.id] = tuple(b - a for a, b in pairwise(stored))
         order = order_of_blocks(damages, sizes)
         tensors = {site.id: self.encoded(site, option) for site in self.model.weights}
         held, rows, taken = dict.fromkeys(sizes, 0), [], 0

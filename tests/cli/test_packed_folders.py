@@ -21,7 +21,7 @@ MEASURED = {
 
 @pytest.fixture
 def without_processes(monkeypatch):
-    monkeypatch.setattr("haversack.jobs.verify._run_fresh", lambda folder, instrument: dict(MEASURED))
+    monkeypatch.setattr("haversack.jobs.verify._run_fresh", lambda folder, instrument, budget=None: dict(MEASURED))
 
 
 def append(file: Path, text: str = " ") -> None:

@@ -10,7 +10,15 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.answer import plan_json, print_answer
-from haversack.cli.question import Asked, Calibrating, Source, Trust, elastic_answer, spread_options, weighed_answer
+from haversack.cli.question import (
+    Asked,
+    Calibrating,
+    Source,
+    Trust,
+    answer_for_all_sizes,
+    spread_options,
+    weighed_answer,
+)
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import UsageError
 from haversack.units import format_bytes
@@ -89,7 +97,7 @@ def pack(
                 context_tokens = ServeWorkload.from_dict(ready.workload).context_tokens
                 found = calibrating.run(described, context_tokens, progress, ready.recipes)
         else:
-            weigh = elastic_answer if elastic else weighed_answer
+            weigh = answer_for_all_sizes if elastic else weighed_answer
             answer, found = weigh(asked, described, calibrating, progress)
             if json and not answer.fits:
                 with console.reader_may_leave():

@@ -310,7 +310,7 @@ def weighed_answer(
     return make_plan(asked.question(model, found), progress, meter), found
 
 
-def elastic_answer(
+def answer_for_all_sizes(
     asked: Asked, model: Model, calibrating: Calibrating, progress: Progress
 ) -> tuple[Answer, Calibration]:
     """The plan of a folder that can be held at any size, and the calibration that it rests on."""

@@ -57,6 +57,7 @@ class _Weights:
 
     def __init__(self, built: ServingProblem, solution: Solution, meter: PlanMeter):
         self.built, self.solution, self.meter = built, solution, meter
+        self.num_measured = 0
         self.groups = [g for g, group in enumerate(built.problem.groups) if group.id in built.weights]
         self.sites: list[AllocationSite] = []
         self.places: list[list[int]] = []  # of each site's choices in its group
@@ -87,6 +88,8 @@ class _Weights:
         return sum(self.built.weights[groups[g].id][groups[g].choices[chosen[g]].id].stored_bytes for g in self.groups)
 
     def _measure(self, chosen: Chosen) -> float:
+        self.meter.progress("measuring choices", self.num_measured, 0)
+        self.num_measured += 1
         return as_tuple(self.meter.measure(self.built, self.whole(chosen)))[0]
 
     def _layer_change(self) -> dict[int, float]:

@@ -118,7 +118,12 @@ class PlanMeter:
 
     def _changes(self, built: ServingProblem, chosen: Sequence[int]) -> tuple[dict, dict]:
         weights, kv = built.candidates(built.problem.describe(chosen))
-        changed = {c.site.id: (c.option, self.tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
+        changed = {}
+        for done, c in enumerate(weights):
+            if not c.option.is_neutral:
+                if (c.site.id, c.option) not in self._encoded:
+                    self.progress("packing a plan to measure", done, len(weights))
+                changed[c.site.id] = (c.option, self.tensors(c.site, c.option))
         return changed, {c.site.id: c.option for c in kv if not c.option.is_neutral}
 
     @cached_property
