@@ -1,7 +1,7 @@
 """Folders of any size: what each prefix of an elastic folder's blocks loses, by recipe, beside gptq at as many bytes.
 
 Bytes are those of all matrices, embedding and head included, as stored. KL and perplexity on foreign prose and code, which
-neither training nor calibration saw, by one float32 model for all (`benchmarks.scorer`). Prefixes are taken at even steps of bytes from the
+neither training nor calibration saw, by one float32 model for all (`benchmarks.scorer`). Rows are kept as they come. Prefixes are taken at even steps of bytes from the
 floor to all blocks; `falls` says whether perplexity fell at every step.
 
 `python -m benchmarks.elastic [--models a] [--recipes any-precision bitstack] [--steps 12]`
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.finished_rows import FinishedRows
 from benchmarks.results_file import write_results
 from benchmarks.scorer import Scorer, perplexity
 from haversack import data
@@ -25,7 +26,6 @@ from haversack.cost.stacks import order_of_blocks, stack_damages
 from haversack.describe.assemble import read_site
 from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.model import describe_model
-from haversack.describe.site import WeightSite
 from haversack.parts.weights.base import WeightOption
 from haversack.plan.elastic import stacked_option
 from haversack.recipes.base import all_recipes
@@ -39,30 +39,40 @@ class Bench:
         self.name, self.model = name, describe_model(folder)
         self.calibration: Calibration = collect_statistics(self.model, data.text("calibration"))
         self.checkpoint, self.scorer = Checkpoint.open(folder), Scorer(folder)
+        self.finished = FinishedRows("elastic")
+        self._encoded: dict[WeightOption, dict[str, dict[str, torch.Tensor]]] = {}
 
-    def encoded(self, site: WeightSite, option: WeightOption) -> dict[str, torch.Tensor]:
-        weight = read_site(self.checkpoint, site).float()
-        return option.encode(self.calibration.statistics[site.id].task(weight))
+    def encoded(self, option: WeightOption) -> dict[str, dict[str, torch.Tensor]]:
+        """What every site stores under an option."""
+        if option not in self._encoded:
+            self._encoded = {option: {}}
+            for site in self.model.weights:
+                task = self.calibration.statistics[site.id].task(read_site(self.checkpoint, site).float())
+                self._encoded[option][site.id] = option.encode(task)
+        return self._encoded[option]
 
-    def row(self, recipe: str, options: Mapping[str, WeightOption], tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Every site at an option, read from what is stored of it."""
-        num_bytes, dense = 0, {}
+    def row(self, recipe: str, packed: WeightOption, options: Mapping[str, WeightOption]) -> dict[str, Any]:
+        """Every site at an option, read from what `packed` stored of it."""
+        written = {site: option.to_dict() for site, option in options.items()}
+        key = {**self.scorer.key, "packed": packed.to_dict(), "options": written}
+        row = self.finished.get(key, lambda: self._measured(packed, options))
+        print(self.name, recipe, row, flush=True)
+        return {"model": self.name, "recipe": recipe, **row}
+
+    def _measured(self, packed: WeightOption, options: Mapping[str, WeightOption]) -> dict[str, Any]:
+        num_bytes, dense, tensors = 0, {}, self.encoded(packed)
         for site in self.model.weights:
             option, shape = options[site.id], (site.out_features, site.in_features)
             num_bytes += option.stored_bytes(*shape, site.dtype)
             dense[f"{site.module}.{site.parameter}"] = option.dense(tensors[site.id], *shape)
         scored = self.scorer.score(dense)
         weights = sum(site.num_parameters for site in self.model.weights)
-        row = {
-            "model": self.name,
-            "recipe": recipe,
+        return {
             "bytes": num_bytes,
             "bits_per_weight": round(8 * num_bytes / weights, 4),
             "kl": fmean(scored["kl"]),
             "perplexity": perplexity(fmean(scored["nll"])),
         }
-        print(row, flush=True)
-        return row
 
     def prefixes(self, recipe: str, steps: int) -> list[dict[str, Any]]:
         """Rows at even steps of bytes, from the floor to all blocks."""
@@ -75,7 +85,6 @@ class Bench:
             stored = [each.stored_bytes(site.out_features, site.in_features, site.dtype) for each in stacks]
             sizes[site.id] = tuple(b - a for a, b in pairwise(stored))
         order = order_of_blocks(damages, sizes)
-        tensors = {site.id: self.encoded(site, option) for site in self.model.weights}
         held, rows, taken = dict.fromkeys(sizes, 0), [], 0
         total = sum(map(sum, sizes.values()))
         due = [total * step // steps for step in range(steps + 1)]
@@ -83,7 +92,7 @@ class Bench:
             while due and taken >= due[0]:
                 due.pop(0)
                 if not rows or rows[-1]["blocks"] < sum(held.values()):
-                    row = self.row(recipe, {s: stacks[n] for s, n in held.items()}, tensors)
+                    row = self.row(recipe, option, {s: stacks[n] for s, n in held.items()})
                     rows.append({**row, "blocks": sum(held.values())})
             if site is not None:
                 taken += sizes[site][held[site]]
@@ -102,8 +111,7 @@ def main() -> None:
         bench = Bench(name)
         yardstick = []
         for option in (o for o in all_recipes()["gptq"].options() if o.grid.group_size == 64 and o.grid.symmetric):
-            tensors = {site.id: bench.encoded(site, option) for site in bench.model.weights}
-            yardstick.append(bench.row("gptq", dict.fromkeys(tensors, option), tensors))
+            yardstick.append(bench.row("gptq", option, {site.id: option for site in bench.model.weights}))
         figures += yardstick
         for recipe in asked.recipes:
             rows = bench.prefixes(recipe, asked.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,23 +138,22 @@ def test_plain_transformers_takes_a_budget(elastic) -> None:
 
 
 def test_blocks_lie_in_the_order_in_which_they_are_taken(elastic) -> None:
-    """A prefix of the order is a stretch of the files."""
+    """So that a prefix of the order is a stretch of the file: among tensors of one alignment, by which files are ordered."""
     _, folder, plan = elastic
     packed = open_packed(folder)
-    ends = []
+    ends: dict[int, int] = {}
+    seen: set[str] = set()
     for number in range(len(plan.elastic.blocks) + 1):
         held = held_blocks(packed.plan, number)
-        names = [t for site in held for t in open_prefix(packed, held).site_tensors(site).values()]
-        ends.append(max(t.stop for t in names if t.file.name.startswith("packed-")) - sum(t.num_bytes for t in names))
-    assert (
-        max(ends) - min(ends) < 64 * 3 * len(plan.weights) * 8
-    )  # alignment, and tensors of odd sizes behind the others
-
-
-def open_prefix(packed, held):
-    from dataclasses import replace
-
-    return replace(packed, held=held)
+        tensors = [t for site in held for t in replace(packed, held=held).site_tensors(site).values()]
+        fresh = [t for t in tensors if t.name not in seen]
+        for tensor in fresh:
+            assert tensor.start >= ends.get(min(64, tensor.num_bytes & -tensor.num_bytes), 0), tensor.name
+        for tensor in fresh:
+            alignment = min(64, tensor.num_bytes & -tensor.num_bytes)
+            ends[alignment] = max(ends.get(alignment, 0), tensor.stop)
+        seen |= {t.name for t in fresh}
+    assert len(seen) == sum(len(entry.tensors) for entry in packed.folder.manifest.sites.values())
 
 
 def test_a_ceiling_keeps_the_blocks_that_fit(elastic) -> None:

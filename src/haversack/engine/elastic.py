@@ -72,9 +72,10 @@ def resize(model: Any, budget: str | int) -> int:
         raise UsageError(
             "this model was not loaded from a packed folder; load one that `haversack pack --elastic` wrote."
         )
-    before = packed.held or held_blocks(packed.plan, len((packed.plan.get("elastic") or {"blocks": ()})["blocks"]))
-    packed = replace(packed, held=held_within(packed.plan, budget, packed.folder.path))
-    changed = {site for site, number in packed.held.items() if number != before[site]}
+    wanted = held_within(packed.plan, budget, packed.folder.path)
+    before = packed.held or held_blocks(packed.plan, len(packed.plan["elastic"]["blocks"]))
+    packed = replace(packed, held=wanted)
+    changed = {site for site, number in wanted.items() if number != before[site]}
     for parameter in packed_parameters(model):
         parameter.blocks = tuple(
             _resized(block, packed) if block.matrix.site_id in changed else block for block in parameter.blocks
