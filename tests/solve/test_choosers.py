@@ -117,7 +117,9 @@ def test_layers_that_change_more_get_the_higher_level():
 
 
 def test_choosers_add_no_options_of_their_own_and_take_none_away():
-    assert candidate_options("weights", tuple(CHOOSERS)) == candidate_options("weights")
+    of_all = tuple(name for name in CHOOSERS if not all_recipes()[name].options())
+    assert candidate_options("weights", of_all) == candidate_options("weights")
+    assert len(of_all) == len(CHOOSERS) - 1 and len(candidate_options("weights", ("unified-layer-skipping",))) == 1
     assert candidate_options("weights", ("gptq", "evopress")) == candidate_options("weights", ("gptq",))
 
 
@@ -126,6 +128,9 @@ class SummingMeter:
 
     def measure(self, built, chosen):
         return built.problem.evaluate(chosen).damage
+
+    def progress(self, what, done, total):
+        assert done >= 0
 
     def judge(self, built, chosen):
         return Damage(built.problem.evaluate(chosen).damage, "measured")

@@ -20,13 +20,12 @@ def kept_layers(num_layers: int, num_kept: int) -> frozenset[int]:
 def choose(asked: Allocation) -> Chosen:
     """Everything as it is in as many layers as fit, nothing in the others."""
     layers = sorted({site.layer for site in asked.sites if site.layer is not None})
-    chosen: Chosen = (0,) * len(asked.sites)
     for number in range(len(layers), 0, -1):
         kept = {None, *(layers[place] for place in kept_layers(len(layers), number))}
         chosen = tuple(len(site.choices) - 1 if site.layer in kept else 0 for site in asked.sites)
         if asked.fits(chosen):
-            break
-    return chosen
+            return chosen
+    return (0,) * len(asked.sites)
 
 
 RECIPE = Recipe(

@@ -287,6 +287,10 @@ class Stack(Correction):
 
     blocks: int
 
+    @abstractmethod
+    def shortened(self, blocks: int) -> Stack:
+        """The first `blocks` of it."""
+
 
 class Code(WeightPart):
     """Stores the whole matrix, in the checkpoint's own dtype, to the bit.
@@ -392,7 +396,7 @@ class WeightOption:
     def shortened(self, blocks: int) -> WeightOption:
         """With the first `blocks` of its stack alone: it stores the same tensors without those of the other blocks."""
         assert self.stack is not None and self.least_blocks <= blocks <= self.stack.blocks
-        kept = (dataclasses.replace(self.stack, blocks=blocks),) if blocks else ()
+        kept = (self.stack.shortened(blocks),) if blocks else ()
         return dataclasses.replace(self, corrections=(*self.corrections[:-1], *kept))
 
     def block_of(self, name: str) -> int | None:

@@ -50,6 +50,9 @@ class ResidualPlanes(Stack):
         """The grid of one block."""
         return SignPlanes(1, self.group_size)
 
+    def shortened(self, blocks: int) -> ResidualPlanes:
+        return replace(self, blocks=blocks)
+
     def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
         block = self.plane.stored(out_features, in_features)
         return tuple(tensor.prefixed(str(number)) for number in range(self.blocks) for tensor in block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from haversack.codecs.bitmap import pack_bits, unpack_bits
@@ -40,6 +40,9 @@ class SignStack(Stack):
     def __post_init__(self) -> None:
         check_range(self.id, "blocks", self.blocks, "from 1 to 16", 1 <= self.blocks <= 16)
         check_range(self.id, "rank", self.rank, "from 1 to 256", 1 <= self.rank <= 256)
+
+    def shortened(self, blocks: int) -> SignStack:
+        return replace(self, blocks=blocks)
 
     def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
         rank = min(self.rank, out_features, in_features)

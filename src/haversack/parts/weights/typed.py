@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, ClassVar
 
 from haversack.codecs.bitpack import UNIT_COLUMNS, packed_row_bytes
@@ -108,7 +108,7 @@ class TypedGrid(DecodedGrid):
         for number, table in enumerate(self.tables):
             reach = torch.maximum(weight.amax(-1).clamp_min(0) / table[-1], weight.amin(-1).clamp_max(0) / table[0])
             offers = [reach * (1 - (1 - smallest) * step / (steps - 1)) for step in range(steps)]
-            best = search_scales(weight, importance, lambda x, t=table: t[_nearest(x, t)], offers).half()
+            best = search_scales(weight, importance, partial(_nearest_values, table=table), offers).half()
             kind = torch.full(best.shape, number, dtype=torch.uint8)
             change = weight - self._rounded(weight, best.float()[..., None], kind[..., None])
             found.append(best)
@@ -191,3 +191,7 @@ def _nearest(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.bucketize(x, (table[1:] + table[:-1]) / 2)
+
+
+def _nearest_values(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return table[_nearest(x, table)]
