@@ -4,7 +4,7 @@ Bytes are those of all matrices, embedding and head included, as stored. KL and 
 neither training nor calibration saw, by one float32 model for all (`benchmarks.scorer`). Rows are kept as they come. Prefixes are taken at even steps of bytes from the
 floor to all blocks; `falls` says whether perplexity fell at every step.
 
-`python -m benchmarks.elastic [--models a] [--recipes any-precision bitstack] [--steps 12]`
+`python -m benchmarks.elastic [--models a] [--recipes any-precision bitstack] [--steps 12] [--windows 12]`
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from haversack.recipes.base import all_recipes
 class Bench:
     """One model with its statistics and a scorer."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, num_windows: int):
         folder = data.reference_model(name)
         self.name, self.model = name, describe_model(folder)
         self.calibration: Calibration = collect_statistics(self.model, data.text("calibration"))
-        self.checkpoint, self.scorer = Checkpoint.open(folder), Scorer(folder)
+        self.checkpoint, self.scorer = Checkpoint.open(folder), Scorer(folder, num_windows=num_windows)
         self.finished = FinishedRows("elastic")
         self._encoded: dict[WeightOption, dict[str, dict[str, torch.Tensor]]] = {}
 
@@ -103,12 +103,13 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["a"])
-    parser.add_argument("--recipes", nargs="+", default=["any-precision", "bitstack"])
+    parser.add_argument("--recipes", nargs="*", default=["any-precision", "bitstack"])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=12, help="of 512 tokens of each text")
     asked = parser.parse_args()
     figures: list[dict[str, Any]] = []
     for name in asked.models:
-        bench = Bench(name)
+        bench = Bench(name, asked.windows)
         yardstick = []
         for option in (o for o in all_recipes()["gptq"].options() if o.grid.group_size == 64 and o.grid.symmetric):
             yardstick.append(bench.row("gptq", option, {site.id: option for site in bench.model.weights}))
@@ -118,7 +119,8 @@ def main() -> None:
             for before, row in zip([None, *rows], rows, strict=False):
                 row["falls"] = before is None or row["perplexity"] < before["perplexity"]
             figures += rows
-    print(write_results("elastic", figures))
+    if set(asked.recipes) >= set(parser.get_default("recipes")):
+        print(write_results("elastic", figures))
 
 
 if __name__ == "__main__":
