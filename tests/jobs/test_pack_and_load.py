@@ -11,19 +11,23 @@ import torch
 from tests.engine.tiny import load_whole, random_ids, save_tiny
 
 import haversack  # noqa: F401  # transformers finds the quantizer
+from haversack.cost.calibrated import Packed
 from haversack.cost.damage import NONE, Damage
 from haversack.cost.dropped import follows_for_free
+from haversack.describe.assemble import read_site
+from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.packed_tensor import packed_tensors
 from haversack.errors import DoesNotFitError, PlanError
 from haversack.formats.packed_folder import PackedFolder
+from haversack.formats.tiers import read_resident
 from haversack.jobs.pack import pack, retune_plan
 from haversack.jobs.run import open_decoder
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
-from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.dropped import DroppedGrid
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
@@ -193,7 +197,7 @@ def test_retuned_scales_and_norms_are_what_is_packed(tmp_path: Path) -> None:
     model, ids = describe_model(source), random_ids(3, 20)
     found = answer(model, (TWO,), 0.5)
     windows = SimpleNamespace(calibration=ids, search=ids)
-    calibration: Any = SimpleNamespace(statistics={}, windows=windows)
+    calibration: Any = SimpleNamespace(statistics={}, windows=windows, packed={})
     retuned = retune_plan(model, found.plan, calibration, 8)
     assert retuned.after < retuned.before
     pack(model, found.plan, tmp_path / "plain")
@@ -207,6 +211,29 @@ def test_retuned_scales_and_norms_are_what_is_packed(tmp_path: Path) -> None:
         for name, nats in (("plain", retuned.before), ("tuned", retuned.after)):
             got = torch.log_softmax(load(tmp_path / name)(ids, use_cache=False).logits, -1)
             assert float((wanted.exp() * (wanted - got)).sum(-1).mean()) == pytest.approx(nats, rel=0.02)
+
+
+def test_what_was_packed_to_measure_is_not_packed_again(tmp_path: Path) -> None:
+    """The same files as packing afresh, with the same notes."""
+    model = describe_model(save_tiny("llama", tmp_path / "model"))
+    plan, checkpoint = answer(model, (TWO,), 0.5).plan, Checkpoint.open(tmp_path / "model")
+    packed = {}
+    for site in model.weights:
+        option = WeightOption.from_dict(next(row.option for row in plan.weights if row.site == site.id))
+        if not option.is_neutral:
+            task = WeightTask(read_site(checkpoint, site).float())
+            packed[site.id, option] = Packed(option.encode(task), tuple(task.notes))
+    _, fresh = pack(model, plan, tmp_path / "fresh")
+    _, again = pack(model, plan, tmp_path / "again", packed=packed)
+    assert packed and fresh and fresh == again
+    files = [sorted((tmp_path / name).glob("packed-*")) for name in ("fresh", "again")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    for site_id, option in packed:
+        packed[site_id, option] = Packed({n: t.clone().zero_() for n, t in packed[site_id, option].tensors.items()}, ())
+    folder, _ = pack(model, plan, tmp_path / "zeros", packed=packed)  # it is what was given that is written
+    assert not any(
+        tensor.any() for tensor in read_resident(folder.site_tensors(next(iter(packed))[0]).values()).values()
+    )
 
 
 def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:

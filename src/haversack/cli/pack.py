@@ -106,7 +106,10 @@ def pack(
         plan, retuned = answer.require_fit(), None
         if retune and found is not None:
             retuned = retune_plan(described, plan, found, retune, progress)
-        folder, notes = pack_job(described, plan, output, statistics=statistics, retuned=retuned, progress=progress)
+        packed = None if found is None else found.packed
+        folder, notes = pack_job(
+            described, plan, output, statistics=statistics, retuned=retuned, packed=packed, progress=progress
+        )
     notes = (*(() if found is None else found.notes), *notes)
     if retuned is not None:
         notes = (*notes, f"scales and norms tuned: {retuned.before:.4g} to {retuned.after:.4g} nats on text held back")

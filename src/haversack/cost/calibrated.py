@@ -61,6 +61,14 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What an option stores of a site, and what had to be changed for it."""
+
+    tensors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What packing and planning need of one calibration pass."""
 
@@ -74,6 +82,8 @@ class Calibration:
     """Probes that steer the search over whole plans, where plans are judged by probes."""
     judge_tasks: tuple[Task, ...] = ()
     """Others, that judge the plan that is kept."""
+    packed: dict[tuple[str, WeightOption], Packed] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """What was packed to measure whole plans, by site id and option, so that packing the one that is kept need not do it again."""
 
 
 def calibrate_model(
