@@ -51,7 +51,7 @@ def error_of(option: WeightOption, tensors: dict[str, torch.Tensor], task: Weigh
     "option",
     [
         alone(SignStack(6, 3)),
-        WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), corrections=(ResidualPlanes(5, 64),)),
+        WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), corrections=(ResidualPlanes(5, 64, 1),)),
         WeightOption(IntegerGrid(2, 64), NEAREST, corrections=(LowRankCorrection(1), ResidualPlanes(3))),
     ],
     ids=str,

@@ -99,7 +99,7 @@ CORRECTED = [
     WeightOption(CodebookGrid("max2", 16, "u4"), HessianFeedback(), (), (SparseOutliers(0.02),)),
     WeightOption(IntegerGrid(4, 64), NearestRounding(), ROTATION, (SparseOutliers(0.05), LowRankCorrection(1))),
     WeightOption(IntegerGrid(2, 64), NearestRounding(), (), (ResidualPlanes(3),)),
-    WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), (), (ResidualPlanes(1, 32),)),
+    WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), (), (ResidualPlanes(2, 32, 1),)),
 ]
 OPTIONS += CORRECTED
 OPTIONS += [
@@ -330,7 +330,7 @@ BAD = [
     (VectorGrid, "length", 3), (VectorGrid, "group_size", 8), (VectorFeedback, "damping", 0.0), (VectorFeedback, "turns", 0),
     (HadamardRotation, "seed", -1), (LowRankCorrection, "rank", 0), (LowRankCorrection, "rounds", 17),
     (SignPlanes, "bits", 9), (SignPlanes, "bases", 1), (SignPlanes, "group_size", 0), (SignPlanes, "activation_bits", 4),
-    (ResidualPlanes, "blocks", 13), (ResidualPlanes, "group_size", 16), (TypedGrid, "bits", 2), (TypedGrid, "group_size", 48), (SignStack, "blocks", 0), (SignStack, "rank", 0), (TensorNetwork, "bond", 0), (SmoothingScale, "strength", 2.0),
+    (ResidualPlanes, "blocks", 13), (ResidualPlanes, "group_size", 16), (ResidualPlanes, "bits", 5), (TypedGrid, "bits", 2), (TypedGrid, "group_size", 48), (SignStack, "blocks", 0), (SignStack, "rank", 0), (TensorNetwork, "bond", 0), (SmoothingScale, "strength", 2.0),
     (SparseGrid, "density", 1.0), (SparseGrid, "per", 1), (SparseGrid, "values", "max9"), (SparseGrid, "weighted", 2),
     (SparseFeedback, "damping", 0.0), (SparseFeedback, "turns", 65), (LearnedClipping, "turns", 0), (LearnedClipping, "rate", 0.9),
     (SparseOutliers, "share", 0.2), (ActivationScale, "num_powers", 1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),
