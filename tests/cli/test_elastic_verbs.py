@@ -56,7 +56,7 @@ def elastic_source(plan: Plan) -> str:
 
 FIGURES = {
     "tensor_peaks": {"decode": 1}, "peak_private_bytes": 1, "imported_private_bytes": 0, "loaded_private_bytes": 0, "file_bytes": 0, "load_seconds": 1.0, "prefill_seconds": 1.0,
-    "decode_tokens_per_second": 1.0, "seconds_per_step": 1.0, "kernels": {}, "loop": "transformers",
+    "decode_tokens_per_second": 1.0, "seconds_per_step": 1.0, "kernels": {}, "loop": "transformers", "disk_read_bytes_per_second": None,
 }  # fmt: skip
 
 
