@@ -56,6 +56,22 @@ PLAN_KEYS = {
         ([*B, "--recipe", "gptx"], ["no recipe 'gptx'", "did you mean 'gptq'?"]),
         ([*B, "--recipe", "gptq", "--recipe", ""], ["no recipe ''", "gptq", "kivi"]),
         (["--task", "tune", *B, "--recipe", "gptq"], ["--recipe", "--task"]),
+        (
+            ["--task", "tune", *B, "--with", "saved=tokens", "--with", "recompute=full"],
+            ["saved is 'tokens'", "choose one of them"],
+        ),
+        (["--task", "tune", *B, "--with", "saved=tokens"], ["the model has 2", "keep activations as they are"]),
+        (["--task", "tune", *B, "--with", "saved=resting"], ["saved is 'resting' with method lora", "method full"]),
+        (
+            ["--task", "tune", *B, "--with", "saved=reversible", "--with", "lora_dropout=0.1"],
+            ["'reversible' with lora_dropout 0.1", "leave it at 0"],
+        ),
+        (
+            ["--task", "train", *B, "--with", "saved=resting", "--with", "update=backward"],
+            ["update is 'backward' with saved 'resting'", "choose update step"],
+        ),
+        (["--task", "tune", *B, "--with", "precision=int8"], ["precision is 'int8' with method lora", "method full"]),
+        (["--task", "train", *B, "--with", "precision=int9"], ["precision is 'int9'", "rotated8, int8"]),
         ([*B, "--calibration", "no-such-text"], ["no-such-text", "No such file"]),
         ([*B, "--calibration-tokens", "0", "--calibration", "x"], ["--calibration-tokens is 0", "at least 2"]),
     ],
