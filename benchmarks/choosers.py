@@ -33,7 +33,7 @@ PLANNER = "planner"
 
 
 def main() -> None:
-    ids = [recipe.id for recipe in all_recipes().values() if recipe.choose is not None]
+    ids = [recipe.id for recipe in all_recipes().values() if recipe.choose is not None and not recipe.options()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["a", "b"])
     parser.add_argument("--choosers", nargs="+", default=ids, choices=ids)

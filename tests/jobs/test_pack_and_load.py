@@ -11,22 +11,29 @@ import torch
 from tests.engine.tiny import load_whole, random_ids, save_tiny
 
 import haversack  # noqa: F401  # transformers finds the quantizer
+from haversack.cost.calibrated import Packed
 from haversack.cost.damage import NONE, Damage
 from haversack.cost.dropped import follows_for_free
+from haversack.describe.assemble import read_site
+from haversack.describe.checkpoint import Checkpoint
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.workload import ServeWorkload
+from haversack.engine.packed_tensor import packed_tensors
 from haversack.errors import DoesNotFitError, PlanError
 from haversack.formats.packed_folder import PackedFolder
+from haversack.formats.tiers import read_resident
 from haversack.jobs.pack import pack, retune_plan
+from haversack.jobs.run import open_decoder
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.quantized import QuantizedKV
-from haversack.parts.weights.base import WeightOption
+from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.dropped import DroppedGrid
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.plan.make import make_plan
 from haversack.plan.question import Answer, Question
+from haversack.recipes.base import all_recipes
 
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt2", "olmo2", "mixtral", "gpt_oss",
@@ -190,7 +197,7 @@ def test_retuned_scales_and_norms_are_what_is_packed(tmp_path: Path) -> None:
     model, ids = describe_model(source), random_ids(3, 20)
     found = answer(model, (TWO,), 0.5)
     windows = SimpleNamespace(calibration=ids, search=ids)
-    calibration: Any = SimpleNamespace(statistics={}, windows=windows)
+    calibration: Any = SimpleNamespace(statistics={}, windows=windows, packed={})
     retuned = retune_plan(model, found.plan, calibration, 8)
     assert retuned.after < retuned.before
     pack(model, found.plan, tmp_path / "plain")
@@ -204,6 +211,29 @@ def test_retuned_scales_and_norms_are_what_is_packed(tmp_path: Path) -> None:
         for name, nats in (("plain", retuned.before), ("tuned", retuned.after)):
             got = torch.log_softmax(load(tmp_path / name)(ids, use_cache=False).logits, -1)
             assert float((wanted.exp() * (wanted - got)).sum(-1).mean()) == pytest.approx(nats, rel=0.02)
+
+
+def test_what_was_packed_to_measure_is_not_packed_again(tmp_path: Path) -> None:
+    """The same files as packing afresh, with the same notes."""
+    model = describe_model(save_tiny("llama", tmp_path / "model"))
+    plan, checkpoint = answer(model, (TWO,), 0.5).plan, Checkpoint.open(tmp_path / "model")
+    packed = {}
+    for site in model.weights:
+        option = WeightOption.from_dict(next(row.option for row in plan.weights if row.site == site.id))
+        if not option.is_neutral:
+            task = WeightTask(read_site(checkpoint, site).float())
+            packed[site.id, option] = Packed(option.encode(task), tuple(task.notes))
+    _, fresh = pack(model, plan, tmp_path / "fresh")
+    _, again = pack(model, plan, tmp_path / "again", packed=packed)
+    assert packed and fresh and fresh == again
+    files = [sorted((tmp_path / name).glob("packed-*")) for name in ("fresh", "again")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    for site_id, option in packed:
+        packed[site_id, option] = Packed({n: t.clone().zero_() for n, t in packed[site_id, option].tensors.items()}, ())
+    folder, _ = pack(model, plan, tmp_path / "zeros", packed=packed)  # it is what was given that is written
+    assert not any(
+        tensor.any() for tensor in read_resident(folder.site_tensors(next(iter(packed))[0]).values()).values()
+    )
 
 
 def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -229,6 +259,12 @@ def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
     )
     found = make_plan(question)
     assert found.fits and found.plan.prediction.damage.nats == pytest.approx(0.01)
+    assert [row.stored_bytes > 0 for row in found.plan.kv] == [
+        True,
+        False,
+    ]  # the dropped attention's cache goes with it
+    held = found.plan.kv[0].stored_bytes
+    assert {found.plan.prediction.timeline[p]["kv"]["device"] for p in ("prefill", "decode")} == {held}
     gone = {row.site for row in found.plan.weights if row.option}
     assert gone == {site.id for site in model.weights if ".1.self_attn." in site.id}
     pack(model, found.plan, tmp_path / "packed")
@@ -238,6 +274,59 @@ def test_a_block_is_dropped_whole_or_not_at_all(tmp_path: Path) -> None:
     with torch.no_grad():
         packed, wanted = load(tmp_path / "packed")(ids, use_cache=False).logits, whole(ids, use_cache=False).logits
     assert torch.allclose(packed, wanted, atol=1e-4 * float(wanted.abs().max()))
+    loaded = load(tmp_path / "packed")
+    out = loaded.generate(ids[:1], max_new_tokens=4, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert out.past_key_values.num_bytes() <= held
+    again = whole.generate(ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(out.sequences, again)
+    decoder, refusal = open_decoder(loaded)
+    assert decoder is not None, refusal
+    assert torch.equal(decoder.generate(ids[:1], torch.ones_like(ids[:1]), 4, capacity_tokens=23)[0], again)
+
+
+def test_skipped_layers_are_never_held(tmp_path: Path) -> None:
+    """As many layers as must go, evenly spread: their matrices and caches take no byte, and the others are as they were."""
+    source = save_tiny("llama", tmp_path / "model", num_layers=5)
+    model = describe_model(source)
+    (dropped,) = all_recipes()["unified-layer-skipping"].options()
+    damages = {
+        site.id: {WeightOption(): NONE, dropped: follows_for_free(site, dropped) or Damage(1.0, "proxied")}
+        if site.layer is not None
+        else {WeightOption(): NONE}
+        for site in model.weights
+    }
+    layer = sum(site.num_bytes for site in model.weights if site.layer == 0)
+    question = Question(
+        model=model,
+        workload=ServeWorkload(24, 9),
+        machine=MACHINE,
+        budget_bytes=answer(model, ()).plan.prediction.peak_bytes - 2 * layer,
+        budget_kind="tensor",
+        weight_damages=damages,
+        kv_damages={site.id: {KVOption(): NONE} for site in model.attention},
+        recipes=("unified-layer-skipping",),
+    )
+    meter: Any = SimpleNamespace(judge=lambda built, chosen: Damage(1.0, "measured"))
+    found = make_plan(question, meter=meter)
+    assert found.fits
+    skipped = {row.layer for row in found.plan.weights if row.layer is not None and not row.stored_bytes}
+    assert skipped == {1, 3} and {row.layer for row in found.plan.kv if not row.stored_bytes} == skipped
+    assert all(row.stored_bytes == row.neutral_bytes for row in found.plan.weights if row.layer not in skipped)
+    pack(model, found.plan, tmp_path / "packed")
+    loaded, ids = load(tmp_path / "packed"), random_ids(1, 24)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in packed_tensors(loaded))
+    assert (
+        held
+        == found.plan.prediction.timeline["decode"]["weights"]["device"]
+        == 3 * layer + sum(site.num_bytes for site in model.weights if site.layer is None)
+    )
+    out = loaded.generate(ids, max_new_tokens=9, do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    assert out.past_key_values.num_bytes() == found.plan.prediction.timeline["decode"]["kv"]["device"]
+    whole = load_whole(source, torch.float32)
+    del whole.model.layers[3], whole.model.layers[1]
+    with torch.no_grad():
+        wanted = whole(ids, use_cache=False).logits
+        assert torch.allclose(loaded(ids, use_cache=False).logits, wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:

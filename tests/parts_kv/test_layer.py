@@ -29,6 +29,7 @@ from haversack.parts.kv.low_rank import LowRankKV
 from haversack.parts.kv.merging import Merge
 from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.normalized_attention import NormalizedAttention
+from haversack.parts.kv.nothing import NothingKV
 from haversack.parts.kv.pages import PagedKV
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
@@ -528,8 +529,27 @@ def test_more_bits_are_never_worse():
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
 
 
+def test_nothing_held_counts_tokens_and_gives_zeros():
+    query, keys, values = tokens(2, 12)
+    option = KVOption(represent=NothingKV())
+    sizes = {"batch_size": 2, "capacity_tokens": 64, "dtype": "F32"}
+    layer = option.build(site(), **sizes)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[1, :5] = False
+    output, lse = layer.step(query, keys, values, scaling=SCALING, real=real)
+    assert not output.any() and output.shape == query.shape and bool((lse == -torch.inf).all())
+    assert layer.seen_tokens() == (12, 7) and layer.held_positions(0) == ()
+    assert layer.num_bytes() == layer.max_bytes() == option.stored_bytes(site(), **sizes) == 0
+    layer.crop(3)
+    other = layer.resized(torch.tensor([1, 1, 0]))
+    assert other.seen_tokens() == (4, 4, 9)
+    other.load_state(other.state())
+    other.reset()
+    assert other.seen_tokens() == (0, 0, 0)
+
+
 def test_options_and_parts_survive_a_plan_file():
-    for option in OPTIONS:
+    for option in (*OPTIONS, KVOption(represent=NothingKV())):
         assert KVOption.from_dict(option.to_dict()) == option
     for part in all_parts().values():
         if issubclass(part, KVPart):

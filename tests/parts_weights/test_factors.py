@@ -1,4 +1,4 @@
-"""Matrices made of factors alone, learned clipping, smoothing, and bytes on a normal table."""
+"""Matrices made of factors alone, learned clipping, smoothing, bytes on a normal table, and a datatype per group."""
 
 import pytest
 import torch
@@ -8,14 +8,17 @@ from haversack.errors import UsageError
 from haversack.parts.weights.base import WeightOption, WeightTask
 from haversack.parts.weights.codebook import CodebookGrid
 from haversack.parts.weights.dropped import DroppedGrid
+from haversack.parts.weights.hessian_feedback import HessianFeedback
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.learned_clipping import LearnedClipping
 from haversack.parts.weights.low_rank import LowRankCorrection
 from haversack.parts.weights.nearest import NearestRounding
+from haversack.parts.weights.residual_planes import ResidualPlanes
 from haversack.parts.weights.sign_stack import SignStack
 from haversack.parts.weights.smoothing import SmoothingScale
 from haversack.parts.weights.tensor_network import TensorNetwork
 from haversack.parts.weights.trellis import TrellisGrid
+from haversack.parts.weights.typed import TypedGrid
 
 NEAREST = NearestRounding()
 
@@ -36,20 +39,38 @@ def dense(option: WeightOption, task: WeightTask) -> torch.Tensor:
 
 
 def error(option: WeightOption, task: WeightTask) -> float:
-    change = dense(option, task) - task.weight
+    return error_of(option, option.encode(WeightTask(task.weight, task.hessian)), task)
+
+
+def error_of(option: WeightOption, tensors: dict[str, torch.Tensor], task: WeightTask) -> float:
+    change = option.dense(tensors, *task.weight.shape) - task.weight
     return float(((change @ task.hessian) * change).sum())
 
 
-def test_the_first_blocks_of_a_stack_are_the_shorter_stack():
+@pytest.mark.parametrize(
+    "option",
+    [
+        alone(SignStack(6, 3)),
+        WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), corrections=(ResidualPlanes(5, 64, 1),)),
+        WeightOption(IntegerGrid(2, 64), NEAREST, corrections=(LowRankCorrection(1), ResidualPlanes(3))),
+    ],
+    ids=str,
+)
+def test_the_first_blocks_of_a_stack_are_the_shorter_stack(option):
     """What makes any prefix of a stored matrix a model of its own."""
     task = task_of(24, 70)
-    whole = alone(SignStack(6, 3)).encode(WeightTask(task.weight, task.hessian))
+    whole = option.encode(WeightTask(task.weight, task.hessian))
     errors = []
-    for blocks in range(1, 7):
-        shorter = alone(SignStack(blocks, 3))
-        prefix = {name: tensor[:blocks] for name, tensor in whole.items()}
-        assert all(torch.equal(prefix[n], t) for n, t in shorter.encode(WeightTask(task.weight, task.hessian)).items())
-        errors.append(float((shorter.dense(prefix, 24, 70) - task.weight).square().sum()))
+    for blocks in range(option.least_blocks, option.stack.blocks + 1):
+        shorter = option.shortened(blocks)
+        prefix = {
+            name: tensor
+            for name, tensor in whole.items()
+            if (option.block_of(name) or 0) < blocks or option.block_of(name) is None
+        }
+        made = shorter.encode(WeightTask(task.weight, task.hessian))
+        assert prefix.keys() == made.keys() and all(torch.equal(prefix[n], t) for n, t in made.items())
+        errors.append(error_of(shorter, prefix, task))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
 
 
@@ -113,3 +134,27 @@ def test_bytes_on_a_normal_table_lose_half_of_what_even_steps_do():
     normal = (codebook("max8").nearest_values(x) - x).square().mean()
     even = min(((x / s).round().clamp(-128, 127) * s - x).square().mean() for s in torch.linspace(0.025, 0.04, 31))
     assert normal < 0.5 * even
+
+
+@pytest.mark.parametrize("bits", (3, 4))
+def test_every_group_finds_its_own_datatype(bits):
+    """Values of each type come back exactly, and on normal weights the best of four types beats each alone and integers."""
+    grid = TypedGrid(bits, 32)
+    table = grid.tables
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(1 << bits, (16, 4, 32), generator=draw)
+    codes[..., 0], codes[..., 1] = 0, (1 << bits) - 1  # both ends, so that the scale is known
+    for number in range(4):  # each type's special value is there, in its own group
+        codes[:, number, 2] = int((~torch.isin(table[number], table[number - 1])).nonzero()[0])
+    weight = torch.stack([table[number][codes[:, number]] for number in range(4)], 1).flatten(1) / 64
+    option = WeightOption(grid, NearestRounding())
+    tensors = option.encode(WeightTask(weight.clone()))
+    assert torch.equal(option.dense(tensors, *weight.shape), weight)
+    assert tensors["types"].shape == (16, 1) and bool((tensors["types"] == 0b11100100).all())
+    normal = torch.randn(64, 256, generator=draw)
+    grids = {"typed": TypedGrid(bits), "integer": IntegerGrid(bits, 128)}
+    errors = {}
+    for name, of in grids.items():
+        option = WeightOption(of, NearestRounding())
+        errors[name] = float((option.dense(option.encode(WeightTask(normal.clone())), 64, 256) - normal).square().sum())
+    assert errors["typed"] < errors["integer"]

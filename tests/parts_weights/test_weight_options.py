@@ -29,6 +29,7 @@ from haversack.parts.weights.learned_clipping import LearnedClipping
 from haversack.parts.weights.low_rank import LowRankCorrection
 from haversack.parts.weights.nearest import NearestRounding
 from haversack.parts.weights.outliers import SparseOutliers
+from haversack.parts.weights.residual_planes import ResidualPlanes
 from haversack.parts.weights.sign_planes import SignPlanes
 from haversack.parts.weights.sign_stack import SignStack
 from haversack.parts.weights.smoothing import SmoothingScale
@@ -37,6 +38,7 @@ from haversack.parts.weights.sparse_feedback import SparseFeedback
 from haversack.parts.weights.tensor_network import TensorNetwork
 from haversack.parts.weights.token_weighting import TokenWeighting
 from haversack.parts.weights.trellis import TrellisGrid
+from haversack.parts.weights.typed import TypedGrid
 from haversack.parts.weights.vector import VectorGrid
 from haversack.parts.weights.vector_feedback import VectorFeedback
 from haversack.recipes.base import all_recipes
@@ -96,8 +98,15 @@ CORRECTED = [
     WeightOption(CodebookGrid("max2", 16, "u4"), HessianFeedback(), (), (LowRankCorrection(4, 3),)),
     WeightOption(CodebookGrid("max2", 16, "u4"), HessianFeedback(), (), (SparseOutliers(0.02),)),
     WeightOption(IntegerGrid(4, 64), NearestRounding(), ROTATION, (SparseOutliers(0.05), LowRankCorrection(1))),
+    WeightOption(IntegerGrid(2, 64), NearestRounding(), (), (ResidualPlanes(3),)),
+    WeightOption(CodebookGrid("max2", 32, "u4"), HessianFeedback(), (), (ResidualPlanes(2, 32, 1),)),
 ]
 OPTIONS += CORRECTED
+OPTIONS += [
+    WeightOption(TypedGrid(*of), rounding)
+    for of in ((3,), (4, 32))
+    for rounding in (NearestRounding(), HessianFeedback())
+]
 SPARSE_GRIDS = [
     SparseGrid(0.5), SparseGrid(0.3, weighted=False), SparseGrid(0.5, 4), SparseGrid(0.75, 8, "max4"), SparseGrid(0.5, 10, "f16"),
     SparseGrid(0.5, 0, "max3"), SparseGrid(0.25, 16, "int4", 64, "f16"),
@@ -321,7 +330,7 @@ BAD = [
     (VectorGrid, "length", 3), (VectorGrid, "group_size", 8), (VectorFeedback, "damping", 0.0), (VectorFeedback, "turns", 0),
     (HadamardRotation, "seed", -1), (LowRankCorrection, "rank", 0), (LowRankCorrection, "rounds", 17),
     (SignPlanes, "bits", 9), (SignPlanes, "bases", 1), (SignPlanes, "group_size", 0), (SignPlanes, "activation_bits", 4),
-    (SignStack, "blocks", 0), (SignStack, "rank", 0), (TensorNetwork, "bond", 0), (SmoothingScale, "strength", 2.0),
+    (ResidualPlanes, "blocks", 13), (ResidualPlanes, "group_size", 16), (ResidualPlanes, "bits", 5), (TypedGrid, "bits", 2), (TypedGrid, "group_size", 48), (SignStack, "blocks", 0), (SignStack, "rank", 0), (TensorNetwork, "bond", 0), (SmoothingScale, "strength", 2.0),
     (SparseGrid, "density", 1.0), (SparseGrid, "per", 1), (SparseGrid, "values", "max9"), (SparseGrid, "weighted", 2),
     (SparseFeedback, "damping", 0.0), (SparseFeedback, "turns", 65), (LearnedClipping, "turns", 0), (LearnedClipping, "rate", 0.9),
     (SparseOutliers, "share", 0.2), (ActivationScale, "num_powers", 1), (CodebookGrid, "scales", "f32"), (CodebookGrid, "search", 1),

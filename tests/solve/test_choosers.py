@@ -18,6 +18,7 @@ from haversack.plan.make import make_plan
 from haversack.plan.question import Question
 from haversack.recipes.allocation import Allocation, AllocationSite, Choice, front
 from haversack.recipes.base import all_recipes, candidate_options
+from haversack.recipes.unified_layer_skipping import kept_layers
 
 CHOOSERS = {recipe.id: recipe.choose for recipe in all_recipes().values() if recipe.choose is not None}
 
@@ -83,6 +84,16 @@ def test_closed_form_bits_lose_alike_everywhere_and_less_than_uniform_ones():
     assert sum(gains) / len(gains) < 0.9
 
 
+def test_layers_that_stay_are_spread_evenly():
+    assert kept_layers(8, 8) == set(range(8)) and kept_layers(8, 1) == {0}
+    for num_layers, number in itertools.product((2, 8, 33), (2, 3, 5, 7)):
+        if number <= num_layers:
+            kept = sorted(kept_layers(num_layers, number))
+            gaps = [b - a for a, b in itertools.pairwise(kept)]
+            assert len(kept) == number and (kept[0], kept[-1]) == (0, num_layers - 1)
+            assert max(gaps) - min(gaps) <= 1
+
+
 def test_evolution_follows_what_is_measured_of_the_whole():
     for seed in range(4):
         asked = question(seed, 10, 0.2)
@@ -106,7 +117,9 @@ def test_layers_that_change_more_get_the_higher_level():
 
 
 def test_choosers_add_no_options_of_their_own_and_take_none_away():
-    assert candidate_options("weights", tuple(CHOOSERS)) == candidate_options("weights")
+    of_all = tuple(name for name in CHOOSERS if not all_recipes()[name].options())
+    assert candidate_options("weights", of_all) == candidate_options("weights")
+    assert len(of_all) == len(CHOOSERS) - 1 and len(candidate_options("weights", ("unified-layer-skipping",))) == 1
     assert candidate_options("weights", ("gptq", "evopress")) == candidate_options("weights", ("gptq",))
 
 
@@ -115,6 +128,9 @@ class SummingMeter:
 
     def measure(self, built, chosen):
         return built.problem.evaluate(chosen).damage
+
+    def progress(self, what, done, total):
+        assert done >= 0
 
     def judge(self, built, chosen):
         return Damage(built.problem.evaluate(chosen).damage, "measured")

@@ -29,16 +29,23 @@ HELP = f"""  /reset   forget the conversation (the system message stays)
 
 
 def converse(
-    folder: Path, system: str | None, max_new_tokens: int | None, choice: Choice, cap_bytes: int | None, *, json: bool
+    folder: Path,
+    system: str | None,
+    max_new_tokens: int | None,
+    choice: Choice,
+    cap_bytes: int | None,
+    budget: str | None = None,
+    *,
+    json: bool,
 ) -> int:
     """Answer messages until there are no more; 0, or 130 where Ctrl-C ended an answer in a pipe."""
     from haversack.jobs.chat import Chat
     from haversack.jobs.run import within
 
     talks = sys.stdin.isatty() and not json
-    with within(folder, cap_bytes) as sampler:
+    with within(folder, cap_bytes, budget) as sampler:
         with console.status(f"loading {folder}"):
-            chat = Chat(folder, system=system, max_new_tokens=max_new_tokens, choice=choice)
+            chat = Chat(folder, system=system, max_new_tokens=max_new_tokens, choice=choice, budget=budget)
         console.notes(chat.notes, err=True)
         if talks:
             console.paragraph(

@@ -10,14 +10,22 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.answer import plan_json, print_answer
-from haversack.cli.question import Asked, Calibrating, Source, Trust, spread_options, weighed_answer
+from haversack.cli.question import (
+    Asked,
+    Calibrating,
+    Source,
+    Trust,
+    answer_for_all_sizes,
+    spread_options,
+    weighed_answer,
+)
 from haversack.describe.workload import ServeWorkload
 from haversack.errors import UsageError
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
     from haversack.describe.model import Model
-    from haversack.plan.schema import Plan
+    from haversack.plan.schema import Elastic, Plan
 
 
 @spread_options
@@ -33,6 +41,13 @@ def pack(
             help="Passes over the calibration text that tune scales and norms together; needs room for the model."
         ),
     ] = 0,
+    elastic: Annotated[
+        bool,
+        typer.Option(
+            "--elastic",
+            help="One folder for any budget between a floor and --budget (or all there is): run, verify and loading take a budget.",
+        ),
+    ] = False,
     trust_remote_code: Trust = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
@@ -57,16 +72,18 @@ def pack(
             )
         ready = Plan.read(plan_file)
     else:
-        asked.check()
+        asked.check(elastic=elastic)
+    if elastic:
+        _check_elastic(asked, plan_file, retune)
     described = describe_model(model, trust_remote_code=trust_remote_code)
     if described.folder is None:
-        if ready is None and asked.budget_text is not None:
+        if ready is None and asked.budget_text is not None and not elastic:
             _refuse_hopeless(asked, described, json)  # before gigabytes are fetched
         described = _with_weights(model, described, trust_remote_code=trust_remote_code, quiet=json)
     if ready is not None:
         check_belongs(ready, described)
     if (left := unfinished(described, output)) is not None:
-        _check_same_question(left, None if plan_file else asked, ready, described, output)
+        _check_same_question(left, None if plan_file else asked, ready, described, output, elastic)
         ready = left
     check_packable(described, trust_remote_code=trust_remote_code)
 
@@ -74,11 +91,14 @@ def pack(
         found = None
         if ready is not None:
             answer = Answer(ready, fits=True, shortfall_bytes=0)
-            if not all(is_lossless(row.option) for row in ready.weights):
+            if ready.elastic is not None:
+                found = calibrating.statistics(described, progress)
+            elif not all(is_lossless(row.option) for row in ready.weights):
                 context_tokens = ServeWorkload.from_dict(ready.workload).context_tokens
                 found = calibrating.run(described, context_tokens, progress, ready.recipes)
         else:
-            answer, found = weighed_answer(asked, described, calibrating, progress)
+            weigh = answer_for_all_sizes if elastic else weighed_answer
+            answer, found = weigh(asked, described, calibrating, progress)
             if json and not answer.fits:
                 with console.reader_may_leave():
                     console.print_json(plan_json(answer))
@@ -86,7 +106,10 @@ def pack(
         plan, retuned = answer.require_fit(), None
         if retune and found is not None:
             retuned = retune_plan(described, plan, found, retune, progress)
-        folder, notes = pack_job(described, plan, output, statistics=statistics, retuned=retuned, progress=progress)
+        packed = None if found is None else found.packed
+        folder, notes = pack_job(
+            described, plan, output, statistics=statistics, retuned=retuned, packed=packed, progress=progress
+        )
     notes = (*(() if found is None else found.notes), *notes)
     if retuned is not None:
         notes = (*notes, f"scales and norms tuned: {retuned.before:.4g} to {retuned.after:.4g} nats on text held back")
@@ -97,8 +120,31 @@ def pack(
     console.notes(notes)
     size = sum(entry.num_bytes for entry in folder.manifest.files.values())
     typer.echo(f"\nPacked into {folder.path}: {format_bytes(size)} on disk.")
+    if plan.elastic is not None:
+        console.paragraph(_sizes(plan.elastic, plan))
+        typer.echo(f"Next: haversack run {folder.path} --budget ... --prompt '...'")
+        return 0
     typer.echo(f"Next: haversack run {folder.path} --prompt '...'   or   haversack verify {folder.path}")
     return 0
+
+
+def _check_elastic(asked: Asked, plan_file: Path | None, retune: int) -> None:
+    """Raise UsageError for what a folder of all sizes can't be given."""
+    from haversack.plan.elastic import stacked_option
+
+    for name, given in (("--plan", plan_file), ("--retune", retune)):
+        if given:
+            raise UsageError(f"{name} was given with --elastic, but belongs to one size; leave one of both out.")
+    stacked_option(asked.recipes)
+
+
+def _sizes(elastic: Elastic, plan: Plan) -> str:
+    """Floor, ceiling and steps in one sentence."""
+    largest = max((block.num_bytes for block in elastic.blocks), default=0)
+    return (
+        f"It can be held at any peak from {format_bytes(elastic.floor_peak_bytes)} ({elastic.floor_damage:.3g} nats per token, proxied) to "
+        f"{format_bytes(plan.prediction.peak_bytes)}, in {len(elastic.blocks)} blocks of at most {format_bytes(largest)}."
+    )
 
 
 def _refuse_hopeless(asked: Asked, described: Model, json: bool) -> None:
@@ -130,7 +176,9 @@ def _with_weights(source: str, described: Model, *, trust_remote_code: bool, qui
     return found
 
 
-def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, model: Model, output: Path) -> None:
+def _check_same_question(
+    left: Plan, asked: Asked | None, given: Plan | None, model: Model, output: Path, elastic: bool
+) -> None:
     """Raise OutputError unless an unfinished pack's plan answers what is asked now.
 
     A percentage may have come to other bytes since: the plan still answers if it fits today's.
@@ -150,6 +198,7 @@ def _check_same_question(left: Plan, asked: Asked | None, given: Plan | None, mo
             and budget.kind == question.budget_kind
             and budget.max_damage == question.max_damage
             and left.recipes == question.recipes
+            and (left.elastic is not None) == elastic
         )
     if not same:
         size = "the fewest bytes" if left.budget.num_bytes is None else format_bytes(left.budget.num_bytes)

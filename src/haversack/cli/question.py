@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -83,12 +84,14 @@ class Asked:
         """Whether any option was given."""
         return self != Asked()
 
-    def check(self) -> None:
-        """Raises UsageError where options contradict each other, before any model is looked at."""
+    def check(self, *, elastic: bool = False) -> None:
+        """Raises UsageError where options contradict each other, before any model is looked at. An `elastic` folder needs no budget."""
         if self.placement not in PLACEMENTS:
             raise UsageError(f"--placement {self.placement!r} is not one of {', '.join(PLACEMENTS)}.")
         self.check_budget()
-        if self.budget_text is None and self.max_damage is None:
+        if elastic:
+            self._check_elastic()
+        elif self.budget_text is None and self.max_damage is None:
             raise UsageError(
                 "no budget was given; say --budget 8GiB (or 60%), or turn the question round with --max-damage."
             )
@@ -108,6 +111,17 @@ class Asked:
             raise UsageError("--budget and --tensor-budget were both given; a plan has one budget.")
         if self.budget_text is not None:
             parse_budget(self.budget_text, available_bytes=2**60)  # any machine's memory will do to see nonsense
+
+    def _check_elastic(self) -> None:
+        for name, given in (
+            ("--max-damage", self.max_damage),
+            ("--min-tokens-per-second", self.min_tokens_per_second),
+            (f"--placement {self.placement}", self.placement if self.placement not in ("auto", "resident") else None),
+        ):
+            if given is not None:
+                raise UsageError(
+                    f"{name} was given with --elastic, which packs all sizes up to a budget, resident; leave one of both out."
+                )
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -243,6 +257,13 @@ class Calibrating:
         """The file's text, or the built-in one. Raises UsageError where there is none to calibrate on."""
         return calibration_text(self.calibration, self.calibration_tokens)
 
+    def statistics(self, model: Model, progress: Progress) -> Calibration:
+        """The calibration's statistics alone, no option weighed. Raises InterruptedJobError on Ctrl-C."""
+        from haversack.cost.calibrated import collect_statistics
+
+        with _interruptible():
+            return collect_statistics(model, self.text(), num_tokens=self.calibration_tokens, progress=progress)
+
     def run(self, model: Model, context_tokens: int, progress: Progress, recipes: tuple[str, ...] = ()) -> Calibration:
         """Calibrate a model. Raises InterruptedJobError on Ctrl-C."""
         return calibration_for(
@@ -302,6 +323,19 @@ def weighed_answer(
     return make_plan(asked.question(model, found), progress, meter), found
 
 
+def answer_for_all_sizes(
+    asked: Asked, model: Model, calibrating: Calibrating, progress: Progress
+) -> tuple[Answer, Calibration]:
+    """The plan of a folder that can be held at any size, and the calibration that it rests on."""
+    from haversack.cost.stacks import stack_damages
+    from haversack.plan.elastic import elastic_answer, stacked_option
+
+    option, found = stacked_option(asked.recipes), calibrating.statistics(model, progress)
+    with _interruptible():
+        damages = stack_damages(found, option, progress)
+    return elastic_answer(asked.question(model, None), option, damages), found
+
+
 def _may_fit_in_codes(answer: Answer) -> bool:
     """Whether what is short may be had of the weights without loss: worth reading them all to know."""
     from haversack.cost.lossless import LEAST_SHARE
@@ -321,10 +355,9 @@ def calibration_for(
 ) -> Calibration:
     """Calibrate a model on a file's text, or on the built-in text, for options of `recipes` alone if named. Raises InterruptedJobError on Ctrl-C."""
     from haversack.cost.calibrated import calibrate_model
-    from haversack.errors import InterruptedJobError
 
     text = calibration_text(file, num_tokens)
-    try:
+    with _interruptible():
         return calibrate_model(
             model,
             text,
@@ -334,6 +367,15 @@ def calibration_for(
             probes=probes,
             progress=progress,
         )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C while calibrating as the error that says how to go on."""
+    from haversack.errors import InterruptedJobError
+
+    try:
+        yield
     except KeyboardInterrupt:
         raise InterruptedJobError(
             "calibration was interrupted; what it finished is kept, and the same command goes on from there."

@@ -40,6 +40,13 @@ def run(
             help="A hard limit on this process's private memory (RLIMIT_DATA), 2GiB, or 60% of available memory.",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Of a folder packed with --elastic: as much of it as this holds, 2GiB, or 60% of available memory.",
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON when done (with --chat: a line per turn) instead of streaming.")
     ] = False,
@@ -52,8 +59,8 @@ def run(
     cap_bytes = None if cap is None else _cap_bytes(cap)
     choice = Choice(temperature, top_p, top_k, seed)
     if chat:
-        return converse(folder, system, max_new_tokens, choice, cap_bytes, json=json)
-    return _complete(folder, _text(prompt), max_new_tokens, choice, cap_bytes, json=json)
+        return converse(folder, system, max_new_tokens, choice, cap_bytes, budget, json=json)
+    return _complete(folder, _text(prompt), max_new_tokens, choice, cap_bytes, budget, json=json)
 
 
 def _cap_bytes(text: str) -> int:
@@ -76,7 +83,14 @@ def _text(prompt: str | None) -> str:
 
 
 def _complete(
-    folder: Path, text: str, max_new_tokens: int | None, choice: Choice, cap_bytes: int | None, *, json: bool
+    folder: Path,
+    text: str,
+    max_new_tokens: int | None,
+    choice: Choice,
+    cap_bytes: int | None,
+    budget: str | None,
+    *,
+    json: bool,
 ) -> int:
     from haversack.jobs.run import generate
 
@@ -86,6 +100,7 @@ def _complete(
         max_new_tokens=max_new_tokens,
         choice=choice,
         cap_bytes=cap_bytes,
+        budget=budget,
         on_text=None if json else show,
         on_stage=None if json else console.passing_line,
     )

@@ -16,13 +16,20 @@ def verify(
     quality: Annotated[
         bool, typer.Option("--quality/--no-quality", help="Also measure perplexity and KL against the unpacked model.")
     ] = True,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Of a folder packed with --elastic: as much of it as this holds, 2GiB, or 60% of available memory.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Run the planned workload and compare with what was promised. Exits 1 if the measured peak passes the budget."""
     from haversack.jobs.verify import verify as verify_job
 
     with console.progress_bar(quiet=json) as progress:
-        report = verify_job(folder, quality=quality, progress=progress)
+        report = verify_job(folder, quality=quality, budget=budget, progress=progress)
     with console.reader_may_leave():
         console.print_json(report) if json else _print(report)
     return 0 if report["within_budget"] else 1

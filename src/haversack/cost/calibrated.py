@@ -61,6 +61,14 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What an option stores of a site, and what had to be changed for it."""
+
+    tensors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What packing and planning need of one calibration pass."""
 
@@ -74,6 +82,8 @@ class Calibration:
     """Probes that steer the search over whole plans, where plans are judged by probes."""
     judge_tasks: tuple[Task, ...] = ()
     """Others, that judge the plan that is kept."""
+    packed: dict[tuple[str, WeightOption], Packed] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """What was packed to measure whole plans, by site id and option, so that packing the one that is kept need not do it again."""
 
 
 def calibrate_model(
@@ -94,14 +104,34 @@ def calibrate_model(
     Waits while another process calibrates the same model: they would share its files.
     Raises UsageError for an empty text and CheckpointError where the model has no weights.
     """
+    tell = progress or (lambda what, done, total: None)
+    windows = _windows(model, text, num_tokens, seq_len)
+    with _one_at_a_time(model, tell):
+        return _calibrate(model, text, windows, kv_capacity_tokens, recipes, probes, tell)
+
+
+def collect_statistics(
+    model: Model, text: str, *, num_tokens: int = 32_768, seq_len: int = 512, progress: Progress | None = None
+) -> Calibration:
+    """The calibration's statistics and windows alone, no option weighed; as `calibrate_model`."""
+    tell = progress or (lambda what, done, total: None)
+    windows = _windows(model, text, num_tokens, seq_len)
+    with _one_at_a_time(model, tell):
+        statistics = _statistics(model, windows, tell)
+    return Calibration(model, windows, statistics, {}, {}, windows.notes)
+
+
+def _windows(model: Model, text: str, num_tokens: int, seq_len: int) -> TextWindows:
     if model.folder is None:
         raise CheckpointError(f"{model.name} is described from its config alone; calibrating needs its weights.")
     if not text.strip():
         raise UsageError("the calibration text is empty; name a text file of some hundred kilobytes.")
-    tell = progress or (lambda what, done, total: None)
-    windows = text_windows(token_ids_of(model, text), num_tokens, min(seq_len, model.max_positions or seq_len))
-    with _one_at_a_time(model, tell):
-        return _calibrate(model, text, windows, kv_capacity_tokens, recipes, probes, tell)
+    return text_windows(token_ids_of(model, text), num_tokens, min(seq_len, model.max_positions or seq_len))
+
+
+def _statistics(model: Model, windows: TextWindows, tell: Progress) -> Statistics:
+    folder, settings = cache_folder("calibration"), CalibrationSettings()
+    return calibrate(model, windows.calibration, cache=folder, settings=settings, progress=tell)
 
 
 @contextmanager
@@ -129,18 +159,15 @@ def _calibrate(
     probes: bool,
     tell: Progress,
 ) -> Calibration:
-    settings = CalibrationSettings()
-    statistics = calibrate(
-        model, windows.calibration, cache=cache_folder("calibration"), settings=settings, progress=tell
-    )
+    statistics = _statistics(model, windows, tell)
     offered = candidate_options("weights", recipes)
     if any("attended" in part.needs for option in offered for part in option.parts):
         collect_attended(StreamedModel.open(model), windows.calibration, statistics.folder, progress=tell)
-    table = _Table(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
+    table = DamageTable(statistics.folder / f"damages-{__version__}-{_VERSION}.jsonl")
     proxies = _weight_damages(model, statistics, offered, table, tell)
     staged, scratch = stage_model(model), statistics.folder / "scratch"
     some = windows.search[:: 2 if is_small(model) else 4]
-    weight_damages = measure_weight_options(staged, some, statistics, proxies, table, _key, scratch, tell)
+    weight_damages = measure_weight_options(staged, some, statistics, proxies, table, option_key, scratch, tell)
     found = Calibration(model, windows, statistics, weight_damages, {}, windows.notes)
     if probes:
         length = min(kv_capacity_tokens, model.max_positions or kv_capacity_tokens)
@@ -228,7 +255,7 @@ def tokenize(model: Model, text: str, *, num_tokens: int, seq_len: int) -> torch
     return token_windows(ids, max(1, num_tokens // seq_len), seq_len)
 
 
-class _Table:
+class DamageTable:
     """A JSON-lines file of finished rows: key -> value, appended as they come."""
 
     def __init__(self, path: Path):
@@ -249,7 +276,7 @@ class _Table:
 
 
 def _weight_damages(
-    model: Model, statistics: Statistics, offered: Sequence[WeightOption], table: _Table, tell: Progress
+    model: Model, statistics: Statistics, offered: Sequence[WeightOption], table: DamageTable, tell: Progress
 ) -> dict[str, dict[WeightOption, Damage]]:
     assert model.folder is not None
     checkpoint = Checkpoint.open(model.folder)
@@ -260,7 +287,7 @@ def _weight_damages(
         tell("weighing options", done, len(model.weights))
         out[site.id] = {WeightOption(): NONE}
         row = f"code {site.id} {[option.label for option in codes]}"
-        weighed = site.id not in statistics or all(_key(site.id, option) in table.rows for option in options)
+        weighed = site.id not in statistics or all(option_key(site.id, option) in table.rows for option in options)
         if row not in table.rows or not weighed:
             weight = require_finite(read_site(checkpoint, site), site.id)
         if row not in table.rows:
@@ -271,11 +298,11 @@ def _weight_damages(
         if site.id not in statistics:
             continue
         if not weighed:
-            weigh = _Weigher(site, weight.float(), statistics[site.id])
+            weigh = Weigher(site, weight.float(), statistics[site.id])
             for option, nats in weigh.damages(options).items():
-                table.add(_key(site.id, option), nats)
+                table.add(option_key(site.id, option), nats)
         for option in options:
-            nats = table.rows[_key(site.id, option)]
+            nats = table.rows[option_key(site.id, option)]
             proxy = Damage(nats, "proxied", source="output error weighted by Fisher statistics")
             out[site.id][option] = follows_for_free(site, option) or proxy
     tell("weighing options", len(model.weights), len(model.weights))
@@ -292,7 +319,7 @@ def _worth_weighing(offered: Sequence[WeightOption]) -> list[WeightOption]:
     return [option for option in offered if option not in better]
 
 
-class _Weigher:
+class Weigher:
     """Estimates damages of options at one site on a sample of its rows."""
 
     def __init__(self, site: WeightSite, weight: torch.Tensor, statistics: SiteStatistics):
@@ -342,15 +369,27 @@ class _Weigher:
 
     def damage(self, option: WeightOption) -> float:
         """Nats per token of one option, packed and read back."""
-        rows, scale = self._sample(option)
+        return self._nats(option, [option])[0]
+
+    def prefix_damages(self, option: WeightOption) -> list[float]:
+        """Nats per token with the fewest blocks of an option's stack, with one more, and so on: packed once."""
+        assert option.stack is not None
+        numbers = range(option.least_blocks, option.stack.blocks + 1)
+        return self._nats(option, [option.shortened(number) for number in numbers])
+
+    def _nats(self, packed: WeightOption, read: Sequence[WeightOption]) -> list[float]:
+        """Nats per token of options that read what one of them packed."""
+        rows, scale = self._sample(packed)
         weight = self.whole[rows].contiguous()
-        tensors = option.encode(self.statistics.task(weight.clone()))
-        change = option.dense(tensors, *weight.shape) - weight
+        tensors = packed.encode(self.statistics.task(weight.clone()))
+        return [scale * self._proxy(option.dense(tensors, *weight.shape) - weight, rows) for option in read]
+
+    def _proxy(self, change: torch.Tensor, rows: slice) -> float:
         nats = 0.0
         with products_in_bfloat16():  # off by 0.4% at most, where the proxy itself is off by tens of percent
             for h, importance in self.statistics.pairs:
                 nats += 0.5 * float(((change @ h) * change).sum(1) @ importance[rows])
-        return nats * scale
+        return nats
 
 
 def _kv_damages(
@@ -358,7 +397,7 @@ def _kv_damages(
     token_ids: torch.Tensor,
     options: Sequence[KVOption],
     capacity_tokens: int,
-    table: _Table,
+    table: DamageTable,
     scratch: Path,
     tell: Progress,
 ) -> dict[str, dict[KVOption, Damage]]:
@@ -366,11 +405,13 @@ def _kv_damages(
     model = staged.described
     length = min(capacity_tokens, model.max_positions or capacity_tokens)
     rows = token_windows(token_ids.reshape(-1).tolist(), 2 if is_small(model) else 1, length)
-    measure_cache_options(staged, rows, options, table, _key, scratch, tell)
+    measure_cache_options(staged, rows, options, table, option_key, scratch, tell)
     out: dict[str, dict[KVOption, Damage]] = {site.id: {KVOption(): NONE} for site in model.attention}
     sites = [site.id for site in model.attention if site.shares_with is None]
     for option in options:
-        found = {s: table.rows[f"KL {_key(s, option)}"] for s in sites if f"KL {_key(s, option)}" in table.rows}
+        found = {
+            s: table.rows[f"KL {option_key(s, option)}"] for s in sites if f"KL {option_key(s, option)}" in table.rows
+        }
         for site_id in sites if found else ():
             if site_id in found:
                 damage = Damage(found[site_id], "measured", source="KL of the model with this layer's cache so held")
@@ -380,6 +421,7 @@ def _kv_damages(
     return out
 
 
-def _key(where: str, option: WeightOption | KVOption) -> str:
+def option_key(where: str, option: WeightOption | KVOption) -> str:
+    """Under which an option's damage at a site is kept."""
     digest = hashlib.sha256(json.dumps(option.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
     return f"{where} {digest}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from haversack.cost.candidates import KVCandidate, Serving, SharedCosts, WeightCandidate, WeightCandidates
-from haversack.cost.dropped import dropped_together
+from haversack.cost.dropped import caches_of_dropped, dropped_together
 from haversack.describe.checkpoint import CheckpointTensor
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
@@ -140,7 +140,7 @@ def serving_problem(
         tuple(groups),
         tuple(points),
         {} if budget_bytes is None else {"device": budget_bytes},
-        dropped_together(weights),
+        (*dropped_together(weights), *caches_of_dropped(weights, kv)),
         max_seconds=max_seconds,
         max_damage=max_damage,
     )

@@ -23,12 +23,13 @@ from haversack.describe.model import Model, describe_model
 from haversack.describe.site import WeightSite
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.attach import PackedSite, attach, fill_buffers, take_off
+from haversack.engine.elastic import held_within
 from haversack.engine.generation import install_kv_plan
 from haversack.engine.kv_cache import KVPlan
 from haversack.engine.packed_tensor import PackedMatrix
 from haversack.engine.streaming import StreamWindow
 from haversack.errors import PlanError
-from haversack.formats.packed_folder import PLAN_NAME, PackedFolder
+from haversack.formats.packed_folder import BUDGET_KEY, PLAN_NAME, PackedFolder
 from haversack.formats.tiers import fill_resident, map_file, resident_room
 from haversack.parts.kv.base import KVOption
 from haversack.parts.weights.base import WeightOption
@@ -50,6 +51,8 @@ class PackedModel:
     folder: PackedFolder
     described: Model
     plan: Mapping[str, Any]
+    held: Mapping[str, int] | None = None
+    """Blocks of each site's stack that are held, where not all of them are (`engine/elastic.py`)."""
 
     @property
     def kv_plan(self) -> KVPlan:
@@ -73,28 +76,48 @@ class PackedModel:
         """Weight sites that are "resident", "mapped" or "streamed"."""
         return [site for site in self.described.weights if self._placements[site.id] == mode]
 
+    def option(self, site_id: str) -> WeightOption:
+        """What represents a site: what was packed there, or as many of its blocks as are held."""
+        packed = WeightOption.from_dict(self.folder.manifest.sites[site_id].option)
+        return packed if self.held is None or packed.stack is None else packed.shortened(self.held[site_id])
+
+    def site_tensors(self, site_id: str) -> dict[str, CheckpointTensor]:
+        """Where a site's stored tensors lie, by the names that its option declares."""
+        every = self.folder.site_tensors(site_id)
+        if self.held is None:
+            return every
+        packed, held = WeightOption.from_dict(self.folder.manifest.sites[site_id].option), self.held.get(site_id, 0)
+        blocks = {name: packed.block_of(name) for name in every}
+        return {name: tensor for name, tensor in every.items() if (block := blocks[name]) is None or block < held}
+
     def tensors_of(self, sites: Iterable[WeightSite]) -> dict[str, Mapping[str, CheckpointTensor]]:
         """Where the stored tensors of each site lie, by name."""
-        return {site.id: self.folder.site_tensors(site.id) for site in sites}
+        return {site.id: self.site_tensors(site.id) for site in sites}
 
     @cached_property
     def _placements(self) -> dict[str, str]:
         return {row["site"]: row["placement"]["part"] for row in self.plan["weights"]}
 
 
-def open_packed(path: str | Path) -> PackedModel:
-    """Open and check a packed folder; only JSON and headers are read. Raises PlanError."""
+def open_packed(path: str | Path, budget: str | int | None = None) -> PackedModel:
+    """Open and check a packed folder, as much of it as `budget` holds; only JSON and headers are read.
+
+    Raises PlanError for a folder that is not packed or was edited, UsageError for a budget of one that is not elastic, and
+    DoesNotFitError for a budget below its floor.
+    """
     folder = PackedFolder.open(_local(path))
     folder.require_layouts(LAYOUTS)
     config = json.loads((folder.path / "config.json").read_text())
-    config.pop("quantization_config", None)
+    for ours in ("quantization_config", BUDGET_KEY):
+        config.pop(ours, None)
     described = describe_model(config)
     plan = json.loads(folder.plan_text)
     if {site.id for site in described.weights} != set(folder.manifest.sites):
         raise PlanError(
             f"{folder.path / PLAN_NAME} was made for another model: its sites are not those of config.json; pack again."
         )
-    return PackedModel(folder, described, plan)
+    held = None if budget is None else held_within(plan, budget, folder.path)
+    return PackedModel(folder, described, plan, held)
 
 
 def _local(path: str | Path) -> Path:
@@ -146,9 +169,7 @@ def finish(model: Any, packed: PackedModel, reading: Reading) -> Any:
     mapped, streamed = packed.sites_in("mapped"), packed.sites_in("streamed")
     stored = reading.result() | map_file(_flat(packed.tensors_of(mapped)))
     matrices = [
-        _fixed(
-            site, packed, {name: stored[tensor.name] for name, tensor in packed.folder.site_tensors(site.id).items()}
-        )
+        _fixed(site, packed, {name: stored[tensor.name] for name, tensor in packed.site_tensors(site.id).items()})
         for site in (*packed.sites_in("resident"), *mapped)
     ]
     if streamed:
@@ -164,12 +185,8 @@ def _flat(tensors: Mapping[str, Mapping[str, CheckpointTensor]]) -> list[Checkpo
     return [tensor for of_site in tensors.values() for tensor in of_site.values()]
 
 
-def _option(packed: PackedModel, site: WeightSite) -> WeightOption:
-    return WeightOption.from_dict(packed.folder.manifest.sites[site.id].option)
-
-
 def _fixed(site: WeightSite, packed: PackedModel, tensors: Mapping[str, torch.Tensor]) -> PackedSite:
-    option = _option(packed, site)
+    option = packed.option(site.id)
     return PackedSite(site, PackedMatrix(site.id, option, site.out_features, site.in_features, lambda: tensors))
 
 
@@ -193,7 +210,7 @@ def _stream(
     for site in sites:
         assert site.layer is not None
         names = tuple((name, f"{site.id}.{name}") for name in tensors[site.id])
-        option = _option(packed, site)
+        option = packed.option(site.id)
         out.append(
             PackedSite(
                 site, PackedMatrix(site.id, option, site.out_features, site.in_features, _view(held, site.layer, names))

@@ -34,8 +34,9 @@ class HaversackQuantizer(HfQuantizer):
         described."""
         from haversack.engine import attention
         from haversack.engine.load import begin_reading, open_packed
+        from haversack.formats.packed_folder import BUDGET_KEY
 
-        self.packed = open_packed(config._name_or_path)
+        self.packed = open_packed(config._name_or_path, getattr(config, BUDGET_KEY, None))
         self.reading = begin_reading(self.packed)
         attention.register()
         config._attn_implementation = attention.NAME

@@ -89,7 +89,7 @@ def retune(
     factors: list[_Factor] = [*rows, *norms]
     for parameter in parameters.values():
         parameter.requires_grad_(any(factor.parameter is parameter for factor in factors))
-    before = _mean_divergence(reference, student, held_back)
+    before = _mean_divergence(reference, student, held_back, tell)
     optimizer = torch.optim.Adam([factor.value for factor in factors], lr=settings.rate)
     order = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * -(-len(token_ids) // settings.batch_sequences)
@@ -111,7 +111,7 @@ def retune(
     rest = {factor.name: (factor.value * factor.before).to(factor.dtype) for factor in norms}
     for factor in factors:
         factor.round_as_stored()
-    after = _mean_divergence(reference, student, held_back)
+    after = _mean_divergence(reference, student, held_back, tell)
     if not after < before:
         return Retuned({id: dict(tensors) for id, (_, tensors) in packed.items()}, {}, before, before, settings)
     return Retuned(tensors, rest, before, after, settings)
@@ -128,9 +128,15 @@ def _divergence(reference: torch.nn.Module, student: torch.nn.Module, ids: torch
     return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
 
-def _mean_divergence(reference: torch.nn.Module, student: torch.nn.Module, token_ids: torch.Tensor) -> float:
+def _mean_divergence(
+    reference: torch.nn.Module, student: torch.nn.Module, token_ids: torch.Tensor, tell: Progress
+) -> float:
+    total = 0.0
     with torch.no_grad():
-        return sum(float(_divergence(reference, student, row[None])) for row in token_ids) / len(token_ids)
+        for done, row in enumerate(token_ids):
+            tell("measuring on text held back", done, len(token_ids))
+            total += float(_divergence(reference, student, row[None]))
+    return total / len(token_ids)
 
 
 class _Factor(ABC):

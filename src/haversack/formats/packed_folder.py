@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import torch
 
 QUANT_METHOD = "haversack"
+BUDGET_KEY = "budget"
+"""In the config of a folder whose sites come in blocks: null, so that `from_pretrained(DIR, budget=...)` may set it."""
 FORMAT_VERSION = 1
 MANIFEST_NAME = "haversack.json"
 PLAN_NAME = "plan.json"
@@ -213,11 +215,16 @@ class PackedFolder:
 @dataclass(frozen=True)
 class PackedSite:
     """What a site will store: its option as `to_dict` wrote it and the tensors the option declares. Sites that are
-    streamed lie before the others, so that each layer is one stretch of a file."""
+    streamed lie before the others, so that each layer is one stretch of a file. `places` of tensors in blocks say where their
+    block lies in the order in which blocks are taken; others lie before all blocks."""
 
     option: Mapping[str, Any]
     stored: tuple[StoredTensor, ...]
     is_streamed: bool = False
+    places: Mapping[str, int] = field(default_factory=dict)
+
+    def place(self, name: str) -> int:
+        return self.places.get(name, -1)
 
 
 class PackedFolderWriter:
@@ -417,6 +424,8 @@ class PackedFolderWriter:
             "version": FORMAT_VERSION,
             "manifest_sha256": _sha256(text),
         }
+        if any(site.places for site in self.sites.values()):
+            config[BUDGET_KEY] = None
         with explained(self.path, len(text)):
             for pattern in COPIED:
                 for file in sorted(self.source.glob(pattern)):
@@ -435,7 +444,8 @@ def packed_files(
     """The safetensors files of a packed folder and what each will hold; nothing is written."""
     files = {REST_NAME: list(rest)}
     in_order = sorted(sites.items(), key=lambda item: not item[1].is_streamed)
-    packed = [tensor.prefixed(site_id) for site_id, site in in_order for tensor in site.stored]
+    rows = [(site.place(tensor.name), tensor.prefixed(site_id)) for site_id, site in in_order for tensor in site.stored]
+    packed = [tensor for _, tensor in sorted(rows, key=lambda row: row[0])]
     cut = shards(packed, max_shard_bytes)
     for index, tensors in enumerate(cut, start=1):
         files[f"packed-{index:05d}-of-{len(cut):05d}.safetensors"] = tensors

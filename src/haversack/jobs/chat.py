@@ -41,13 +41,14 @@ class Chat:
         system: str | None = None,
         max_new_tokens: int | None = None,
         choice: Choice | None = None,
+        budget: str | int | None = None,
     ):
         from haversack.engine.sampling import Sampler, end_strings, end_tokens
         from haversack.engine.sequence import PlannedSequence
 
         check_new_tokens(max_new_tokens)
         self.folder = folder
-        self.model, self.tokenizer = load(folder), open_tokenizer(folder)
+        self.model, self.tokenizer = load(folder, budget), open_tokenizer(folder)
         self.capacity_tokens: int = self.model.haversack.kv_plan.capacity_tokens
         self.max_new_tokens = max_new_tokens
         self.sampler = Sampler(self.model.generation_config, choice)

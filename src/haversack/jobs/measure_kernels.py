@@ -26,12 +26,11 @@ def measure_kernels(folder: str | Path, *, progress: Progress | None = None) -> 
     from haversack.engine.load import open_packed
     from haversack.jobs.run import check_packed
     from haversack.kernels import choices, registry
-    from haversack.parts.weights.base import WeightOption
 
     packed = open_packed(check_packed(folder).path)
     forms: dict[tuple[PackedFormat | PlaneFormat, int], tuple[Grid, int]] = {}
     for site in packed.described.weights:
-        grid = WeightOption.from_dict(packed.folder.manifest.sites[site.id].option).grid
+        grid = packed.option(site.id).grid
         fmt = None if grid is None else grid.kernel_format(site.in_features)
         if grid is None or fmt is None:
             continue

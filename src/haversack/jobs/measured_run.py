@@ -1,8 +1,8 @@
 """The planned workload in a process of its own, measured by instruments that predict nothing.
 
-`python -m haversack.jobs.measured_run process DIR` asks the operating system for the process's pages and times the run;
-`... tensors DIR` reads the allocator's own reports (torch's profiler, whose own memory would spoil the first) and counts
-each resident on the storages that are really there. Either prints one JSON object.
+`python -m haversack.jobs.measured_run process DIR [BYTES]` asks the operating system for the process's pages and times the run;
+`... tensors DIR [BYTES]` reads the allocator's own reports (torch's profiler, whose own memory would spoil the first) and counts
+each resident on the storages that are really there. Either prints one JSON object. BYTES is the budget of an elastic folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROFILED_TOKENS = 8
 """Decode steps under the profiler: every step allocates alike."""
 
 
-def measure_process(folder: Path) -> dict[str, Any]:
+def measure_process(folder: Path, budget: int | None = None) -> dict[str, Any]:
     """Load and run a packed folder's workload: private pages, their peak, and times."""
     memory.return_freed_memory()
     import torch
@@ -37,7 +37,7 @@ def measure_process(folder: Path) -> dict[str, Any]:
     marks: dict[str, int] = {}
     with memory.PeakSampler() as sampler:
         started = time.perf_counter()
-        model = _load(folder)
+        model = _load(folder, budget)
         decoder, refusal = open_decoder(model)
         load_seconds = time.perf_counter() - started
         load_private = memory.private_bytes()
@@ -68,7 +68,7 @@ def measure_process(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_tensors(folder: Path) -> dict[str, Any]:
+def measure_tensors(folder: Path, budget: int | None = None) -> dict[str, Any]:
     """Load and run a packed folder's workload under torch's profiler: allocated bytes by phase, residents by owner."""
     import torch
 
@@ -77,7 +77,7 @@ def measure_tensors(folder: Path) -> dict[str, Any]:
     _import_runtime()
     marks = {"load": time.time_ns()}
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model = _load(folder)
+        model = _load(folder, budget)
         decoder, _ = open_decoder(model)
         workload = model.haversack.plan["workload"]
         prompt = _prompt(folder, model, workload)
@@ -95,10 +95,10 @@ def _import_runtime() -> None:
     import haversack.engine.load  # noqa: F401
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, budget: int | None) -> Any:
     from haversack.jobs.run import load
 
-    return load(folder)
+    return load(folder, budget)
 
 
 def _prompt(folder: Path, model: Any, workload: dict[str, Any]) -> torch.Tensor:
@@ -231,11 +231,9 @@ def _distinct_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _kernels(packed: Any) -> dict[str, list[str]]:
     """Kernel (of one token, and of a prefill chunk where that is another) -> grids that run through it."""
-    from haversack.parts.weights.base import WeightOption
-
     found: dict[str, set[str]] = {}
     for site in packed.described.weights:
-        option = WeightOption.from_dict(packed.folder.manifest.sites[site.id].option)
+        option = packed.option(site.id)
         names = (option.kernel_name(n, site.out_features, site.in_features, packed.described.dtype) for n in (1, 512))
         stored = option.code or option.grid
         label = "as is" if stored is None else stored.label
@@ -249,4 +247,4 @@ def _kernels(packed: Any) -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     instrument = {"process": measure_process, "tensors": measure_tensors}[sys.argv[1]]
-    print(json.dumps(instrument(Path(sys.argv[2]))))
+    print(json.dumps(instrument(Path(sys.argv[2]), *map(int, sys.argv[3:]))))

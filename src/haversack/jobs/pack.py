@@ -7,13 +7,13 @@ One site is in memory at a time: its matrix in float32, its statistics, and what
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from haversack.cost.calibrated import Calibration
+from haversack.cost.calibrated import Calibration, Packed
 from haversack.describe.assemble import read_codes, read_parameter, read_site
 from haversack.describe.checkpoint import Checkpoint, require_finite
 from haversack.describe.model import Model
@@ -37,10 +37,11 @@ def pack(
     *,
     statistics: Statistics | None = None,
     retuned: Retuned | None = None,
+    packed: Mapping[tuple[str, WeightOption], Packed] | None = None,
     progress: Progress | None = None,
 ) -> tuple[PackedFolder, tuple[str, ...]]:
     """Pack a described folder by a plan; the folder, and notes on what had to be changed at single sites. What `retuned` holds is
-    written as it is (`retune_plan`).
+    written as it is (`retune_plan`), and so is what was `packed` already with these statistics, to measure plans.
 
     Raises PlanError if the plan was made for another model, OutputError if the output can't be written,
     InterruptedJobError on Ctrl-C (finished work is kept).
@@ -50,11 +51,17 @@ def pack(
     checkpoint = Checkpoint.open(model.folder)
     options = {row.site: WeightOption.from_dict(row.option) for row in plan.weights}
     streamed = {row.site for row in plan.weights if row.placement["part"] == "streamed"}
+    places = _places(plan)
     sites = {
         site.id: PackedSite(
             options[site.id].to_dict(),
-            options[site.id].stored(site.out_features, site.in_features, site.dtype),
+            stored := options[site.id].stored(site.out_features, site.in_features, site.dtype),
             site.id in streamed,
+            {
+                t.name: place
+                for t in stored
+                if (place := places.get((site.id, options[site.id].block_of(t.name)))) is not None
+            },
         )
         for site in model.weights
     }
@@ -80,6 +87,9 @@ def pack(
                     writer.write_site(site.id, retuned.tensors[site.id])
                 elif option.is_neutral:
                     writer.write_site(site.id, {"weight": weight})
+                elif packed is not None and (found := packed.get((site.id, option))) is not None:
+                    writer.write_site(site.id, found.tensors)
+                    notes += [f"{site.id}: {note}" for note in found.notes]
                 else:
                     task = WeightTask(weight.float())
                     if statistics is not None and site.id in statistics:
@@ -121,9 +131,22 @@ def retune_plan(
             weight = require_finite(read_site(checkpoint, site), site.id).float()
             known = site.id in calibration.statistics
             task = calibration.statistics[site.id].task(weight) if known else WeightTask(weight)
-            packed[site.id] = (option, option.encode(task))
+            found = calibration.packed.get((site.id, option))
+            packed[site.id] = (option, option.encode(task) if found is None else found.tensors)
     windows = calibration.windows
     return retune(model, packed, windows.calibration, windows.search, settings=settings, progress=tell)
+
+
+def _places(plan: Plan) -> dict[tuple[str, int | None], int]:
+    """Where in the order of all blocks each block (site, number) lies, of a folder that can be held at any size."""
+    if plan.elastic is None:
+        return {}
+    held = {row.site: plan.elastic.floor_blocks for row in plan.weights}
+    places: dict[tuple[str, int | None], int] = {}
+    for place, block in enumerate(plan.elastic.blocks):
+        places[block.site, held[block.site]] = place
+        held[block.site] += 1
+    return places
 
 
 def check_belongs(plan: Plan, model: Model) -> None:

@@ -95,10 +95,10 @@ def _recall(
 def packed_weights(packed: PackedModel) -> dict[str, tuple[WeightOption, Mapping[str, torch.Tensor]]]:
     """Every site's option and stored tensors, read into memory."""
     out: dict[str, tuple[WeightOption, Mapping[str, torch.Tensor]]] = {}
-    for site_id, entry in packed.folder.manifest.sites.items():
-        rows = packed.folder.site_tensors(site_id)
+    for site_id in packed.folder.manifest.sites:
+        rows = packed.site_tensors(site_id)
         read = read_resident(rows.values())
-        out[site_id] = (WeightOption.from_dict(entry.option), {name: read[row.name] for name, row in rows.items()})
+        out[site_id] = (packed.option(site_id), {name: read[row.name] for name, row in rows.items()})
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,17 +36,24 @@ def check_packed(folder: str | Path) -> PackedFolder:
     return PackedFolder.open(path)
 
 
-def load(folder: str | Path) -> Any:
-    """The packed model, through transformers' own `from_pretrained`. Raises PlanError for a folder that isn't packed."""
+def load(folder: str | Path, budget: str | int | None = None) -> Any:
+    """The packed model, through transformers' own `from_pretrained`, as much of it as `budget` holds. Raises PlanError for a folder that
+    isn't packed, and what `engine.elastic.blocks_within` raises."""
     path = check_packed(folder).path
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from haversack.engine.elastic import blocks_within
     from haversack.engine.sampling import read_generation_config
 
     read_generation_config(path)  # or transformers would fail on it with a traceback
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if budget is not None:
+        blocks_within(
+            json.loads(check_packed(folder).plan_text), budget, folder
+        )  # transformers would not know the word
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", budget=budget)
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 
 
@@ -70,6 +78,7 @@ def generate(
     max_new_tokens: int | None = None,
     choice: Choice | None = None,
     cap_bytes: int | None = None,
+    budget: str | int | None = None,
     on_text: Callable[[str], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -78,14 +87,14 @@ def generate(
 
     `choice` says how tokens are chosen, on top of the model's generation config. `on_stage` is told what is done before
     the first token, and "" when it is there. With `cap_bytes` this process is put
-    under a hard limit first. Raises UsageError for an empty prompt or a senseless count, PlanError for a folder that is
+    under a hard limit first; of an elastic folder, `budget` says how much of it is held. Raises UsageError for an empty prompt or a senseless count, PlanError for a folder that is
     not packed, DoesNotFitError for a prompt beyond the plan or a cap that is hit.
     """
     if not prompt.strip():
         raise UsageError("the prompt is empty; give --prompt or pipe a text in.")
     check_new_tokens(max_new_tokens)
-    with within(folder, cap_bytes) as sampler:
-        return _generate(folder, prompt, max_new_tokens, choice, on_text, on_stage or (lambda what: None)) | {
+    with within(folder, cap_bytes, budget) as sampler:
+        return _generate(folder, prompt, max_new_tokens, choice, budget, on_text, on_stage or (lambda what: None)) | {
             "peak_private_bytes": sampler.finish(),
             "cap_bytes": cap_bytes,
         }
@@ -98,7 +107,7 @@ def check_new_tokens(max_new_tokens: int | None) -> None:
 
 
 @contextmanager
-def within(folder: str | Path, cap_bytes: int | None) -> Iterator[memory.PeakSampler]:
+def within(folder: str | Path, cap_bytes: int | None, budget: str | int | None = None) -> Iterator[memory.PeakSampler]:
     """Watch this process's private memory, under a hard limit if there is one; where memory runs out, say so.
 
     Raises PlanError for a folder that is not packed, UsageError for a cap that what is loaded passes already,
@@ -108,7 +117,7 @@ def within(folder: str | Path, cap_bytes: int | None) -> Iterator[memory.PeakSam
     memory.return_freed_memory()
     if cap_bytes is not None:
         import_runtime()  # libraries that meet the limit while they load end the process, or wait for ever
-        memory.set_cap(cap_bytes, needed_bytes=_bytes_at_load(packed))
+        memory.set_cap(cap_bytes, needed_bytes=_bytes_at_load(packed, budget))
     with memory.PeakSampler() as sampler:
         try:
             yield sampler
@@ -133,10 +142,17 @@ def import_runtime() -> None:
     import haversack.engine.load  # noqa: F401
 
 
-def _bytes_at_load(packed: PackedFolder) -> int:
+def _bytes_at_load(packed: PackedFolder, budget: str | int | None) -> int:
     """Private bytes of the plan's tensors when the model is loaded, the least any run takes beside the runtime."""
     plan = Plan.from_json(packed.plan_text, str(packed.path / PLAN_NAME))
-    return sum(n for owner, n in plan.ledger.owners_at("load").items() if owner != "runtime")
+    whole = sum(n for owner, n in plan.ledger.owners_at("load").items() if owner != "runtime")
+    if budget is None:
+        return whole
+    from haversack.engine.elastic import blocks_within
+
+    number = blocks_within(json.loads(packed.plan_text), budget, packed.path)
+    assert plan.elastic is not None
+    return whole - sum(block.num_bytes for block in plan.elastic.blocks[number:])
 
 
 def _generate(
@@ -144,6 +160,7 @@ def _generate(
     prompt: str,
     max_new_tokens: int | None,
     choice: Choice | None,
+    budget: str | int | None,
     on_text: Callable[[str], None] | None,
     on_stage: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -152,7 +169,7 @@ def _generate(
 
     started = time.perf_counter()
     on_stage("loading the model")
-    model, tokenizer = load(folder), open_tokenizer(folder)
+    model, tokenizer = load(folder, budget), open_tokenizer(folder)
     ids = list(tokenizer(prompt)["input_ids"])
     check_prompt(ids, model, folder)
     plan = model.haversack.kv_plan

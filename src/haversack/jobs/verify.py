@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haversack.errors import HaversackError, OutputError
 from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
 from haversack.plan.schema import Plan
-from haversack.units import format_bytes, format_rate, format_seconds
+from haversack.units import format_bytes, format_rate, format_seconds, parse_budget
+
+if TYPE_CHECKING:
+    from haversack.engine.load import PackedModel
 
 Progress = Callable[[str, int, int], None]
 VERIFIED_NAME = "verified.json"
@@ -24,23 +27,31 @@ class VerifyError(HaversackError):
     """The measured run failed; the message holds its last line."""
 
 
-def verify(folder: str | Path, *, quality: bool = True, progress: Progress | None = None) -> dict[str, Any]:
+def verify(
+    folder: str | Path, *, quality: bool = True, budget: str | int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Run the planned workload in a fresh process; predicted against measured per resident and time point, what nobody owns, speed,
-    kernels, and quality before and after where the unpacked model is still there. Leaves `verified.json` in the folder.
+    kernels, and quality before and after where the unpacked model is still there; of an elastic folder, with as much of it as `budget`
+    holds. Leaves `verified.json` in the folder.
 
-    Raises PlanError for a folder that is not packed or was edited, VerifyError if the run fails.
+    Raises PlanError for a folder that is not packed or was edited, VerifyError if the run fails, and what
+    `engine.elastic.blocks_within` raises.
     """
     from haversack.engine.load import open_packed
     from haversack.jobs.run import check_packed
 
     folder = check_packed(folder).path
-    packed = open_packed(folder)
+    packed = open_packed(folder, budget)
     plan = Plan.from_json(packed.folder.plan_text, str(folder / PLAN_NAME))
+    held: tuple[int, ...] = ()
+    if budget is not None:
+        plan = _at_budget(plan, packed, budget)
+        held = (plan.budget.num_bytes or 0,)
     tell = progress or (lambda what, done, total: None)
     tell("running the workload", 0, 2)
-    measured = _run_fresh(folder, "process")
+    measured = _run_fresh(folder, "process", *held)
     tell("running the workload", 1, 2)
-    measured |= _run_fresh(folder, "tensors")
+    measured |= _run_fresh(folder, "tensors", *held)
     tell("running the workload", 2, 2)
     rows = _byte_rows(plan, measured)
     seconds = _seconds(plan, measured)
@@ -75,9 +86,22 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
     return report
 
 
-def _run_fresh(folder: Path, instrument: str) -> dict[str, Any]:
+def _at_budget(plan: Plan, packed: PackedModel, budget: str | int) -> Plan:
+    """What the plan of an elastic folder predicts at a budget."""
+    from haversack.describe import machine
+    from haversack.engine.elastic import blocks_within
+    from haversack.plan.elastic import plan_at
+
+    num_bytes = parse_budget(budget, machine.detect().available_bytes)
+    number = blocks_within(packed.plan, num_bytes, packed.folder.path)
+    at = plan_at(plan, packed.described, machine.known(), number)
+    return at.model_copy(update={"budget": at.budget.model_copy(update={"num_bytes": num_bytes})}).sealed()
+
+
+def _run_fresh(folder: Path, instrument: str, budget_bytes: int | None = None) -> dict[str, Any]:
+    held = [] if budget_bytes is None else [str(budget_bytes)]
     done = subprocess.run(
-        [sys.executable, "-m", "haversack.jobs.measured_run", instrument, str(folder)],
+        [sys.executable, "-m", "haversack.jobs.measured_run", instrument, str(folder), *held],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from haversack.cost.dropped import caches_follow, is_dropped
 from haversack.cost.serving import ServingProblem
 from haversack.cost.single_changes import stage_model
 from haversack.engine.layer_change import layer_changes
@@ -46,11 +47,17 @@ def choose_by(recipe_id: str, built: ServingProblem, solution: Solution, meter: 
     )
 
 
+_LEAST = 1e-12
+"""Nats of a matrix that is dropped for free with the end of its block, so that keeping it is a choice of its own."""
+
+
 class _Weights:
-    """The weights' groups of a problem as sites with choices, the other groups as a solution has them."""
+    """The weights' groups of a problem as sites with choices, the other groups as a solution has them, but for the caches of
+    dropped attention."""
 
     def __init__(self, built: ServingProblem, solution: Solution, meter: PlanMeter):
         self.built, self.solution, self.meter = built, solution, meter
+        self.num_measured = 0
         self.groups = [g for g, group in enumerate(built.problem.groups) if group.id in built.weights]
         self.sites: list[AllocationSite] = []
         self.places: list[list[int]] = []  # of each site's choices in its group
@@ -59,7 +66,7 @@ class _Weights:
             candidates = [built.weights[group.id][choice.id] for choice in group.choices]
             damages = [as_tuple(choice.damage)[0] for choice in group.choices]
             offered = [
-                Choice(choice.id, c.stored_bytes, max(0.0, damage))
+                Choice(choice.id, c.stored_bytes, max(_LEAST if is_dropped(c.option) else 0.0, damage))
                 for choice, c, damage in zip(group.choices, candidates, damages, strict=True)
             ]
             kept, site = front(offered), candidates[0].site
@@ -74,13 +81,15 @@ class _Weights:
         every = list(self.solution.chosen)
         for g, places, i in zip(self.groups, self.places, chosen, strict=True):
             every[g] = places[i]
-        return tuple(every)
+        return caches_follow(self.built.problem, self.built.kv, every)
 
     def num_bytes(self, chosen: Sequence[int]) -> int:
         groups = self.built.problem.groups
         return sum(self.built.weights[groups[g].id][groups[g].choices[chosen[g]].id].stored_bytes for g in self.groups)
 
     def _measure(self, chosen: Chosen) -> float:
+        self.meter.progress("measuring choices", self.num_measured, 0)
+        self.num_measured += 1
         return as_tuple(self.meter.measure(self.built, self.whole(chosen)))[0]
 
     def _layer_change(self) -> dict[int, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from haversack.cost.candidates import Serving, kv_candidates, weight_candidates
 from haversack.cost.damage import Damage
 from haversack.cost.damages import damage_table, unknown_kv_damages
+from haversack.cost.dropped import with_nothing
 from haversack.cost.lossless import without_loss
 from haversack.cost.serving import ServingProblem, serving_problem
 from haversack.describe.model import paused_collection
@@ -239,6 +240,7 @@ def _built(
             kv_damages: Mapping[KVOption, Damage] = question.kv_damages[site.id]
         else:
             kv_damages = unknown_kv_damages(model, site, () if lossless else candidate_options("kv", question.recipes))
+        kv_damages = with_nothing(weights, site.layer, kv_damages)
         kv.append(kv_candidates(serving, site, _bounded(kv_damages, question)))
     speed = question.workload.min_tokens_per_second
     max_seconds = None if speed is None else question.workload.users / speed

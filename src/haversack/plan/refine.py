@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 
 from haversack.cost.cache_damages import untried_nats
-from haversack.cost.calibrated import Calibration
+from haversack.cost.calibrated import Calibration, Packed
 from haversack.cost.damage import Damage
 from haversack.cost.serving import ServingProblem
 from haversack.describe.assemble import read_codes, read_site
@@ -32,8 +32,8 @@ from haversack.probes.suite import Task
 from haversack.solve.correct import Trial, correct, solution_hash
 from haversack.solve.exact import Solution
 
-MAX_ENCODED_BYTES = 2 * 2**30
-"""Packed sites kept for the next evaluation, which shares most of them."""
+MAX_PACKED_BYTES = 2 * 2**30
+"""Packed sites kept for the next evaluation, which shares most of them, and for packing."""
 
 SOLVE_SECONDS = 20.0
 
@@ -54,8 +54,7 @@ class PlanMeter:
         self.calibration = calibration
         self.evaluations = evaluations
         self.progress = progress
-        self._encoded: dict[tuple[str, WeightOption], Mapping[str, torch.Tensor]] = {}
-        self._encoded_bytes = 0
+        self._packed = calibration.packed
 
     @cached_property
     def _meter(self) -> DamageMeter:
@@ -118,7 +117,12 @@ class PlanMeter:
 
     def _changes(self, built: ServingProblem, chosen: Sequence[int]) -> tuple[dict, dict]:
         weights, kv = built.candidates(built.problem.describe(chosen))
-        changed = {c.site.id: (c.option, self.tensors(c.site, c.option)) for c in weights if not c.option.is_neutral}
+        changed = {}
+        for done, c in enumerate(weights):
+            if not c.option.is_neutral:
+                if (c.site.id, c.option) not in self._packed:
+                    self.progress("packing a plan to measure", done, len(weights))
+                changed[c.site.id] = (c.option, self.tensors(c.site, c.option))
         return changed, {c.site.id: c.option for c in kv if not c.option.is_neutral}
 
     @cached_property
@@ -147,18 +151,17 @@ class PlanMeter:
 
     def tensors(self, site: WeightSite, option: WeightOption) -> Mapping[str, torch.Tensor]:
         key = (site.id, option)
-        if key not in self._encoded:
+        if key not in self._packed:
             weight, statistics = read_site(self._checkpoint, site).float(), self.calibration.statistics
             task = statistics[site.id].task(weight) if site.id in statistics else WeightTask(weight)
             if option.keeps_codes:
                 task.stored = read_codes(self._checkpoint, site)
             tensors = option.encode(task)
-            self._encoded_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            if self._encoded_bytes > MAX_ENCODED_BYTES:
-                self._encoded.clear()
-                self._encoded_bytes = 0
-            self._encoded[key] = tensors
-        return self._encoded[key]
+            held = sum(t.nbytes for packed in self._packed.values() for t in packed.tensors.values())
+            if held + sum(tensor.nbytes for tensor in tensors.values()) > MAX_PACKED_BYTES:
+                self._packed.clear()
+            self._packed[key] = Packed(tensors, tuple(task.notes))
+        return self._packed[key].tensors
 
 
 def promised(kl: torch.Tensor, entropy: torch.Tensor) -> Damage:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,8 +118,29 @@ class Solve(_Strict):
     evaluations: int = 0
 
 
+class BlockRecord(_Strict):
+    """One block of a site's stack: its bytes, and the peak and the damage of the model that ends with it. The damage is the sum of
+    proxies of single sites."""
+
+    site: str
+    num_bytes: int = Field(ge=0)
+    peak_bytes: int = Field(ge=0)
+    damage: float
+
+
+class Elastic(_Strict):
+    """The order in which blocks are taken, from the floor: `floor_blocks` of each stack, and no more. Any beginning of it is a
+    model of its own."""
+
+    floor_blocks: int = Field(ge=0)
+    floor_peak_bytes: int = Field(ge=0)
+    floor_damage: float
+    blocks: tuple[BlockRecord, ...]
+
+
 class Plan(_Strict):
-    """A whole plan for serving. `recipes` are those that the question was restricted to."""
+    """A whole plan for serving. `recipes` are those that the question was restricted to, `elastic` the sizes between floor and ceiling that
+    the packed folder can be held at."""
 
     version: Literal[1] = 1
     haversack: str
@@ -132,6 +154,7 @@ class Plan(_Strict):
     prediction: Prediction
     solve: Solve
     recipes: tuple[str, ...] = ()
+    elastic: Elastic | None = None
     front: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     prediction_hash: str = ""
@@ -144,6 +167,8 @@ class Plan(_Strict):
         data["prediction"] = self.prediction.model_dump(mode="json")
         if not self.prediction.damage.probes:  # as in plans from before there were probes
             del data["prediction"]["damage"]["probes"]
+        if self.elastic is not None:
+            data["elastic"] = self.elastic.model_dump(mode="json")
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -187,11 +212,24 @@ class Plan(_Strict):
             placement = part_from_dict(row.placement)
             if not isinstance(placement, Placement):
                 raise PlanError(f"{row.site} has the placement {placement.id!r}, which is none")
+        if self.elastic is not None:
+            self._check_blocks(self.elastic)
         for kv in self.kv:
             KVOption.from_dict(kv.option)
         ServeWorkload.from_dict(self.workload)
         if self.prediction.peak_time_point not in self.prediction.timeline or "load" not in self.prediction.timeline:
             raise PlanError("the timeline lacks its peak, or loading")
+
+    def _check_blocks(self, elastic: Elastic) -> None:
+        """Every block that the options have beyond the floor is listed, once."""
+        listed = Counter(block.site for block in elastic.blocks)
+        for row in self.weights:
+            stack = WeightOption.from_dict(row.option).stack
+            floor = elastic.floor_blocks if stack else 0
+            if (stack.blocks if stack else 0) != floor + listed.pop(row.site, 0):
+                raise PlanError(f"the blocks listed of {row.site} are not those of its option")
+        if listed:
+            raise PlanError(f"blocks are listed of {next(iter(listed))}, which is no site")
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:

@@ -48,7 +48,7 @@ class Recipe:
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
     those which another recipe beats at equal bytes stay out. `whole_cache`, of KV recipes, gives every layer an option so
     that the cache stays within a byte budget; with `needs_statistics` it asks for measurements on the model. `choose`, of
-    choosers, gives every matrix one of the options that are offered; such a recipe offers none of its own.
+    choosers, gives every matrix one of the options that are offered: the recipe's own, or where it has none all there are.
     """
 
     id: str
@@ -80,11 +80,11 @@ def all_recipes() -> dict[str, Recipe]:
 
 @cache
 def candidate_options(resident: str, recipes: tuple[str, ...] = ()) -> tuple[Any, ...]:
-    """All distinct options offered to the planner for a resident: those of the named recipes where any is for it, else of
+    """All distinct options offered to the planner for a resident: those of the named recipes where any has some, else of
     every recipe that is a candidate."""
     distinct: dict[str, Any] = {}
     every = [recipe for recipe in all_recipes().values() if recipe.resident == resident]
-    named = [recipe for recipe in every if recipe.id in recipes and recipe.choose is None]
+    named = [recipe for recipe in every if recipe.id in recipes and recipe.options()]
     for recipe in named or every:
         if named or recipe.candidates:
             for option in recipe.options():
@@ -129,7 +129,7 @@ def preference(objective: str) -> Preference | None:
 
 def any_named(resident: str, recipes: Sequence[str]) -> bool:
     """Whether one of these ids is a recipe for the resident that offers options."""
-    return any(r.resident == resident and r.id in recipes and r.choose is None for r in all_recipes().values())
+    return any(r.resident == resident and r.id in recipes and r.options() for r in all_recipes().values())
 
 
 def check_recipes(ids: Sequence[str], residents: Sequence[str]) -> None:

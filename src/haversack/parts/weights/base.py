@@ -279,6 +279,19 @@ class Correction(WeightPart):
         """The most bytes `contribute` allocates, its result included."""
 
 
+class Stack(Correction):
+    """A correction in blocks, the first of which are a shorter one to the bit: any number of them makes a matrix of its own.
+
+    The tensors of block n are named `n.<name>`, from 0.
+    """
+
+    blocks: int
+
+    @abstractmethod
+    def shortened(self, blocks: int) -> Stack:
+        """The first `blocks` of it."""
+
+
 class Code(WeightPart):
     """Stores the whole matrix, in the checkpoint's own dtype, to the bit.
 
@@ -368,6 +381,28 @@ class WeightOption:
     def activation_bits(self) -> int:
         """Of the input as it is multiplied: 16 as it is, or 8."""
         return 16 if self.grid is None else self.grid.activation_bits
+
+    @property
+    def stack(self) -> Stack | None:
+        """The correction that comes in blocks, where there is one: the last."""
+        last = self.corrections[-1] if self.corrections else None
+        return last if isinstance(last, Stack) else None
+
+    @property
+    def least_blocks(self) -> int:
+        """Blocks of the stack without which nothing is left of the matrix: none, or the first where the grid stores nothing."""
+        return int(self.stack is not None and self.grid is not None and not self.grid.stored(1, 1))
+
+    def shortened(self, blocks: int) -> WeightOption:
+        """With the first `blocks` of its stack alone: it stores the same tensors without those of the other blocks."""
+        assert self.stack is not None and self.least_blocks <= blocks <= self.stack.blocks
+        kept = (self.stack.shortened(blocks),) if blocks else ()
+        return dataclasses.replace(self, corrections=(*self.corrections[:-1], *kept))
+
+    def block_of(self, name: str) -> int | None:
+        """The stack's block that a stored tensor belongs to, None for what lies below the stack."""
+        prefix = f"correct{len(self.corrections) - 1}."
+        return int(name.removeprefix(prefix).split(".")[0]) if self.stack and name.startswith(prefix) else None
 
     @cached_property
     def label(self) -> str:
@@ -509,10 +544,10 @@ class WeightOption:
             rows = F.linear(x.reshape(-1, x.shape[-1]), tensors["weight"])
             return rows.view(*x.shape[:-1], out_features)
         for i, transform in enumerate(self.transforms):
-            x = transform.transform_input(x, _strip(tensors, f"transform{i}."))
+            x = transform.transform_input(x, strip(tensors, f"transform{i}."))
         y = self.grid.matmul(x, tensors, out_features)
         for i, correction in enumerate(self.corrections):
-            y += correction.contribute(x, _strip(tensors, f"correct{i}."), out_features)
+            y += correction.contribute(x, strip(tensors, f"correct{i}."), out_features)
         return y
 
     def rows(self, index: torch.Tensor, tensors: Mapping[str, torch.Tensor], in_features: int) -> torch.Tensor:
@@ -523,9 +558,9 @@ class WeightOption:
             return tensors["weight"][index]
         rows = self.grid.rows(index, tensors, in_features)
         for i, correction in enumerate(self.corrections):
-            rows += correction.rows(index, _strip(tensors, f"correct{i}."), in_features)
+            rows += correction.rows(index, strip(tensors, f"correct{i}."), in_features)
         for i, transform in reversed(list(enumerate(self.transforms))):
-            rows = transform.restore_rows(rows, _strip(tensors, f"transform{i}."))
+            rows = transform.restore_rows(rows, strip(tensors, f"transform{i}."))
         return rows
 
     def dense(self, tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int) -> torch.Tensor:
@@ -535,5 +570,6 @@ class WeightOption:
         return self.rows(torch.arange(out_features), tensors, in_features)
 
 
-def _strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def strip(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -19,8 +19,8 @@ class DroppedGrid(Grid):
     """Every weight is 0 and none is stored.
 
     Where the matrix that ends attention or a feed-forward block is dropped, those before it in the block are of no use, and are
-    dropped with it at no further cost. Error: the whole matrix. Source: He et al. 2024 (arXiv 2406.15786, section 3); differs in that keys and
-    values of a dropped attention stay in the cache, as zeros.
+    dropped with it at no further cost; so is the layer's cache, where it is attention (`parts/kv/nothing.py`). Error: the whole matrix. Source:
+    He et al. 2024 (arXiv 2406.15786, section 3).
     """
 
     id: ClassVar[str] = "dropped"

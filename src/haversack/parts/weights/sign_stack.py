@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from haversack.codecs.bitmap import pack_bits, unpack_bits
 from haversack.ledger import DTYPE_BYTES, StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.weights.base import Correction, WeightTask
+from haversack.parts.weights.base import Stack, WeightTask
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class SignStack(Correction):
+class SignStack(Stack):
     """Adds `blocks` (1 to 16) of signs times `up @ down` of `rank` (1 to 256): stores `1 + 16 rank (1 / out + 1 / in)` bits per weight and block.
 
     A block takes the signs of what is left, and the leading singular directions of its magnitudes, with columns weighed by the root mean square of their inputs where that is known.
     So the first blocks of a longer stack are the shorter stack, bit for bit. Error: falls with every block on matrices met; no bound. Source: Wang et al. 2024
-    (arXiv 2410.23918, section 2.2); differs in that all blocks of a matrix lie in one tensor.
+    (arXiv 2410.23918, section 2.2).
     """
 
     id: ClassVar[str] = "sign-stack"
@@ -41,13 +41,17 @@ class SignStack(Correction):
         check_range(self.id, "blocks", self.blocks, "from 1 to 16", 1 <= self.blocks <= 16)
         check_range(self.id, "rank", self.rank, "from 1 to 256", 1 <= self.rank <= 256)
 
+    def shortened(self, blocks: int) -> SignStack:
+        return replace(self, blocks=blocks)
+
     def stored(self, out_features: int, in_features: int) -> tuple[StoredTensor, ...]:
         rank = min(self.rank, out_features, in_features)
-        return (
-            StoredTensor("signs", "U8", (self.blocks, out_features, -(-in_features // 8))),
-            StoredTensor("up", "F16", (self.blocks, out_features, rank)),
-            StoredTensor("down", "F16", (self.blocks, rank, in_features)),
+        block = (
+            StoredTensor("signs", "U8", (out_features, -(-in_features // 8))),
+            StoredTensor("up", "F16", (out_features, rank)),
+            StoredTensor("down", "F16", (rank, in_features)),
         )
+        return tuple(tensor.prefixed(str(number)) for number in range(self.blocks) for tensor in block)
 
     def correct(self, task: WeightTask, approximation: torch.Tensor) -> dict[str, torch.Tensor]:
         import torch
@@ -59,18 +63,17 @@ class SignStack(Correction):
             root = task.hessian.diagonal().clamp_min(0).sqrt()
             columns = root.clamp_min(1e-3 * float(root.max().clamp_min(1e-20)))
             columns = columns / columns.mean()
-        found: dict[str, list[torch.Tensor]] = {"signs": [], "up": [], "down": []}
-        for _ in range(self.blocks):
+        found: dict[str, torch.Tensor] = {}
+        for number in range(self.blocks):
             negative = left < 0
             rank = min(self.rank, *left.shape)
             up, sizes, down = leading_directions(left.abs() * columns, rank)
             sizes = sizes[:rank]
             shared = sizes[:rank].sqrt()
             up, down = (up[:, :rank] * shared).half(), (shared[:, None] * down[:rank] / columns).half()
-            for name, tensor in (("signs", pack_bits(negative)), ("up", up), ("down", down)):
-                found[name].append(tensor)
+            found |= {f"{number}.signs": pack_bits(negative), f"{number}.up": up, f"{number}.down": down}
             left = left - torch.where(negative, -1.0, 1.0) * (up.float() @ down.float())
-        return {name: torch.stack(tensors) for name, tensors in found.items()}
+        return found
 
     def contribute(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:
         import torch
@@ -89,7 +92,8 @@ class SignStack(Correction):
         import torch
 
         total = torch.zeros(len(index), in_features)
-        for signs, up, down in zip(tensors["signs"], tensors["up"], tensors["down"], strict=True):
+        for number in range(self.blocks):
+            signs, up, down = (tensors[f"{number}.{name}"] for name in ("signs", "up", "down"))
             total += (
                 unpack_bits(signs[index], in_features).float().mul_(-2).add_(1).mul_(up[index].float() @ down.float())
             )
