@@ -45,6 +45,9 @@ class HeadStatistics(Protocol):
     @property
     def head_damage(self) -> list[list[float]]: ...
 
+    @property
+    def eviction_damage(self) -> list[float]: ...
+
     def tables(self, part: NonUniformKV) -> list[tuple[tuple[float, ...], tuple[float, ...]]]: ...
 
 
