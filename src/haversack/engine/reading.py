@@ -16,13 +16,21 @@ from haversack.engine.kv_cache import HaversackCache
 
 
 class Reader:
-    """Reads one sequence into `cache`, at most `chunk_tokens` at a time. `guide`, at most a block of tokens, attends after each block.
+    """Reads one sequence into `cache`, at most `chunk_tokens` at a time. `guide`, at most a block of tokens, attends after each block. `all_logits` makes every token's.
 
     Memory beside the cache: a forward pass over a chunk; where tokens are weighed by surprise the logits of all its tokens instead of the last one's, and then one
     row of them, `4 vocab_size` bytes, until the next chunk.
     """
 
-    def __init__(self, model: Any, cache: HaversackCache, *, chunk_tokens: int, guide: Sequence[int] = ()):
+    def __init__(
+        self,
+        model: Any,
+        cache: HaversackCache,
+        *,
+        chunk_tokens: int,
+        guide: Sequence[int] = (),
+        all_logits: bool = False,
+    ):
         self.model = model
         self.cache = cache
         self.guide = tuple(guide)
@@ -31,6 +39,7 @@ class Reader:
         self.weighs = any(score.weighed for score in cache.plan.selections)
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}
+        self._kept = {} if self.weighs or all_logits else self._last_only
         self._expected: torch.Tensor | None = None  # log-probabilities of the next token
 
     def chunks(self, ids: Sequence[int]) -> Iterator[list[int]]:
@@ -44,15 +53,15 @@ class Reader:
             start += size
 
     def read(self, chunk: Sequence[int]) -> torch.Tensor:
-        """Store one piece; the last token's logits `(vocab,)`."""
-        logits = self._forward(chunk, {} if self.weighs else self._last_only)
+        """Store one piece; the logits that were made, the last token's at least: `(tokens, vocab)`."""
+        logits = self._forward(chunk, self._kept)
         if self.weighs:
             self.cache.weigh(self._surprise(logits, chunk)[None])
         ends = self._block_tokens is not None and self.cache.get_seq_length() % self._block_tokens == 0
         if self.guide and ends:
             with self.cache.peeking():
                 self._forward(self.guide, self._last_only)
-        return logits[-1]
+        return logits
 
     def read_all(self, ids: Sequence[int]) -> None:
         for chunk in self.chunks(ids):

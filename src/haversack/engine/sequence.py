@@ -55,7 +55,7 @@ class PlannedSequence:
         for chunk in self._reader.chunks(ids):
             if stopped():
                 return None
-            logits = self._reader.read(chunk)
+            logits = self._reader.read(chunk)[-1]
             self.tokens += chunk
         return logits
 
