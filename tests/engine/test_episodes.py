@@ -10,6 +10,7 @@ from tests.engine.test_kv_generate import FAMILIES, plan_for, prompt
 
 from haversack.engine.attention import NAME, register
 from haversack.engine.episodes import EpisodeCaches, find_topics, guide_for
+from haversack.engine.generation import install_kv_plan, uninstall_kv_plan
 from haversack.engine.kv_cache import HaversackCache
 from haversack.engine.reach import small_copy
 from haversack.engine.reading import Reader
@@ -182,3 +183,12 @@ def test_surprise_is_what_the_model_says_and_stays_in_constant_bytes(model):
     reader.read_all(ids[40:])
     assert cache.num_bytes() == planned == plan.max_bytes()
     assert len(layer.held_positions(0)) == 32 + 16 and cache.get_seq_length() == 400
+
+
+def test_generate_refuses_a_cache_that_it_would_not_tell_anything(llama):
+    install_kv_plan(llama, plan_for(llama, KVOption(Surprise(4, 20, 8, 16)), capacity_tokens=100))
+    try:
+        with pytest.raises(UsageError, match="which `generate` does not tell it; read through"):
+            llama.generate(prompt(1, 8), max_new_tokens=4)
+    finally:
+        uninstall_kv_plan(llama, NAME)

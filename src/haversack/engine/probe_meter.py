@@ -121,10 +121,10 @@ class ProbeMeter:
             return torch.cat(out), cache.num_bytes(), caches.num_bytes()
 
     def _answer(self, turn: Turn, cache: HaversackCache) -> torch.Tensor:
-        with torch.inference_mode():
-            ids = torch.tensor([[*turn.question, *turn.answer]])
-            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
-            return logits[-len(turn.answer) - 1 : -1].float().log_softmax(-1)
+        ids = (*turn.question, *turn.answer)
+        reader = Reader(self.model, cache, chunk_tokens=len(ids), all_logits=True)
+        logits = torch.cat([reader.read(chunk) for chunk in reader.chunks(ids)])
+        return logits[-len(turn.answer) - 1 : -1].float().log_softmax(-1)
 
 
 def mean_kl(scores: Sequence[Score]) -> dict[str, float]:
