@@ -1,6 +1,6 @@
 """What single cache recipes claim, each against its own ablation in as many bytes, models A and B.
 
-episodes    conversations that return to four topics: one cache per topic, against one for all, of the same bytes in memory (`epicache`)
+episodes    conversations that return to two topics: one cache per topic, against one for all, of the same bytes in memory (`epicache`)
 surprise    facts early in a text, and the loss along a stream three times as long as the model's positions, against a window (`sirllm`)
 merging     freed tokens folded into kept ones, against dropping them, by one score (`elastic-cache`, `kvmerger`)
 tables      3-bit keys and values with keys turned back before they are packed, against keys as they are stored (`kvquant`)
@@ -45,8 +45,9 @@ from haversack.probes.suite import Task, make_conversations, make_suite
 from haversack.recipes.base import all_recipes
 from haversack.recipes.cache_budget import SINK_TOKENS, CacheBudget, Options, selection
 
-CONTEXT_TOKENS, NUM_TOPICS, NUM_CONVERSATIONS, NUM_PER_KIND = 768, 4, 8, 6
-NUM_SEQUENCES, SEQ_LEN = 6, 768
+CONTEXT_TOKENS, NUM_PER_KIND = 768, 4
+CONVERSATION_TOKENS, NUM_TOPICS, NUM_CONVERSATIONS = 600, 2, 4
+NUM_SEQUENCES, SEQ_LEN = 4, 768
 STREAM_TOKENS, PIECE_TOKENS = 6144, 1024
 
 Figure = dict[str, Any]
@@ -91,11 +92,11 @@ class Bench:
 
 def episodes(bench: Bench) -> Iterator[Figure]:
     """Layer budgets come from other conversations than those that judge."""
-    sizes = {"context_tokens": CONTEXT_TOKENS, "num_topics": NUM_TOPICS}
+    sizes = {"context_tokens": CONVERSATION_TOKENS, "num_topics": NUM_TOPICS}
     meter = bench.meter(make_conversations(bench.tokenizer, num_conversations=NUM_CONVERSATIONS, **sizes))
     others = make_conversations(bench.tokenizer, num_conversations=1, seed=1, **sizes)
     statistics = AttentionStatistics(bench.module, bench.model.attention, bench.model.dtype, others)
-    for share in (0.5, 0.25, 0.125):
+    for share in (0.3, 0.25):
         budget = bench.budget(share, meter.capacity_tokens, statistics)
         recipe = all_recipes()["epicache"].whole_cache
         assert recipe is not None
@@ -169,7 +170,7 @@ def _stream(bench: Bench, options: Options, ids: Sequence[int]) -> tuple[list[fl
 
 def merging(bench: Bench) -> Iterator[Figure]:
     ways: dict[str, Demote | None] = {"dropping": None, "elastic-cache": AnchorMerge(), "kvmerger": KernelMerge()}
-    for share in (0.75, 0.5, 0.35, 0.25, 0.125):
+    for share in (0.75, 0.5, 0.35, 0.25):
         budget = bench.budget(share, SEQ_LEN)
         rows = {
             name: budget.everywhere(lambda n: KVOption(selection(HeavyHitters, n), demote=way))  # noqa: B023

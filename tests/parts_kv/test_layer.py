@@ -349,13 +349,13 @@ def test_a_kernel_merges_near_keys_more_than_far_ones():
     freed_values = torch.zeros(1, 1, 2, DIM)
     freed_values[0, 0, 0, 0] = freed_values[0, 0, 1, 1] = 1.0
     open_to, places = torch.tensor([[[False, True]]]), (torch.tensor([[[0, 9]]]), torch.tensor([[[4, 5]]]))
-    _, values = KernelMerge(0.5).merge(kept, (freed_keys, freed_values), open_to, places)
+    _, values = KernelMerge(0.5).merge(kept, (freed_keys, freed_values), open_to, places, places)
     near, far = torch.exp(-torch.tensor([0.5, 2.0]).div(1.25).square() / 2)  # distances over their mean
     torch.testing.assert_close(values[0, 0, 1, :2], torch.stack([near, far]) / (1 + near + far))
     assert torch.equal(values[0, 0, 0], kept[1][0, 0, 0])
     assert all(
         torch.equal(a, b)
-        for a, b in zip(KernelMerge(2.0).merge(kept, (freed_keys, freed_values), open_to, places), kept)
+        for a, b in zip(KernelMerge(2.0).merge(kept, (freed_keys, freed_values), open_to, places, places), kept)
     )
 
 
@@ -377,7 +377,7 @@ def test_a_freed_token_lives_on_in_the_one_most_like_it():
     kept_keys, kept_values = torch.eye(3, DIM)[None, None], torch.zeros(1, 1, 3, DIM)
     freed_keys, freed_values = torch.eye(3, DIM)[None, None, 1:2] * 5, torch.ones(1, 1, 1, DIM)
     open_to, places = torch.tensor([[[False, True, True]]]), (torch.tensor([[[0, 8, 9]]]), torch.tensor([[[4]]]))
-    keys, values = Merge(0.5).merge((kept_keys, kept_values), (freed_keys, freed_values), open_to, places)
+    keys, values = Merge(0.5).merge((kept_keys, kept_values), (freed_keys, freed_values), open_to, places, places)
     torch.testing.assert_close(values[0, 0, 1], torch.full((DIM,), 0.5))
     torch.testing.assert_close(keys[0, 0, 1], kept_keys[0, 0, 1] * 3)
     assert torch.equal(values[0, 0, [0, 2]], kept_values[0, 0, [0, 2]])

@@ -149,21 +149,21 @@ def _clusters(points: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _rarity(pieces: Sequence[Sequence[int]], vocab_size: int) -> torch.Tensor:
-    """What a token weighs in an embedding, `(vocab,)`: the logarithm of how few segments hold it."""
+    """What a token weighs in an embedding, `(vocab,)`: the logarithm of how few segments hold it; 0 where none does, for such a token tells no segments apart."""
     holding = torch.zeros(vocab_size)
     for piece in pieces:
         holding[torch.tensor(sorted(set(piece)))] += 1
-    return torch.log1p(len(pieces) / (1 + holding))
+    return torch.where(holding > 0, torch.log1p(len(pieces) / holding.clamp_min(1)), 0.0)
 
 
 def _embedded(model: Any, ids: Sequence[int], rarity: torch.Tensor) -> torch.Tensor:
-    """The mean of the tokens' unit embeddings by their rarity, float32 `(width,)`."""
+    """The mean of the tokens' unit embeddings by their rarity, float32 `(width,)`; 0 where all weigh nothing."""
     tokens = torch.tensor(list(ids))
     with torch.inference_mode():
         rows = torch.nn.functional.normalize(model.get_input_embeddings()(tokens).float(), dim=-1)
     weight = rarity[tokens][:, None]
-    return ((rows * weight).sum(0) / weight.sum()).clone()
+    return ((rows * weight).sum(0) / weight.sum().clamp_min(1e-12)).clone()
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x / x.norm().clamp_min(math.ulp(1.0))
+    return x / x.norm().clamp_min(1e-12)

@@ -107,10 +107,14 @@ def make_conversations(
 ) -> tuple[Task, ...]:
     """Conversations that come back to each of `num_topics` topics several times, and then a question on each, asked of a copy of the cache.
 
-    A topic is statements of one form, the longest ones; a visit takes about `VISIT_TOKENS`, and topics take turns in random order. Raises ValueError for more topics than
+    A topic has a name, which opens every visit and the question, and statements of one form, the longest of those that say the key first; a visit takes about `VISIT_TOKENS`, and topics take turns in random order. Raises ValueError for more topics than
     there are forms or words, and where the tokenizer merges across the probes' borders.
     """
-    rng, count, forms = random.Random(seed), token_counter(tokenizer), list(SEEN.values())
+    rng, count, forms = (
+        random.Random(seed),
+        token_counter(tokenizer),
+        [form for form in SEEN.values() if form[0].find("{key}") < form[0].find("{value}")],
+    )
     if not 1 <= num_topics <= len(forms):
         raise ValueError(f"{num_topics} topics were asked; there are forms for 1 to {len(forms)}")
     forms.sort(key=lambda form: -count(form[0]))
@@ -118,12 +122,13 @@ def make_conversations(
     for _ in range(num_conversations):
         pairs = make_records(rng, 3 * len(WORDS) // 4, "word")
         chosen = rng.sample(forms[:num_topics], num_topics)
+        openings = [f"Let us talk about the {pairs.pop()[0]}.\n" for _ in chosen]
         told: list[list[tuple[str, str]]] = [[] for _ in chosen]
         lines: list[str] = []
         num_tokens = 0
         while num_tokens < context_tokens:
             for topic in rng.sample(range(num_topics), num_topics):
-                visit: list[str] = []
+                visit = [openings[topic]]
                 while count("".join(visit)) < VISIT_TOKENS:
                     if not pairs:
                         raise ValueError(f"a conversation of {context_tokens} tokens takes more words than there are")
@@ -134,7 +139,10 @@ def make_conversations(
             num_tokens = count("".join(lines))
         context = "".join(lines)
         asked = [rng.choice(of_topic) for of_topic in told]
-        probes = [Probe(context, form[1].format(key=key), f" {value}") for form, (key, value) in zip(chosen, asked)]
+        probes = [
+            Probe(context, opening + form[1].format(key=key), f" {value}")
+            for opening, form, (key, value) in zip(openings, chosen, asked)
+        ]
         tasks.append(_task("conversation", probes, tokenizer))
     return tuple(tasks)
 

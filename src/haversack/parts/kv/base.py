@@ -211,8 +211,9 @@ class Demote(KVPart):
         freed: tuple[torch.Tensor, torch.Tensor],
         open_to: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
+        importance: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept keys and values `(rows, kv_heads, tokens, head_dim)` with what freed ones leave in those that are `open_to` it; float32. `positions` are theirs, `(rows, kv_heads, tokens)`."""
+        """Kept keys and values `(rows, kv_heads, tokens, head_dim)` with what freed ones leave in those that are `open_to` it; float32. `positions` and `importance` are theirs, `(rows, kv_heads, tokens)`."""
         raise UsageError(f"{self.id} leaves kept tokens as they are.")
 
 

@@ -30,7 +30,7 @@ class EpisodeAttention(Selection):
     memory: ClassVar[float] = 0.0
 
     num_episodes: int = 4
-    segment_tokens: int = 64
+    segment_tokens: int = 48
 
     def __post_init__(self) -> None:
         super().__post_init__()

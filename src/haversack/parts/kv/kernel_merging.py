@@ -44,6 +44,7 @@ class KernelMerge(Demote):
         freed: tuple[torch.Tensor, torch.Tensor],
         open_to: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
+        importance: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         likeness, places = nearest_kept(kept[0], freed[0], open_to)
         alike = (likeness >= self.threshold).float()

@@ -44,6 +44,7 @@ class Merge(Demote):
         freed: tuple[torch.Tensor, torch.Tensor],
         open_to: torch.Tensor,
         positions: tuple[torch.Tensor, torch.Tensor],
+        importance: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 

@@ -336,9 +336,13 @@ class SelectiveLayer(SlabLayer):
         assert self.demote is not None
         row_slice = slice(rows.start, rows.stop)
         held = self.slots.read(row_slice, 0, kept.shape[2])
-        places, freed = _places(kept), _places(~kept)
-        at = (positions.gather(2, places), positions.gather(2, freed))
-        merged = self.demote.merge(_taken(held, places), _taken(held, freed), at[0] >= self.regions.sink_tokens, at)
+        both = places, freed = _places(kept), _places(~kept)
+        weights = self.tensors["importance"][row_slice]
+        at, worth = ([x.gather(2, some) for some in both] for x in (positions, weights))
+        open_to = at[0] >= self.regions.sink_tokens
+        merged = self.demote.merge(
+            _taken(held, places), _taken(held, freed), open_to, (at[0], at[1]), (worth[0], worth[1])
+        )
         self.slots.replace(row_slice, places, *merged)
 
     # Batches
