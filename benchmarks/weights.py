@@ -79,6 +79,9 @@ INTEGER_SETTINGS = (
 )
 """Bits, group size and symmetry of the tools that have a choice: both kinds of grid near every size."""
 
+LEARNED_SETTINGS = ((2, 128, False), (2, 64, False), (3, 128, False), (4, 128, False))
+"""The same for a tool that takes ten minutes a setting: the one that comes nearest to each size. At 8 bits there is nothing to learn."""
+
 GGML_TYPES = (
     ("IQ1_M", "IQ3_XXS"),
     ("IQ2_XXS", "Q2_K"),
@@ -130,8 +133,9 @@ def peer_settings() -> Iterator[tuple[str, str, dict[str, Any]]]:
         common = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
         tuned = {**common, "method": "gptq", "actorder": "static", "observer": "mse"}
         yield "llmcompressor GPTQ", "llmcompressor", tuned
-        if bits < 8:
-            yield "auto-round", "auto_round", {**common, "iterations": 200, "batch_size": 8}
+    for bits, group_size, symmetric in LEARNED_SETTINGS:
+        learned = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "iterations": 200, "batch_size": 8}
+        yield "auto-round", "auto_round", learned
     for linears, embeddings in GGML_TYPES:
         yield "llama.cpp quants", "xllamacpp", {"linears": linears, "embeddings": embeddings}
     for form, double in (("nf4", False), ("nf4", True), ("int8", False)):

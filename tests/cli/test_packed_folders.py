@@ -15,7 +15,7 @@ from haversack.units import format_rate
 MEASURED = {
     "residents": {"weights": 5}, "tensor_peaks": {"load": 5, "prefill": 5, "decode": 5}, "peak_private_bytes": 9,
     "imported_private_bytes": 2, "file_bytes": 3, "load_seconds": 1.0, "prefill_seconds": 1.0, "seconds_per_step": 1.0,
-    "decode_tokens_per_second": 1.0, "kernels": {"k": ["as is"]}, "loop": "compiled step",
+    "decode_tokens_per_second": 1.0, "kernels": {"k": ["as is"]}, "loop": "compiled step", "disk_read_bytes_per_second": None,
 }  # fmt: skip
 
 
@@ -121,6 +121,14 @@ def test_verify_without_the_unpacked_model_says_so(cli, packed, without_processe
     assert {"within_budget", "budget_bytes", "peak_bytes", "bytes", "seconds", "figures", "kernels"} <= set(ran.json)
     step, shown = ran.json["seconds"]["decode step"], {row["what"]: row for row in ran.json["figures"]}
     assert step["predicted"] > 0 and shown["tokens/s"]["predicted"] == format_rate(1 / step["predicted"])
+
+
+@pytest.mark.parametrize(("rate", "rows"), [(None, []), (2.0**31, ["2.00 GiB/s"])])
+def test_verify_names_the_disks_rate_where_layers_are_streamed(cli, packed, monkeypatch, rate, rows):
+    found = MEASURED | {"disk_read_bytes_per_second": rate}
+    monkeypatch.setattr("haversack.jobs.verify._run_fresh", lambda folder, instrument: dict(found))
+    shown = cli("verify", packed, "--json").json["figures"]
+    assert [row["measured"] for row in shown if row["what"] == "disk read"] == rows
 
 
 def test_all_that_loads_is_seen_by_the_allocator(packed):

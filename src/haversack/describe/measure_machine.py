@@ -217,12 +217,18 @@ def disk_rates(folder: Path, disk_bytes: int, notes: list[str]) -> tuple[float |
             file.write(os.urandom(BLOCK_BYTES))
         file.flush()
         os.fsync(file.fileno())
-        fd, method = _open_uncached(file.name, num_bytes)
-        try:
-            seconds = _seconds(lambda: _read_all(fd, num_bytes))
-        finally:
-            os.close(fd)
-    return num_bytes / seconds, f"{method}, {DISK_READERS} requests of {BLOCK_BYTES >> 20} MiB in flight, in {folder}"
+        rate, method = file_read_rate(Path(file.name), num_bytes)
+    return rate, f"{method}, {DISK_READERS} requests of {BLOCK_BYTES >> 20} MiB in flight, in {folder}"
+
+
+def file_read_rate(file: Path, num_bytes: int) -> tuple[float, str]:
+    """Bytes/s of reading the first `num_bytes` of a file, whole blocks of them, past the page cache, and how it was read."""
+    num_bytes = num_bytes // BLOCK_BYTES * BLOCK_BYTES
+    fd, method = _open_uncached(str(file), num_bytes)
+    try:
+        return num_bytes / _seconds(lambda: _read_all(fd, num_bytes)), method
+    finally:
+        os.close(fd)
 
 
 def runtime_pages(imports: tuple[str, ...], notes: list[str]) -> tuple[int, int] | tuple[None, None]:
@@ -362,7 +368,11 @@ def _open_uncached(path: str, num_bytes: int) -> tuple[int, str]:
 
 def _read_all(fd: int, num_bytes: int) -> None:
     def read(first: int) -> None:
-        buffer = mmap.mmap(-1, BLOCK_BYTES)  # page-aligned, as O_DIRECT wants
+        buffer = mmap.mmap(
+            -1, BLOCK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # page-aligned, as O_DIRECT wants
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            buffer.madvise(mmap.MADV_HUGEPAGE)  # as the stream window's buffers: scattered pages cut requests up
         for offset in range(first * BLOCK_BYTES, num_bytes, DISK_READERS * BLOCK_BYTES):
             os.preadv(fd, [buffer], offset)
 

@@ -24,6 +24,7 @@ import torch
 
 from haversack.describe.checkpoint import CheckpointTensor, torch_dtype
 from haversack.errors import CheckpointError, HaversackError
+from haversack.formats.huge_pages import on_huge_pages
 from haversack.formats.safetensors_file import drop_pages
 from haversack.formats.tiers import check_element_aligned, cut_short
 from haversack.ledger import StoredTensor
@@ -46,6 +47,11 @@ class StreamStatistics:
     bytes_read: int = 0
     read_seconds: float = 0.0
     stall_seconds: float = 0.0
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """What the disk gave while it was asked; None before the first read."""
+        return self.bytes_read / self.read_seconds if self.read_seconds else None
 
 
 @dataclass(frozen=True)
@@ -298,7 +304,9 @@ def _placed(group: Sequence[CheckpointTensor]) -> tuple[list[int], list[_Run], i
 
 def _aligned(num_bytes: int) -> torch.Tensor:
     """`num_bytes` less one page, from a page's start, within an allocation of `num_bytes`; touched."""
-    whole = torch.empty(num_bytes, dtype=torch.uint8).fill_(0)  # touched now, so that the peak shows when planned
+    whole = on_huge_pages(torch.empty(num_bytes, dtype=torch.uint8)).fill_(
+        0
+    )  # touched now: the peak shows when planned
     skip = -whole.data_ptr() % PAGE_BYTES
     return whole[skip : skip + num_bytes - PAGE_BYTES]
 

@@ -64,6 +64,7 @@ def measure_process(folder: Path) -> dict[str, Any]:
         "loop": loop_name(decoder),
         "loop_reason": refusal,
         "stall_seconds": window.statistics.stall_seconds if window is not None else None,
+        "disk_read_bytes_per_second": window.statistics.bytes_per_second if window is not None else None,
     }
 
 

@@ -14,7 +14,7 @@ from haversack.errors import HaversackError, OutputError
 from haversack.formats.output import write_whole
 from haversack.formats.packed_folder import PLAN_NAME
 from haversack.plan.schema import Plan
-from haversack.units import format_rate, format_seconds
+from haversack.units import format_bytes, format_rate, format_seconds
 
 Progress = Callable[[str, int, int], None]
 VERIFIED_NAME = "verified.json"
@@ -44,7 +44,7 @@ def verify(folder: str | Path, *, quality: bool = True, progress: Progress | Non
     tell("running the workload", 2, 2)
     rows = _byte_rows(plan, measured)
     seconds = _seconds(plan, measured)
-    figures = _figures(seconds, measured)
+    figures = _figures(seconds, measured, _disk_rates(plan, measured))
     notes = list(plan.notes)
     if quality:
         from haversack.jobs.quality import compare_quality
@@ -125,7 +125,15 @@ def _seconds(plan: Plan, measured: dict[str, Any]) -> dict[str, dict[str, float 
     return {what: {"predicted": predicted, "measured": found or None} for what, (predicted, found) in both.items()}
 
 
-def _figures(seconds: dict[str, dict[str, float | None]], measured: dict[str, Any]) -> list[dict[str, str]]:
+def _disk_rates(plan: Plan, measured: dict[str, Any]) -> tuple[float | None, float] | None:
+    """Bytes/s of the disk as the plan took it and as the stream window found it; None where nothing was streamed."""
+    found = measured["disk_read_bytes_per_second"]
+    return (plan.machine.get("rates", {}).get("disk_read_bytes_per_second"), found) if found else None
+
+
+def _figures(
+    seconds: dict[str, dict[str, float | None]], measured: dict[str, Any], disk: tuple[float | None, float] | None
+) -> list[dict[str, str]]:
     rows = [(what, _shown(row["predicted"]), _shown(row["measured"])) for what, row in seconds.items()]
     predicted, found = seconds["decode step"]["predicted"], seconds["decode step"]["measured"]
     tokens_per_step = measured["decode_tokens_per_second"] * (found or 0.0)
@@ -133,6 +141,9 @@ def _figures(seconds: dict[str, dict[str, float | None]], measured: dict[str, An
         ("tokens/s", format_rate(tokens_per_step / predicted) if predicted else "", format_rate(measured["decode_tokens_per_second"])),
         ("fraction of the bound", "1", f"{predicted / found:.2f}" if predicted and found else "-"),
     ]  # fmt: skip
+    if disk is not None:
+        predicted_rate, found_rate = (f"{format_bytes(rate)}/s" if rate else "-" for rate in disk)
+        rows.append(("disk read", predicted_rate, found_rate))
     rows.append(("decode loop", "", measured["loop"]))
     rows += [("kernel " + kernel, "", "; ".join(grids)) for kernel, grids in measured["kernels"].items()]
     return [{"what": what, "predicted": predicted, "measured": found} for what, predicted, found in rows]
