@@ -45,7 +45,7 @@ from haversack.probes.suite import Task, make_conversations, make_suite
 from haversack.recipes.base import all_recipes
 from haversack.recipes.cache_budget import SINK_TOKENS, CacheBudget, Options, selection
 
-CONTEXT_TOKENS, NUM_PER_KIND = 768, 4
+CONTEXT_TOKENS, NUM_PER_KIND = 768, 3
 CONVERSATION_TOKENS, NUM_TOPICS, NUM_CONVERSATIONS = 600, 2, 4
 NUM_SEQUENCES, SEQ_LEN = 4, 768
 STREAM_TOKENS, PIECE_TOKENS = 6144, 1024
@@ -170,7 +170,7 @@ def _stream(bench: Bench, options: Options, ids: Sequence[int]) -> tuple[list[fl
 
 def merging(bench: Bench) -> Iterator[Figure]:
     ways: dict[str, Demote | None] = {"dropping": None, "elastic-cache": AnchorMerge(), "kvmerger": KernelMerge()}
-    for share in (0.75, 0.5, 0.35, 0.25):
+    for share in (0.5, 0.35):
         budget = bench.budget(share, SEQ_LEN)
         rows = {
             name: budget.everywhere(lambda n: KVOption(selection(HeavyHitters, n), demote=way))  # noqa: B023

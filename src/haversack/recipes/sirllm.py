@@ -15,4 +15,5 @@ RECIPE = Recipe(
     source=Source("Yao, Li and Zhao", 2024, "SirLLM: Streaming Infinite Retentive LLM", "2405.12528"),
     options=lambda: (),
     whole_cache=lambda budget: budget.everywhere(lambda n: KVOption(selection(Surprise, n))),
+    catalogue=("sirllm",),
 )
