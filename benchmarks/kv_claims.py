@@ -170,7 +170,7 @@ def _stream(bench: Bench, options: Options, ids: Sequence[int]) -> tuple[list[fl
 
 def merging(bench: Bench) -> Iterator[Figure]:
     ways: dict[str, Demote | None] = {"dropping": None, "elastic-cache": AnchorMerge(), "kvmerger": KernelMerge()}
-    for share in (0.5, 0.35):
+    for share in (0.75, 0.5, 0.35):
         budget = bench.budget(share, SEQ_LEN)
         rows = {
             name: budget.everywhere(lambda n: KVOption(selection(HeavyHitters, n), demote=way))  # noqa: B023
