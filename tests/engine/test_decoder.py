@@ -24,7 +24,11 @@ from haversack.errors import UnsupportedModelError
 from haversack.jobs.pack import pack
 from haversack.jobs.run import load, loop_name, open_decoder
 from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.block_float import BlockFloatKV
+from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.heavy_hitters import HeavyHitters
+from haversack.parts.kv.low_rank import LowRankKV
+from haversack.parts.kv.pages import PagedKV
 from haversack.parts.kv.quantized import QuantizedKV
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.parts.weights.base import WeightOption, WeightTask
@@ -45,6 +49,10 @@ CACHES |= {
     "by-head": by_head(WINDOW_AND_CODES),
     "chosen": KVOption(HeavyHitters(4, 20, 8, 16)),
     "chosen-by-head": by_head([KVOption(HeavyHitters(4, 20, 8, 16)), KVOption()]),
+    "thin": KVOption(None, FewerKeyChannels(0.4, 32, 4)),
+    "block-float": KVOption(None, BlockFloatKV(8, 16, 4)),
+    "low-rank": KVOption(project=LowRankKV(8, 8)),
+    "pages": KVOption(None, PagedKV(8, 5)),
 }
 FAMILIES = {  # every family with one kind of cache; llama and gemma2 (windows, softcaps) with all
     "qwen2": ["plain"], "qwen3": ["window"], "mistral": ["packed"], "phi3": ["window-packed"], "olmo2": ["packed"],

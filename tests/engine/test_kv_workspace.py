@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tests.parts_kv.recipes import build
 
 from allocations import peak_bytes
 from haversack.describe.site import AttentionSite
 from haversack.parts.kv.anchor_merging import AnchorMerge
 from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.block_float import BlockFloatKV
+from haversack.parts.kv.channels import ChosenChannels
 from haversack.parts.kv.corrected import CorrectedKV
+from haversack.parts.kv.depth_merged import DepthMergedKV
+from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.kernel_merging import KernelMerge
 from haversack.parts.kv.low_precision import LowPrecision
+from haversack.parts.kv.low_rank import LowRankKV
 from haversack.parts.kv.merging import Merge
 from haversack.parts.kv.non_uniform import NonUniformKV
+from haversack.parts.kv.pages import PagedKV
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
@@ -38,6 +47,18 @@ OPTIONS = {
     "persistent": KVOption(Persistence(4, 412, 96, 64)),
     "corrected": KVOption(None, CorrectedKV(2, 2, 64, 0)),
     "tables": KVOption(None, NonUniformKV(3, 64, 0, 2)),
+    "block-float": KVOption(None, BlockFloatKV(4, 32, 32)),
+    "heavy-block-float": KVOption(HeavyHitters(4, 412, 96, 64), BlockFloatKV(4)),
+    "thin-keys": KVOption(None, FewerKeyChannels(0.4)),
+    "thin-keys-packed": KVOption(SinksAndWindow(4, 700), FewerKeyChannels(0.4, 64, 32, 4)),
+    "chosen-channels": KVOption(
+        HeavyHitters(4, 412, 96, 64), project=ChosenChannels()
+    ),  # of as many heads as the site has
+    "low-rank": KVOption(project=LowRankKV(32, 32)),
+    "low-rank-packed": KVOption(None, QuantizedKV(4, 4, 64, 64), project=LowRankKV(48, 64, 2)),
+    "paged": KVOption(None, PagedKV(32, 16)),
+    "merged": KVOption(None, DepthMergedKV()),
+    "merged-deeper": KVOption(None, DepthMergedKV(True, 4)),
     "by-head": by_head(
         [
             KVOption(SinksAndWindow(4, 300)),
@@ -75,7 +96,10 @@ def test_peak_stays_within_the_declared_workspace(name, site, dtype, new_tokens,
         option = by_head(option.heads[: site.num_kv_heads])
     code = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
     sizes = {"batch_size": batch_size, "capacity_tokens": capacity, "dtype": code}
-    layer = option.build(site, **sizes)
+    if option.project is not None and name == "chosen-channels":
+        channels = (tuple(range(40)),) * site.num_kv_heads
+        option = replace(option, project=ChosenChannels(channels))
+    layer = build(option, site, **sizes)
 
     def random(heads: int, tokens: int) -> torch.Tensor:
         return torch.randn(batch_size, heads, tokens, site.key_head_dim, dtype=dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.parts_kv.recipes import build
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UnsupportedModelError, UsageError
@@ -16,15 +17,21 @@ from haversack.ledger import total_bytes
 from haversack.parts.base import all_parts, part_from_dict
 from haversack.parts.kv.anchor_merging import AnchorMerge
 from haversack.parts.kv.base import KVOption, KVPart, Selection, by_head
+from haversack.parts.kv.block_float import BlockFloatKV
+from haversack.parts.kv.channels import ChosenChannels
 from haversack.parts.kv.corrected import CorrectedKV
+from haversack.parts.kv.depth_merged import DepthMergedKV
 from haversack.parts.kv.episode_attention import EpisodeAttention
+from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.kernel_merging import KernelMerge
 from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_precision import LowPrecision
+from haversack.parts.kv.low_rank import LowRankKV
 from haversack.parts.kv.merging import Merge
 from haversack.parts.kv.non_uniform import NonUniformKV
 from haversack.parts.kv.normalized_attention import NormalizedAttention
+from haversack.parts.kv.pages import PagedKV
 from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
@@ -179,6 +186,20 @@ OPTIONS = [
     KVOption(Surprise(4, 20, 8, 16)),
     KVOption(SalientAttention(4, 20, 8, 16, num_directions=4)),
     KVOption(HeavyHitters(4, 20, 8, 16), demote=AnchorMerge()),
+    KVOption(None, BlockFloatKV(4, 32, 8)),
+    KVOption(HeavyHitters(4, 20, 8, 16), BlockFloatKV(8, 16)),
+    KVOption(None, QuantizedKV(4, 4, 32, 8), project=ChosenChannels((tuple(range(31, -1, -1)), tuple(range(32))))),
+    KVOption(LatestAttention(4, 20, 8, 16), project=ChosenChannels((tuple(range(20)), tuple(range(12, 32))))),
+    KVOption(SinksAndWindow(4, 30), project=LowRankKV(16, 24)),
+    KVOption(HeavyHitters(4, 20, 8, 32), PerTokenKV(8), LowPrecision(2), project=LowRankKV(32, 32, 2)),
+    by_head([KVOption(project=LowRankKV(16, 16)), KVOption(SinksAndWindow(4, 30), FewerKeyChannels(0.4, 32, 8))]),
+    KVOption(None, FewerKeyChannels(0.4, 32, 8)),
+    KVOption(SinksAndWindow(4, 70), FewerKeyChannels(0.5, 32, 8, 4)),
+    KVOption(None, DepthMergedKV(False, 0, 32, 8)),
+    KVOption(None, DepthMergedKV(True, 0, 32, 8)),
+    KVOption(SinksAndWindow(4, 70), DepthMergedKV(False, 4, 32, 8)),
+    KVOption(SinksAndWindow(4, 70), DepthMergedKV(True, 4, 32, 8)),
+    KVOption(None, PagedKV(8, 5)),
 ]
 
 
@@ -193,7 +214,7 @@ def test_heads_choose_the_same_tokens_in_any_chunks(option):
     for steps in ([length], [7] * 21 + [3], [1] * length):
         layer = option.build(site(), batch_size=2, capacity_tokens=length, dtype="F32")
         output, _ = run(layer, query, keys, values, steps)
-        runs.append((output, [layer.held_by_head(row) for row in range(2)]))
+        runs.append((output, [getattr(layer, "store", layer).held_by_head(row) for row in range(2)]))
         assert (
             layer.num_bytes()
             == layer.max_bytes()
@@ -262,6 +283,7 @@ def test_a_guide_sees_what_attending_sees():
         KVOption(),
         KVOption(EpisodeAttention(4, 20, 8, 16)),
         by_head([KVOption(), KVOption(SinksAndWindow(4, 30))]),
+        KVOption(EpisodeAttention(4, 20, 8, 16), project=LowRankKV(16, 24)),
     ):
         layer = option.build(site(), batch_size=2, capacity_tokens=90, dtype="F32")
         run(layer, query, keys, values, [60])
@@ -395,7 +417,7 @@ def test_padded_rows_are_as_alone(option):
     lengths, total = (61, 97, 100), 100
     query, keys, values = tokens(3, total)
     real = torch.stack([torch.arange(total) >= total - n for n in lengths])
-    layer = option.build(site(), batch_size=3, capacity_tokens=total + 5, dtype="F32")
+    layer = build(option, site(), batch_size=3, capacity_tokens=total + 5, dtype="F32")
     outputs, done = [], 0
     for step in (32, 32, 32, 1, 1, 2):
         part = slice(done, done + step)
@@ -405,7 +427,7 @@ def test_padded_rows_are_as_alone(option):
         outputs.append(layer.step(q, k, v, scaling=SCALING, real=mask)[0])
     together = torch.cat(outputs, 2)
     for row, length in enumerate(lengths):
-        alone = option.build(site(), batch_size=1, capacity_tokens=total + 5, dtype="F32")
+        alone = build(option, site(), batch_size=1, capacity_tokens=total + 5, dtype="F32")
         part = slice(total - length, total)
         steps = [length % 32, *[32] * (length // 32 - 1), 16, 16] if length % 32 else [32] * (length // 32)
         output, _ = run(alone, *(x[row : row + 1, :, part] for x in (query, keys, values)), [s for s in steps if s])
@@ -413,13 +435,18 @@ def test_padded_rows_are_as_alone(option):
         for name in alone.tensors:
             if name.split(".")[-1] in ("keys", "values"):  # slots of these that are free hold what was there before
                 continue
+            if "projection" in name.split("."):  # which no sequence has a row of
+                continue
             torch.testing.assert_close(layer.tensors[name][row], alone.tensors[name][0], atol=1e-5, rtol=0)
         probe = query[row : row + 1, :, -1:]
         after = layer.attend(query[:, :, -1:], scaling=SCALING)[0][row : row + 1]
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
-            isinstance(part, (QuantizedKV, CorrectedKV, NonUniformKV)) for part in option.parts
-        ):  # packed tokens depend on what was plain when a query came, so on the chunks
+            isinstance(
+                part, (QuantizedKV, CorrectedKV, NonUniformKV, BlockFloatKV, FewerKeyChannels, DepthMergedKV, PagedKV)
+            )
+            for part in option.parts
+        ):  # packed tokens depend on what was plain when a query came, so on the chunks; pages are a chunk's
             torch.testing.assert_close(together[row, :, part], output[0], atol=1e-5, rtol=0)
 
 
@@ -427,7 +454,7 @@ def test_padded_rows_are_as_alone(option):
 def test_declared_tensors_are_the_ones_made(option):
     for dtype in ("F32", "BF16", "F16"):
         declared = option.stored(site(), batch_size=3, capacity_tokens=300, dtype=dtype)
-        layer = option.build(site(), batch_size=3, capacity_tokens=300, dtype=dtype)
+        layer = build(option, site(), batch_size=3, capacity_tokens=300, dtype=dtype)
         assert {t.name: t.shape for t in declared} == {k: tuple(t.shape) for k, t in layer.tensors.items()}
         assert total_bytes(declared) == layer.num_bytes() == layer.max_bytes()
 
@@ -523,7 +550,7 @@ def test_growth_beyond_the_plan_is_refused_before_anything_is_written():
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda o: "+".join(p.id for p in o.parts))
 def test_reordered_rows_go_on_as_their_source(option):
     query, keys, values = tokens(3, 80)
-    layer = option.build(site(), batch_size=3, capacity_tokens=90, dtype="F32")
+    layer = build(option, site(), batch_size=3, capacity_tokens=90, dtype="F32")
     run(layer, query, keys, values, [70, 5, 5])
     probe, *_ = tokens(3, 1, seed=1)
     before, _ = layer.attend(probe, scaling=SCALING)
@@ -538,15 +565,15 @@ def test_reordered_rows_go_on_as_their_source(option):
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda o: "+".join(p.id for p in o.parts))
 def test_state_goes_on_in_another_layer(option):
     query, keys, values = tokens(2, 80)
-    layer = option.build(site(), batch_size=2, capacity_tokens=90, dtype="F32")
+    layer = build(option, site(), batch_size=2, capacity_tokens=90, dtype="F32")
     run(layer, query, keys, values, [70, 5])
-    other = option.build(site(), batch_size=2, capacity_tokens=90, dtype="F32")
+    other = build(option, site(), batch_size=2, capacity_tokens=90, dtype="F32")
     other.load_state(layer.state())
     rest = tuple(x[:, :, 75:] for x in (query, keys, values))
     for a, b in zip(run(layer, *rest, [4, 1]), run(other, *rest, [4, 1])):
         assert torch.equal(a, b)
     with pytest.raises(UsageError, match=r"saved cache's \S+ is .* needs"):
-        option.build(site(), batch_size=1, capacity_tokens=90, dtype="F32").load_state(layer.state())
+        build(option, site(), batch_size=1, capacity_tokens=90, dtype="F32").load_state(layer.state())
 
 
 def test_crop_takes_back_only_what_is_still_there():
@@ -632,6 +659,17 @@ def test_options_and_parts_survive_a_plan_file():
         (lambda: Surprise(4, 200, 60, 64), r"sinks, selected and recent tokens \(264\) are whole blocks of 64"),
         (lambda: SalientAttention(saliency=-1.0), "saliency is -1.0"),
         (lambda: SalientAttention(num_directions=-1), "num_directions is -1"),
+        (lambda: BlockFloatKV(bits=5), "bits is 5"),
+        (lambda: BlockFloatKV(block_size=20), "block_size is 20"),
+        (lambda: FewerKeyChannels(pruned_share=1.0), "pruned_share is 1.0"),
+        (lambda: FewerKeyChannels(bits=3), "bits is 3"),
+        (lambda: DepthMergedKV(retained_tokens=65), "retained_tokens is 65"),
+        (lambda: DepthMergedKV(deeper_share=1.5), "deeper_share is 1.5"),
+        (lambda: ChosenChannels(((0, 0),)), "distinct channels"),
+        (lambda: ChosenChannels(((0, 1), (2,))), "as many"),
+        (lambda: LowRankKV(key_rank=-1), "key_rank is -1"),
+        (lambda: LowRankKV(heads_together=0), "heads_together is 0"),
+        (lambda: by_head([KVOption(represent=DepthMergedKV(True)), KVOption()]), "shares its store with another"),
     ],
 )
 def test_bad_fields_are_refused_by_name(make, message):

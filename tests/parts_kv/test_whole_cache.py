@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.parts_kv.recipes import CAPACITY_TOKENS, SITES, asked, recipe_options, whole_cache_recipes
+from tests.parts_kv.recipes import CAPACITY_TOKENS, SITES, asked, build, recipe_options, whole_cache_recipes
 
 from haversack.errors import DoesNotFitError
 from haversack.parts.kv.base import KVOption
@@ -52,7 +52,7 @@ def test_with_room_for_everything_nothing_is_lost(recipe):
     x = torch.randn(3, 1, 4, length, 32, generator=generator)
     outputs = []
     for option in (KVOption(), *recipe.whole_cache(asked(40.0))):
-        layer = option.build(SITES[0], batch_size=1, capacity_tokens=length, dtype="F32")
+        layer = build(option, SITES[0], batch_size=1, capacity_tokens=length, dtype="F32")
         steps = [
             layer.step(x[0, :, :, s], x[1, :, :2, s], x[2, :, :2, s], scaling=0.2)[0]
             for s in (slice(0, 300), slice(300, length))
@@ -73,7 +73,7 @@ def test_bytes_are_the_declared_ones_at_every_step(option):
     """Prefill in chunks, the one in flight included, and decoding: the slabs are all there is, and they never grow."""
     site, length = SITES[0], CAPACITY_TOKENS
     shape = {"batch_size": 1, "capacity_tokens": length, "dtype": "F32"}
-    layer = option.build(site, **shape)
+    layer = build(option, site, **shape)
     generator = torch.Generator().manual_seed(0)
     planned, done = option.stored_bytes(site, **shape), 0
     for step in (100, 64, 40, 1, 1, 1, length - 207):
@@ -87,7 +87,7 @@ def test_bytes_are_the_declared_ones_at_every_step(option):
 @pytest.mark.parametrize("option", recipe_options(), ids=lambda o: o.label)
 def test_growth_beyond_the_plan_is_refused_or_held_in_the_same_bytes(option):
     site, length = SITES[0], CAPACITY_TOKENS
-    layer = option.build(site, batch_size=1, capacity_tokens=length, dtype="F32")
+    layer = build(option, site, batch_size=1, capacity_tokens=length, dtype="F32")
     x = torch.randn(1, 2, length, 32, generator=torch.Generator().manual_seed(0))
     layer.append(x, x)
     held = layer.num_bytes()

@@ -17,6 +17,7 @@ import torch
 from haversack.codecs.codebooks import codebook
 from haversack.describe.site import AttentionSite
 from haversack.engine.attention import haversack_attention, registered
+from haversack.engine.channel_moments import ChannelMoments, channel_moments
 from haversack.engine.probe_meter import ProbeMeter
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.latest_attention import LatestAttention
@@ -130,6 +131,11 @@ class AttentionStatistics:
             return _weighted_means(torch.cat([x for x, _ in some]), torch.cat([w for _, w in some]), usual)
 
         return [(table(of_keys), table(of_values)) for of_keys, of_values in collected]
+
+    @cached_property
+    def channels(self) -> tuple[ChannelMoments, ...]:
+        """By layer, second moments of queries, keys and values over the tasks' contexts."""
+        return channel_moments(self._model, self.sites, [task.context for task in self._tasks])
 
     @cached_property
     def _with_gradients(self) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:

@@ -52,6 +52,8 @@ class KVPlan:
                 f"a KV plan needs one option for each layer in order; it has {len(self.options)} options for layers "
                 f"{[site.layer for site in self.sites]}."
             )
+        for before, option in zip((None, *self.options), self.options):
+            option.represent.check_joined(before)
 
     @property
     def selections(self) -> tuple[Selection, ...]:
@@ -158,6 +160,7 @@ class PlannedCacheLayer(CacheLayerMixin):
         self.plan = plan
         self.planned_batch_size = batch_size
         self.capacity_tokens = capacity_tokens
+        self.before: PlannedCacheLayer | None = None
         self.store: KVLayer | None = None
         self.columns = 0
         self.peeking = False
@@ -181,13 +184,22 @@ class PlannedCacheLayer(CacheLayerMixin):
             raise PlanError(f"{self.site.id} was planned with (KV heads, key, value widths) {planned}, found {found}.")
         if batch_size > self.planned_batch_size:
             self.plan.check_fits(batch_size, self.capacity_tokens)
-        self.store = self.option.build(
-            self.site,
-            batch_size=batch_size,
-            capacity_tokens=self.capacity_tokens,
-            dtype=dtype,
-            device=key_states.device,
+        self.hold(
+            self.option.build(
+                self.site,
+                batch_size=batch_size,
+                capacity_tokens=self.capacity_tokens,
+                dtype=dtype,
+                device=key_states.device,
+            )
         )
+
+    def hold(self, store: KVLayer) -> None:
+        """Go on with this store, joined with that of the layer before where the plan says so."""
+        if self.option.represent.joins:
+            assert self.before is not None and self.before.store is not None  # layers come in order
+            store.join(self.before.store)
+        self.store = store
         self.is_initialized = True
 
     def update(
@@ -235,11 +247,11 @@ class PlannedCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
             self.plan.check_fits(self.store.batch_size * repeats, self.capacity_tokens)
-            self.store = self.store.resized(torch.arange(self.store.batch_size).repeat_interleave(repeats))
+            self.hold(self.store.resized(torch.arange(self.store.batch_size).repeat_interleave(repeats)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.store is not None:
-            self.store = self.store.resized(torch.arange(self.store.batch_size)[indices.cpu()])
+            self.hold(self.store.resized(torch.arange(self.store.batch_size)[indices.cpu()]))
 
     def offload(self) -> None:
         raise UsageError("a planned cache stays where its plan put it; offloading is a choice of the plan.")
@@ -261,6 +273,8 @@ class HaversackCache(Cache):
             PlannedCacheLayer(site, option, plan, batch_size, capacity_tokens)
             for site, option in zip(plan.sites, plan.options)
         ]
+        for before, layer in zip(self.planned, self.planned[1:]):
+            layer.before = before
         super().__init__(layers=[*self.planned])
 
     @contextmanager
@@ -290,8 +304,7 @@ class HaversackCache(Cache):
         other = HaversackCache(self.plan, batch_size=first.batch_size, capacity_tokens=first.capacity_tokens)
         for mine, its in zip(self.planned, other.planned):
             if mine.store is not None:
-                its.store = mine.store.resized(torch.arange(mine.store.batch_size))
-                its.is_initialized = True
+                its.hold(mine.store.resized(torch.arange(mine.store.batch_size)))
             its.columns = mine.columns
         return other
 
@@ -326,14 +339,14 @@ class HaversackCache(Cache):
                     raise PlanError(f"{path} was saved under another {what}; fill the cache again with this one.")
             cache = cls(plan, batch_size=int(about["batch_size"]), capacity_tokens=int(about["capacity_tokens"]))
             for i, layer in enumerate(cache.planned):
-                layer.store = layer.option.build(
+                store = layer.option.build(
                     layer.site,
                     batch_size=layer.planned_batch_size,
                     capacity_tokens=layer.capacity_tokens,
                     dtype=plan.dtype,
                     device=device,
                 )
-                layer.store.load_state({name: file.get_tensor(f"{i}.{name}") for name in layer.store.state()})
+                store.load_state({name: file.get_tensor(f"{i}.{name}") for name in store.state()})
+                layer.hold(store)
                 layer.columns = int(about["columns"])
-                layer.is_initialized = True
         return cache

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError
 from haversack.parts.kv.base import KVOption, Selection
+from haversack.parts.kv.low_rank import LowRankKV
 from haversack.units import format_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +26,23 @@ Options = tuple[KVOption, ...]
 
 SINK_TOKENS = 4
 MAX_BLOCK_TOKENS = 64
+
+
+class ChannelStatistics(Protocol):
+    """What recipes ask of a layer's channels; `engine.channel_moments` measures it."""
+
+    @property
+    def query_energy(self) -> list[list[float]]: ...
+
+    @property
+    def key_energy(self) -> list[list[float]]: ...
+
+    @property
+    def value_energy(self) -> list[list[float]]: ...
+
+    def fitted(self, part: LowRankKV, *, per_frequency: bool = False) -> LowRankKV: ...
+
+    def turned_to_before(self) -> LowRankKV: ...
 
 
 class HeadStatistics(Protocol):
@@ -48,6 +66,9 @@ class HeadStatistics(Protocol):
     @property
     def eviction_damage(self) -> list[float]: ...
 
+    @property
+    def channels(self) -> Sequence[ChannelStatistics]: ...
+
     def tables(self, part: NonUniformKV) -> list[tuple[tuple[float, ...], tuple[float, ...]]]: ...
 
 
@@ -68,6 +89,11 @@ class CacheBudget:
     def most_tokens(self) -> int:
         """What is worth asking for: with a block to spare nothing is ever dropped."""
         return self.capacity_tokens + MAX_BLOCK_TOKENS
+
+    @property
+    def whole(self) -> Options:
+        """Every token as it is."""
+        return (KVOption(),) * len(self.sites)
 
     def bytes_of(self, options: Sequence[KVOption]) -> int:
         """Declared bytes of a whole cache."""
@@ -95,6 +121,31 @@ class CacheBudget:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.bytes_of(make(middle)) <= self.num_bytes else (low, middle - 1)
         return make(low)
+
+    def low_rank(self, heads_together: int, ranks: int, *, per_frequency: bool = False) -> Options:
+        """Every head's, or `heads_together` heads', keys and values by as many calibrated directions as fit, of `ranks` steps to all there are; whole where that
+        fits. Heads that can't be taken together so stay apart."""
+        assert self.statistics is not None
+        if self.bytes_of(self.whole) <= self.num_bytes:
+            return self.whole
+
+        def at(n: int) -> Options:
+            found = []
+            for site in self.sites:
+                together = heads_together if site.num_kv_heads % heads_together == 0 else 1
+                key_rank, value_rank = (
+                    max(2, width * together * n // (2 * ranks) * 2)
+                    for width in (site.key_head_dim, site.value_head_dim)
+                )
+                found.append(KVOption(project=LowRankKV(key_rank, value_rank, together)))
+            return tuple(found)
+
+        parts = [option.project for option in self.largest(at, ranks)]
+        return tuple(
+            KVOption(project=channels.fitted(part, per_frequency=per_frequency))
+            for channels, part in zip(self.statistics.channels, parts)
+            if isinstance(part, LowRankKV)
+        )
 
     def everywhere(self, make: Callable[[int], KVOption]) -> Options:
         """The same option at every layer, as large as fits; `make` takes tokens."""

@@ -13,8 +13,8 @@ WINDOW_TOKENS = (256, 128, 64, 32, 16)
 """Of streaming heads: the longest that leaves room for a retrieval head more is not known beforehand, so that all are tried."""
 
 
-def whole_cache(budget: CacheBudget) -> Options:
-    """As many whole heads as fit, those first whose loss costs the answers most; then the longest window for the others.
+def whole_cache(budget: CacheBudget, whole: KVOption = KVOption()) -> Options:  # noqa: B008
+    """As many whole heads as fit, those first whose loss costs the answers most; then the longest window for the others. `whole` heads hold every token.
 
     Differs from the source in how heads are told apart: no gates are trained, each KV head's damage when it streams is measured.
     """
@@ -26,9 +26,9 @@ def whole_cache(budget: CacheBudget) -> Options:
     )
 
     def with_whole(count: int, window_tokens: int) -> Options:
-        whole, streaming = set(order[:count]), KVOption(score=SinksAndWindow(SINK_TOKENS, window_tokens))
+        retrieval, streaming = set(order[:count]), KVOption(score=SinksAndWindow(SINK_TOKENS, window_tokens))
         return tuple(
-            by_head([KVOption() if (i, head) in whole else streaming for head in range(site.num_kv_heads)])
+            by_head([whole if (i, head) in retrieval else streaming for head in range(site.num_kv_heads)])
             for i, site in enumerate(budget.sites)
         )
 
@@ -38,7 +38,7 @@ def whole_cache(budget: CacheBudget) -> Options:
             options = budget.largest(lambda n: with_whole(n - 1, window_tokens), len(order) + 1)  # noqa: B023
         except DoesNotFitError:
             continue
-        found.append((sum(o.is_neutral or any(h.is_neutral for h in o.heads) for o in options), window_tokens, options))
+        found.append((sum(o == whole or whole in o.heads for o in options), window_tokens, options))
     if not found:
         return budget.largest(lambda n: with_whole(0, WINDOW_TOKENS[-1]), 1)
     return max(found, key=lambda row: row[:2])[2]

@@ -442,7 +442,7 @@ class _Layer:
         parts: list[tuple[Sequence[int], KVLayer]] = [(range(store.site.num_kv_heads), store)]
         if isinstance(store, BandedLayer):
             parts = [(band.heads, layer) for band, layer in zip(store.bands, store.layers, strict=True)]
-        rings = [_Ring(part, heads) for heads, part in parts if isinstance(part, RingLayer)]
+        rings = [_Ring(part, heads) for heads, part in parts if isinstance(part, RingLayer) and not part.learns]
         self.rings = rings if len(rings) == len(parts) else []
         decoders = [ring.store.decoder(softcap) for ring in self.rings]
         self.is_compiled = bool(decoders) and all(isinstance(decoder, DecodeAttention) for decoder in decoders)

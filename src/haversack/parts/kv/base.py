@@ -1,10 +1,11 @@
 """The whole contract of KV-cache parts, and the option that composes them.
 
-An option is a composition, one part per stage: score -> share -> demote -> represent. *Score* says which tokens a head
-holds (none: every token), *share* gives heads and layers different numbers of them (none: the same for all), *demote*
-says what happens to a token that is no longer held (none: dropped), *represent* how held tokens are stored. What an
-option builds is a `KVLayer`: it owns the bytes of one layer's keys and values, attends to them straight from their
-stored form, and never holds more than was declared.
+An option is a composition, one part per stage: project -> score -> share -> demote -> represent. *Project* says which
+channels, or sums of them, stand for a head's (none: its own), *score* which tokens a head holds (none: every token),
+*share* gives heads and layers different numbers of them (none: the same for all), *demote* says what happens to a token
+that is no longer held (none: dropped), *represent* how held tokens are stored. What an option builds is a `KVLayer`: it
+owns the bytes of one layer's keys and values, attends to them straight from their stored form, and never holds more than
+was declared.
 
 Positions are a sequence's own: token 0 is its first real token. Padding is never stored, so a sequence in a batch holds
 the same tokens, in the same groups, as it would alone. Keys are stored after rotary embedding.
@@ -152,6 +153,14 @@ class Represent(KVPart):
 
     stage: ClassVar[str] = "represent"
 
+    @property
+    def joins(self) -> bool:
+        """Whether the layer is stored with the one before it, whose option `check_joined` looks at; it must `join` that layer before it holds anything."""
+        return False
+
+    def check_joined(self, before: KVOption | None) -> None:
+        """Raise PlanError unless a layer of this form can be stored with the one `before`."""
+
     @abstractmethod
     def stored(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> tuple[StoredTensor, ...]:
         """The tensors this part preallocates for these regions; exact, and all of them."""
@@ -181,6 +190,49 @@ class Represent(KVPart):
     def slots(self, tensors: dict[str, torch.Tensor], site: AttentionSite) -> Slots:
         """Slots in tensors as `stored_slots` declares them."""
         raise UsageError(f"{self.id} stores tokens in groups, so heads can't choose between them.")
+
+
+class Project(KVPart):
+    """Which channels, or sums of channels, are stored in the place of a head's, or of several heads'; everything behind sees heads of another width.
+
+    Projections are linear and the same for every token, so that a query that is projected once meets all stored keys.
+    """
+
+    stage: ClassVar[str] = "project"
+
+    @abstractmethod
+    def inside(self, site: AttentionSite) -> AttentionSite:
+        """The site as what stores it sees it. Raises UsageError where this part was made for other heads."""
+
+    @abstractmethod
+    def stored(self, site: AttentionSite) -> tuple[StoredTensor, ...]:
+        """The tensors that hold the projection itself, whatever the batch."""
+
+    @abstractmethod
+    def build(self, site: AttentionSite, device: str | torch.device) -> Projection:
+        """The projection, whose tensors are the declared ones."""
+
+
+class Projection(ABC):
+    """What `Project.build` makes. Inputs are `(batch, heads, tokens, head_dim)`; each method allocates at most twice its input in float32, and its result."""
+
+    tensors: dict[str, torch.Tensor]
+
+    @abstractmethod
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries as they meet the stored keys."""
+
+    @abstractmethod
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys as they are stored."""
+
+    @abstractmethod
+    def values(self, x: torch.Tensor) -> torch.Tensor:
+        """Values as they are stored."""
+
+    @abstractmethod
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums of stored values `(batch, heads, tokens, inside value_head_dim)` as sums of values."""
 
 
 class Demote(KVPart):
@@ -360,6 +412,10 @@ class KVLayer(ABC):
         self.append(keys, values, how.real)
         return result
 
+    def join(self, before: KVLayer) -> None:
+        """Share what is stored with the layer before; UsageError where there is nothing to share."""
+        raise UsageError(f"{self.site.id} shares nothing with {before.site.id}.")
+
     @abstractmethod
     def reorder(self, index: torch.Tensor) -> None:
         """Sequence i becomes what sequence `index[i]` was (beams); in place, through a bounded workspace."""
@@ -440,22 +496,30 @@ class KVOption:
     represent: Represent = field(default_factory=_plain)
     demote: Demote | None = None
     heads: tuple[KVOption, ...] = ()
+    project: Project | None = None
 
     def __post_init__(self) -> None:
-        if self.heads and (self.score or self.demote or any(option.heads for option in self.heads)):
+        if self.heads and (self.score or self.demote or self.project or any(option.heads for option in self.heads)):
             raise UsageError("an option by heads holds nothing but one plain option per KV head.")
         if self.demote is not None and self.demote.merges and not self.represent.lossless:
             raise UsageError(f"{self.demote.id} changes kept tokens, so they can't be stored by {self.represent.id}.")
+        if any(option.represent.joins for option in self.heads):
+            raise UsageError("a layer that shares its store with another has one option for all heads.")
 
     @property
     def parts(self) -> tuple[KVPart, ...]:
         if self.heads:
             return tuple(dict.fromkeys(part for option in self.heads for part in option.parts))
-        return tuple(part for part in (self.score, self.demote, self.represent) if part is not None)
+        return tuple(part for part in (self.project, self.score, self.demote, self.represent) if part is not None)
 
     @property
     def is_neutral(self) -> bool:
-        return not self.heads and self.score is None and self.represent.lossless
+        return not self.heads and self.project is None and self.score is None and self.represent.lossless
+
+    @property
+    def unprojected(self) -> KVOption:
+        """What stores the projected heads."""
+        return replace(self, project=None)
 
     @property
     def label(self) -> str:
@@ -508,6 +572,10 @@ class KVOption:
                 for band in self.bands(site)
                 for tensor in band.option.stored(band.site, **sizes)  # type: ignore[arg-type]
             )
+        if self.project is not None:
+            sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
+            inside = self.unprojected.stored(self.project.inside(site), **sizes)  # type: ignore[arg-type]
+            return (*inside, *(tensor.prefixed("projection") for tensor in self.project.stored(site)))
         regions = self.regions(site, capacity_tokens)
         if not regions.selected_tokens:
             return self.represent.stored(site, regions, batch_size=batch_size, dtype=dtype)
@@ -527,6 +595,15 @@ class KVOption:
 
             shape = {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
             return bands_workspace_bytes(site, self.bands(site), capacity_tokens=capacity_tokens, **shape)  # type: ignore[arg-type]
+        if self.project is not None:
+            from haversack.parts.kv.projected import projection_workspace_bytes
+
+            inside, shape = (
+                self.project.inside(site),
+                {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype},
+            )
+            within = self.unprojected.workspace_bytes(inside, capacity_tokens=capacity_tokens, **shape)  # type: ignore[arg-type]
+            return within + projection_workspace_bytes(site, inside, **shape)  # type: ignore[arg-type]
         regions = self.regions(site, capacity_tokens)
         sizes = {"batch_size": batch_size, "new_tokens": new_tokens, "dtype": dtype}
         if regions.selected_tokens:
@@ -543,6 +620,8 @@ class KVOption:
             bands = self.bands(site)
             names = [b.option.kernel_name(b.site, capacity_tokens=capacity_tokens, dtype=dtype) for b in bands]
             return " and ".join(dict.fromkeys(names))
+        if self.project is not None:
+            return self.unprojected.kernel_name(self.project.inside(site), capacity_tokens=capacity_tokens, dtype=dtype)
         from haversack.parts.kv.attention import BLOCKWISE
 
         regions = self.regions(site, capacity_tokens)
@@ -564,6 +643,12 @@ class KVOption:
             sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype, "device": device}
             bands = self.bands(site)
             return BandedLayer(site, bands, [band.option.build(band.site, **sizes) for band in bands])  # type: ignore[arg-type]
+        if self.project is not None:
+            from haversack.parts.kv.projected import ProjectedLayer
+
+            sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype, "device": device}
+            store = self.unprojected.build(self.project.inside(site), **sizes)  # type: ignore[arg-type]
+            return ProjectedLayer(site, self.project.build(site, device), store)
         regions = self.regions(site, capacity_tokens)
         if not regions.selected_tokens:
             return self.represent.build(site, regions, batch_size=batch_size, dtype=dtype, device=device)
@@ -589,14 +674,18 @@ class KVOption:
     def to_dict(self) -> dict[str, Any]:
         if self.heads:
             return {"heads": [option.to_dict() for option in self.heads]}
-        stages = (("score", self.score), ("demote", self.demote), ("represent", self.represent))
+        stages = (
+            ("project", self.project), ("score", self.score), ("demote", self.demote), ("represent", self.represent),
+        )  # fmt: skip
         return {stage: part.to_dict() for stage, part in stages if part is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KVOption:
         if "heads" in data:
             return cls(heads=tuple(cls.from_dict(option) for option in data["heads"]))
-        parts = {stage: part_from_dict(data[stage]) for stage in ("score", "represent", "demote") if stage in data}
+        parts = {
+            stage: part_from_dict(data[stage]) for stage in ("project", "score", "represent", "demote") if stage in data
+        }
         return cls(**parts)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ ring keeps between `plain_tokens` and `plain_tokens + group_tokens - 1`. Each se
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from haversack.describe.site import AttentionSite
 from haversack.errors import UsageError
@@ -30,6 +30,8 @@ class RingLayer(SlabLayer):
     """See the module's docstring. `packed` is None for a representation that keeps tokens as they are."""
 
     counters = ("counts", "packed_until", "real_since_padding")
+    learns: ClassVar[bool] = False
+    """Whether it takes something from the queries of every step, so that no other code may attend in its place."""
     packed_until: list[int]
     """Ordinals below are in the packed groups, or dropped."""
     real_since_padding: list[int]

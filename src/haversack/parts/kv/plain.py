@@ -14,7 +14,7 @@ from haversack.parts.kv.attention import (
     decode_kernel_name,
     key_block_tokens,
 )
-from haversack.parts.kv.base import KVLayer, Regions, Represent, Slots
+from haversack.parts.kv.base import KVLayer, PackedGroups, Regions, Represent, Slots
 from haversack.parts.kv.layer import RingLayer
 from haversack.parts.kv.slabs import allocate, plain_slabs, torch_dtype
 
@@ -104,3 +104,20 @@ class PlainSlots(Slots):
 
     def movable(self) -> tuple[torch.Tensor, ...]:
         return self.keys, self.values
+
+
+class PlainGroups(PackedGroups):
+    """Groups in the dtype of their slabs `(batch, kv_heads, groups * group_tokens, width)`."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, group_tokens: int):
+        self.tensors = {"keys": keys, "values": values}
+        self.group_tokens, self.num_groups = group_tokens, keys.shape[2] // group_tokens
+
+    def write(self, rows: slice, first_slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        first = first_slot * self.group_tokens
+        for name, x in (("keys", keys), ("values", values)):
+            self.tensors[name][rows, :, first : first + x.shape[2]] = x.to(self.tensors[name].dtype)
+
+    def read(self, first_slot: int, last_slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = slice(first_slot * self.group_tokens, last_slot * self.group_tokens)
+        return as_block(self.tensors["keys"][:, :, tokens]), as_block(self.tensors["values"][:, :, tokens])
