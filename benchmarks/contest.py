@@ -8,16 +8,18 @@ others. Rows are finished one at a time and kept, so that a stopped run goes on 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
 from benchmarks.finished_rows import FOLDER, FinishedRows
 from benchmarks.peer import SCRIPTS, PeerProcess, fingerprint
@@ -105,6 +107,24 @@ class Contest:
             "tokens": tokens,
             "scripts": [scripts, fingerprint(contender.process)],
         }
+
+
+def contest_on(text: str, model: Path, *, tokens: int, workload: TrainWorkload | TuneWorkload, **rest: Any) -> Contest:
+    """A contest of runs over `tokens` tokens, drawn from a text in the model's own."""
+    ids = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    steps = tokens // (workload.batch_size * workload.seq_len)
+    return Contest(model=model, tokens=np.array(ids), steps=steps, workload=workload, **rest)
+
+
+def main(make: Callable[[int], Contest], tokens: int) -> None:
+    """A contest's own command, `[--minutes N] [--tokens N]`: `make` is told how many tokens every row trains on."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=1e6)
+    parser.add_argument("--tokens", type=int, default=tokens)
+    given = parser.parse_args()
+    contest = make(given.tokens)
+    rows = f"{contest.workload.batch_size} x {contest.workload.seq_len}"
+    run(contest, given.minutes, [f"Every row trains on {given.tokens:,} tokens, {rows} per step."])
 
 
 class Rows:

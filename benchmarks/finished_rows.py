@@ -23,7 +23,7 @@ class FinishedRows:
         self.path = FOLDER / f"{name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, Any] = {}
-        self._earlier: dict[str, float] = {}
+        self._earlier: dict[str, float | None] = {}
         self._used: set[str] = set()
         self._last = time.monotonic()
         _OPENED.append(self)
@@ -34,7 +34,7 @@ class FinishedRows:
                 except ValueError:
                     continue  # the last line of a killed run
                 self.rows[key] = row
-                self._earlier[key] = sum(seconds)
+                self._earlier[key] = seconds[0] if seconds else None
 
     def __contains__(self, depends_on: Any) -> bool:
         key = digest(depends_on)
@@ -58,8 +58,13 @@ class FinishedRows:
 
     @property
     def earlier_seconds(self) -> float:
-        """What earlier runs took for the rows that this one was asked for."""
-        return sum(self._earlier.get(key, 0.0) for key in self._used)
+        """What earlier runs took for the rows that this one was asked for, where they said it."""
+        return sum(self._earlier.get(key) or 0.0 for key in self._used)
+
+    @property
+    def untimed_rows(self) -> int:
+        """Rows among them whose time no run kept."""
+        return sum(key in self._earlier and self._earlier[key] is None for key in self._used)
 
 
 _OPENED: list[FinishedRows] = []
@@ -68,6 +73,11 @@ _OPENED: list[FinishedRows] = []
 def earlier_seconds() -> float:
     """Of all rows that this process took over from earlier runs."""
     return sum(rows.earlier_seconds for rows in _OPENED)
+
+
+def untimed_rows() -> int:
+    """Rows among them whose time no run kept."""
+    return sum(rows.untimed_rows for rows in _OPENED)
 
 
 def digest(of: Any) -> str:

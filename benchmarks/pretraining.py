@@ -6,12 +6,7 @@ are random, in 32 bits; the text is the calibration text, of which the last wind
 
 from __future__ import annotations
 
-import argparse
-
-import numpy as np
-from transformers import AutoTokenizer
-
-from benchmarks.contest import OTHERS, Contender, Contest, run
+from benchmarks.contest import OTHERS, Contender, Contest, contest_on, main
 from haversack import data
 from haversack.describe.workload import TrainWorkload
 
@@ -22,28 +17,21 @@ OPTIMIZERS = (
 )  # fmt: skip
 
 
-def main(minutes: float, tokens: int) -> None:
-    folder = data.reference_model("b")
-    ids = AutoTokenizer.from_pretrained(folder)(data.text("calibration"))["input_ids"]
+def contest(tokens: int) -> Contest:
     plain = {"method": "full", "recompute": False, "micro_batch": ROWS}
-    contest = Contest(
+    return contest_on(
+        data.text("calibration"),
+        data.reference_model("b"),
+        tokens=tokens,
         name="pretraining",
-        model=folder,
         init="random",
-        tokens=np.array(ids),
-        steps=tokens // (ROWS * LENGTH),
         rates=(1e-3, 3e-3, 1e-2),
         workload=TrainWorkload(ROWS, LENGTH, precision="fp32"),
         others=[Contender(name, OTHERS, {**plain, "optimizer": name}) for name in OPTIMIZERS],
         yardstick="torch AdamW",
         caps=(1.1, 0.8, 0.7),
     )
-    run(contest, minutes, [f"Every row trains on {tokens:,} tokens, {ROWS} x {LENGTH} per step."])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    given = parser.parse_args()
-    main(given.minutes, given.tokens)
+    main(contest, TOKENS)

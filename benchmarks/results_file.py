@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.finished_rows import earlier_seconds
+from benchmarks.finished_rows import earlier_seconds, untimed_rows
 from haversack.describe.machine import cpu_model, usable_cores
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,8 +25,8 @@ def write_results(
     """Write `results/NAME.json`, whole or not at all.
 
     `tables` (each `title`, `columns` and `rows` of strings) are what the documentation shows; where there are any, `figures`
-    hold what they were made from. `seconds` is how long the benchmark took, rows that earlier runs finished among it; `busy` the share of all
-    cores that other processes used since it began.
+    hold what they were made from. `seconds` is how long the benchmark took, rows that earlier runs finished among it, but for
+    `untimed_rows` of them, whose time was not kept; `busy` the share of all cores that other processes used since it began.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     record = {
@@ -36,6 +36,7 @@ def write_results(
         "machine": {"cpu": cpu_model(), "cores": usable_cores(), "system": platform.platform()},
         "versions": {package: metadata.version(package) for package in ("torch", "transformers", "scipy")},
         "seconds": round(time.monotonic() - _STARTED + earlier_seconds()),
+        "untimed_rows": untimed_rows(),
         "busy": round(busy_share(), 2),
         "notes": list(notes),
         "tables": list(tables),

@@ -6,12 +6,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-import numpy as np
-from transformers import AutoTokenizer
-
-from benchmarks.contest import OTHERS, Contender, Contest, run
+from benchmarks.contest import OTHERS, Contender, Contest, contest_on, main
 from haversack import data
 from haversack.describe.workload import TuneWorkload
 
@@ -24,28 +19,21 @@ CONTENDERS = {
 }
 
 
-def main(minutes: float, tokens: int) -> None:
-    folder = data.reference_model("a")
-    ids = AutoTokenizer.from_pretrained(folder)(data.text("foreign-prose"))["input_ids"]
+def contest(tokens: int) -> Contest:
     plain = {"optimizer": "torch AdamW", "recompute": False, "micro_batch": ROWS}
-    contest = Contest(
+    return contest_on(
+        data.text("foreign-prose"),
+        data.reference_model("a"),
+        tokens=tokens,
         name="tuning",
-        model=folder,
         init="trained",
-        tokens=np.array(ids),
-        steps=tokens // (ROWS * LENGTH),
         rates=(1e-4, 3e-4, 1e-3, 3e-3),
         workload=TuneWorkload(ROWS, LENGTH, precision="fp32", method="full", lora_rank=RANK),
         others=[Contender(name, OTHERS, {**plain, **settings}) for name, settings in CONTENDERS.items()],
         yardstick="torch AdamW",
         caps=(1.1, 0.5, 0.35),
     )
-    run(contest, minutes, [f"Every row trains on {tokens:,} tokens, {ROWS} x {LENGTH} per step."])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=1e6)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    given = parser.parse_args()
-    main(given.minutes, given.tokens)
+    main(contest, TOKENS)

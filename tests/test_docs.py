@@ -33,6 +33,16 @@ def test_generated_pages_are_fresh(generate: ModuleType) -> None:
     assert not stale, f"run `make docs`: {stale}"
 
 
+def test_the_time_of_all_benchmarks_is_told_from_their_results(generate: ModuleType) -> None:
+    stored = [{"name": "kernels", "seconds": 1800}, {"name": "kv", "seconds": 5400}, {"name": "plans"}]
+    stored.append({"name": "published", "seconds": 10**6})  # not of `make bench`
+    first, untimed, missing = generate._total_time(stored)
+    assert "Results of 3 are stored; 2 of them say how long they took: 2.0 hours together" in first
+    assert "`make bench-quick` takes 30 minutes" in first
+    assert untimed == "Stored before times were, so that their next run will say: plans."
+    assert "weights" in missing and "plans" not in missing and "published" not in missing
+
+
 def test_every_module_is_named_once(generate: ModuleType) -> None:
     package = ROOT / "src" / "haversack"
     named = re.findall(r"^- `([\w/]+\.py)`: (.*)$", (ROOT / "docs" / "files.md").read_text(), re.MULTILINE)

@@ -37,6 +37,18 @@ def ask(model, budget: int | None, **changes) -> Answer:
     return make_plan(Question(model, workload, MACHINE, budget, **changes))
 
 
+def test_codes_that_only_a_config_names_are_told_of(big) -> None:
+    """A published AWQ checkpoint takes a quarter of what its config alone is planned as."""
+    config = {
+        **BIG,
+        "num_hidden_layers": 2,
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
+    }
+    notes = ask(describe_model(config), 2**36).plan.notes
+    assert [note for note in notes if "stored as awq" in note and "name the whole folder" in note]
+    assert not [note for note in ask(big, 2**36).plan.notes if "stored as" in note]
+
+
 def test_above_need_nothing_is_given_up(big) -> None:
     answer = ask(big, 40 * 2**30)
     assert answer.fits and answer.plan.prediction.damage.nats == 0

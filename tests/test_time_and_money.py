@@ -91,6 +91,25 @@ def test_every_price_names_a_machine_and_a_source(tmp_path: Path) -> None:
         read_prices(tmp_path / "none.toml")
 
 
+def test_the_largest_model_of_a_family_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = tmp_path / "small.json", tmp_path / "large.json"
+    small.write_text(json.dumps(FAMILIES["llama"]))
+    large.write_text(json.dumps({**FAMILIES["llama"], "num_hidden_layers": 12}))
+    asked = ["plan", str(small), "--among", str(large), "--largest", "model", "--context", "16", "--json"]
+    for task in ("serve", "train"):
+        assert run([*asked, "--task", task, "--tensor-budget", "1GiB"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["value"] == "large" and [row["name"] for row in answer["models"]] == ["large", "small"]
+        between = str(sum(row["peak_bytes"] for row in answer["models"]) // 2)
+        assert run([*asked, "--task", task, "--tensor-budget", between]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["value"] == ("small" if task == "train" else "large")  # who serves may round
+        assert run([*asked, "--task", task, "--tensor-budget", "1KiB"]) == 1
+        assert json.loads(capsys.readouterr().out)["value"] is None
+    assert run([*asked[:-1], "--task", "train"]) == 2
+    assert "without a budget" in capsys.readouterr().err
+
+
 def test_the_verb_answers_what_people_ask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, prices, picture = tmp_path / "config.json", tmp_path / "prices.toml", tmp_path / "sweep.svg"
     config.write_text(json.dumps(FAMILIES["llama"]))
@@ -114,8 +133,16 @@ def test_the_verb_answers_what_people_ask(tmp_path: Path, capsys: pytest.Capture
     assert run([*train, "--context", "16", "--operators", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert {"forward", "backward", "update"} <= {row["time_point"] for row in answer["operators"]}
+    assert run([*train, "--context", "16", "--prices", str(prices)]) == 0
+    assert "$3.6 an hour (me)" in " ".join(capsys.readouterr().out.split())
     for wrong, words in (
         (["--sweep", "batch"], "one of context, users"),
+        (["--sweep", "users", "--operators"], "it tells of one plan"),
+        (["--sweep", "users", "--calibrate"], "cite damages instead"),
+        (["--largest", "users", "-o", "plan.json"], "leave it out with --largest"),
+        (["--largest", "model"], "--among MODEL"),
+        (["--among", str(config)], "--among MODEL"),
+        (["--prices", str(tmp_path / "none.toml")], "No such file or directory; name a TOML file"),
         (["--sweep", "users", "-o", str(config)], "ends in .svg"),
         (["--sweep", "users", "--largest", "users"], "were both given"),
         (["--mix", "1:2:3"], "--mix goes with"),

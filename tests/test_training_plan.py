@@ -150,6 +150,11 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--context", "65"], "at most 64"),
         (["--task", "sing"], "one of serve, tune, train"),
         (["--largest", "batch"], "without a budget"),
+        (["--users", "4"], "--users was given, but it is for --task serve"),
+        (["--probes"], "--probes was given, but it is for --task serve"),
+        (["--context", "0"], "--context is 0"),
+        (["--budget", "1GiB", "--tensor-budget", "1GiB"], "a plan has one budget"),
+        (["--budget", "8 potatoes"], "8 potatoes"),
     ):
         assert run([*base, *wrong]) == 2
         assert words in " ".join(capsys.readouterr().err.split())

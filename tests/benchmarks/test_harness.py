@@ -44,8 +44,10 @@ def test_a_resumed_benchmark_counts_the_seconds_of_the_rows_it_takes_over(
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(finished_rows, "digest", lambda of: of)
     resumed = finished_rows.FinishedRows("x")
-    assert resumed.get("wanted", dict) == {} and resumed.get("older", dict) == {} and resumed.earlier_seconds == 40
-    assert resumed.get("new", lambda: {"kl": 1}) == {"kl": 1} and resumed.earlier_seconds == 40
+    assert resumed.get("wanted", dict) == {} and resumed.earlier_seconds == 40 and resumed.untimed_rows == 0
+    assert resumed.get("older", dict) == {} and resumed.earlier_seconds == 40 and resumed.untimed_rows == 1
+    assert resumed.get("new", lambda: {"kl": 1}) == {"kl": 1}
+    assert resumed.earlier_seconds == 40 and resumed.untimed_rows == 1
     assert finished_rows.FinishedRows("x").rows.keys() == {"wanted", "stale", "older", "new"}
 
 
@@ -76,6 +78,35 @@ def test_a_failing_peer_keeps_its_answers_and_says_what_it_printed(
     assert next(answers)["is"] == 8
     with pytest.raises(peer.PeerError, match=r"(?s)'of': None.*unsupported operand"):
         next(answers)
+
+
+def test_results_state_their_time_and_rows_whose_time_was_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished_rows, "FOLDER", tmp_path)
+    monkeypatch.setattr(finished_rows, "_OPENED", [])
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path / "results")
+    (tmp_path / "x.jsonl").write_text(
+        f'["{finished_rows.digest(1)}", {{}}, 7000]\n["{finished_rows.digest(2)}", {{}}]\n'
+    )
+    rows = finished_rows.FinishedRows("x")
+    assert rows.get(1, dict) == rows.get(2, dict) == {}
+    record = json.loads(results_file.write_results("x", [{"kl": 1}]).read_text())
+    assert record["seconds"] >= 7000 and record["untimed_rows"] == 1
+
+
+def test_make_bench_runs_every_benchmark() -> None:
+    """But for the one that is given rows to score; what serves requests is a part of others."""
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    listed = [
+        name
+        for line in makefile.splitlines()
+        if line.startswith(("QUICK", "LONG", "BESIDE"))
+        for name in line.split()[2:]
+    ]
+    sources = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    runnable = [name for name, text in sources.items() if "__main__" in text and "serve(" not in text]
+    assert sorted([*listed, "published"]) == sorted(runnable)
 
 
 def test_every_peer_has_a_script_pins_and_a_target() -> None:

@@ -3,38 +3,75 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.describe.families import FAMILIES
 
 from haversack.cli import lean
 from haversack.cli.app import run
 
 PROGRAM = """
-import sys
+import contextlib, io, json, sys
 from haversack.cli import lean
 from haversack.cli.app import run
 lean.is_own_process = True
-code = run(sys.argv[1:])
-print([n for n in ("torch._dynamo.utils", "torch.distributed.tensor", "accelerate") if n in sys.modules], file=sys.stderr)
-raise SystemExit(code)
+answers = []
+for asked in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert run(asked) == 0
+    present = [name for name in ("torch._dynamo.utils", "torch.distributed.tensor", "accelerate") if name in sys.modules]
+    answers.append([json.loads(out.getvalue()), present])
+import scipy.optimize, torch.distributed
+there = torch.distributed.is_available() and callable(torch._dynamo.reset)
+print(json.dumps({"answers": answers, "there": there}))
 """
+TRAINED = ("--with", "recompute=full", "--with", "optimizer=adamw8bit")
 
 
-def test_the_answer_is_the_same_with_fewer_imports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "small.json"
-    config.write_text(json.dumps({**FAMILIES["llama"], "dtype": "bfloat16"}))
-    asked = ["plan", str(config), "--context", "64", "--machine", "h100-80gb", "--tensor-budget", "1GiB", "--json"]
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *asked], capture_output=True, text=True)
+def test_answers_are_the_same_with_fewer_imports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Serving, tuning and training of dense models and experts; afterwards everything can be imported as ever."""
+    asked = []
+    for family, more in (
+        ("llama", ()),
+        ("gpt_oss", ()),
+        ("gemma3", ("--task", "train", *TRAINED)),
+        ("mixtral", ("--task", "tune", "--with", "method=lora")),
+    ):
+        config = tmp_path / f"{family}.json"
+        config.write_text(json.dumps({**FAMILIES[family], "dtype": "bfloat16"}))
+        question = ("--context", "32", "--machine", "h100-80gb", "--tensor-budget", "1GiB", "--json")
+        asked.append(["plan", str(config), *question, *more])
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # which workspaces are counted for
+    command = [sys.executable, "-c", PROGRAM, json.dumps(asked)]
+    done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
-    assert run(asked) == 0
-    own, other = json.loads(done.stdout), json.loads(capsys.readouterr().out)
-    assert own["prediction_hash"] == other["prediction_hash"]
-    assert own["timeline"] == other["timeline"]
+    alone = json.loads(done.stdout.splitlines()[-1])
+    assert alone["there"]
+    for question, (answer, present) in zip(asked, alone["answers"], strict=True):
+        own = {"torch.distributed.tensor"} if "--task" in question else set()  # torch's, for traced updates
+        assert set(present) <= own
+        assert run(question) == 0
+        usual = json.loads(capsys.readouterr().out)
+        assert answer["timeline"] == usual["timeline"] and answer["peak_bytes"] == usual["peak_bytes"]
+        assert answer.get("prediction_hash") == usual.get("prediction_hash")
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_versions_that_nobody_tried_are_left_alone(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers  # noqa: F401
+
+    monkeypatch.setattr(lean, "put_off", lambda *given: pytest.fail("an import was put off"))
+    monkeypatch.setattr(lean, "is_own_process", True)
+    for name in ("torch._dynamo", "transformers.modeling_utils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys.modules[package], "__version__", "9.0")
+    lean.plan_alone()
+    assert torch.distributed.is_available()
 
 
 def test_a_process_of_somebody_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,15 @@ def test_a_plan_of_pickled_weights_says_that_they_can_not_be_packed(cli, model):
     assert ran.code == 0 and "pytorch_model.bin" in ran.out and "safetensors" in ran.out, ran.out
 
 
+def test_pickled_weights_are_refused_by_all_that_read_them(cli, model, tmp_path, calibration_text):
+    (model / WEIGHTS).rename(model / "pytorch_model.bin")
+    cli("eval", "kv", model).refuses("pickle", "sandboxed", code=1)
+    tuned = ("tune", model, "--data", calibration_text, "--budget", "1GiB", "-o", tmp_path / "out")
+    cli(*tuned).refuses("pickle", "sandboxed", code=1)
+    assert not (tmp_path / "out").exists()
+    cli("eval", "kv").refuses("`haversack eval kv --help`")
+
+
 def test_code_of_the_model_itself_that_is_missing_or_fails(cli, model, tmp_path, calibration_text):
     edit_config(model, model_type="own", auto_map={"AutoConfig": "own.Config"})
     command = pack_command(model, tmp_path / "out", calibration_text, "--trust-remote-code")

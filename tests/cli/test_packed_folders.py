@@ -97,6 +97,9 @@ def test_run_as_json(cli, packed):
         "peak_private_bytes", "cap_bytes", "seconds_to_load", "loop", "loop_reason",
     }  # fmt: skip
     assert ran.json["prompt_tokens"] == 3 and ran.json["new_tokens"] == 2
+    more = cli("run", packed, "--prompt", "abc", "--max-new-tokens", "999", "--json").json
+    cut = [note for note in more["notes"] if "999 new tokens were asked" in note and "was full after" in note]
+    assert len(cut) == (more["finish"] == "length")
 
 
 def test_another_models_tokenizer_is_refused(cli, packed):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.describe.families import FAMILIES
+from tests.engine.chain import LENGTH, ROWS, Chain, held_back, pretrained, trained
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -76,3 +77,15 @@ def test_less_is_held_than_beside_adapters_of_the_same_rank() -> None:
         for method in ("lora", "paca")
     }
     assert peaks["paca"] < 0.9 * peaks["lora"], peaks
+
+
+def test_the_loss_is_comparable_to_adapters_of_the_same_rank() -> None:
+    """Each at the better of two learning rates."""
+    chain = Chain(1, kept=0.5)
+    found = {}
+    for method, rates in (("lora", (1e-2, 2e-2)), ("paca", (2e-2, 3e-2))):
+        workload = TuneWorkload(ROWS, LENGTH, method=method, lora_rank=8, precision="fp32")
+        runs = [trained(workload, chain, steps=30, lr=lr, weights=pretrained())[0] for lr in rates]
+        found[method] = min(held_back(step, chain) for step in runs)
+    before = held_back(trained(workload, chain, steps=0, lr=0.0, weights=pretrained())[0], chain)
+    assert before - found["paca"] > 0.9 * (before - found["lora"]), (before, found)

@@ -6,20 +6,23 @@ import itertools
 
 import pytest
 import torch
-from tests.engine.tiny import tiny_config
+from tests.engine.tiny import load_whole, save_tiny, tiny_config
 
 from haversack import data
 from haversack.cost.damage import NONE, Damage
 from haversack.describe.machine import Machine
 from haversack.describe.model import describe_model
 from haversack.describe.workload import ServeWorkload
+from haversack.engine import attention
 from haversack.engine.attach import PackedSite, attach
 from haversack.engine.decoder import attach as attaching
-from haversack.engine.decoder.loop import LOOP, Decoder
+from haversack.engine.decoder.loop import LOOP, Decoder, step_bytes
+from haversack.engine.decoder.trace import trace_step
 from haversack.engine.generation import install_kv_plan
 from haversack.engine.kv_cache import KVPlan
 from haversack.engine.measure import packed_matrix
 from haversack.engine.reach import neutral_plan, small_copy
+from haversack.engine.trace import LiveBytes
 from haversack.errors import UnsupportedModelError
 from haversack.jobs.pack import pack
 from haversack.jobs.run import load, loop_name, open_decoder
@@ -306,6 +309,24 @@ def test_a_sequence_reads_steps_and_rewinds():
         found, expected = fast.read(ids), slow.read(ids)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert fast.rewind(keep) == slow.rewind(keep) == keep and fast.tokens == slow.tokens
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_step_is_forecast_from_the_config_as_from_the_model(family, tmp_path):
+    """Whatever buffers a family has, and however its weights lie."""
+    from haversack.engine.decoder.forecast import forecast_step
+
+    folder = save_tiny(family, tmp_path / family, "float16")
+    forecast = forecast_step(describe_model(folder), 1)
+    model = load_whole(folder, torch.float16, "eager")
+    attention.register()
+    with LiveBytes() as live:
+        live.leave_out([*model.parameters(), *model.buffers()])
+        num_bytes = step_bytes(trace_step(model, 2, attention.NAME), 1)
+    assert forecast.step_bytes == num_bytes > 0
+    assert (
+        live.peak_bytes <= forecast.tracing_bytes <= live.peak_bytes + 256
+    )  # rotary frequencies are copied on meta alone
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

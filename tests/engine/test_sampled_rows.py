@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.describe.families import FAMILIES
+from tests.engine.chain import LENGTH, ROWS, Chain, held_back, pretrained, trained
 
 from haversack.cost.training import training_cost
 from haversack.describe.model import describe_model
@@ -72,3 +73,23 @@ def test_it_trains_and_holds_what_was_traced() -> None:
         max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward")), rel=0.01, abs=64 << 10
     )
     assert cost.tensor_peak_bytes < whole.tensor_peak_bytes
+
+
+def test_inputs_kept_are_the_share_and_the_loss_is_near_the_exact_one() -> None:
+    linear_input = torch.randn(2, 50, 64, requires_grad=True)
+    model = open_model(describe_model(CONFIG), torch.float32, "sdpa").train()
+    linear = model.model.layers[0].mlp.up_proj
+    kept: list[torch.Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t)
+    with SampleRows(model, 0.25), hooks:
+        linear(linear_input)
+    (values,) = [t for t in kept if t.is_floating_point() and t is not linear.weight]
+    assert values.nbytes == linear_input.nbytes / 4
+    chain = Chain(1, kept=0.5)
+    found = {}
+    for saved in ("sampled", "exact"):
+        workload = TuneWorkload(ROWS, LENGTH, method="full", precision="fp32", saved=saved)
+        found[saved] = held_back(trained(workload, chain, steps=30, lr=3e-3, weights=pretrained())[0], chain)
+    workload = TuneWorkload(ROWS, LENGTH, method="full", precision="fp32")
+    before = held_back(trained(workload, chain, steps=0, lr=0.0, weights=pretrained())[0], chain)
+    assert before - found["sampled"] > 0.9 * (before - found["exact"]), (before, found)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.describe.families import FAMILIES
+from tests.engine.chain import LENGTH, ROWS, Chain, trained
 
 from haversack.cost.training import PASSES, training_cost
 from haversack.describe.machine import Disk, detect
@@ -139,3 +140,21 @@ def test_a_plan_knows_the_bytes_and_what_cannot_be() -> None:
         TrainWorkload(1, 8, saved="4bit")
     with pytest.raises(UsageError, match="autocast"):
         TrainWorkload(1, 8, saved="8bit", precision="autocast")
+
+
+def test_a_byte_and_two_32_bit_numbers_a_group_are_kept() -> None:
+    values = torch.randn(3, 5, 256)
+    kept = pack(values)
+    assert kept.codes.nbytes + kept.scales.nbytes + kept.least.nbytes == values.numel() * (1 + 8 / GROUP)
+
+
+def test_a_loss_curve_tracks_the_exact_one() -> None:
+    curves = {
+        saved: torch.tensor(
+            trained(TrainWorkload(ROWS, LENGTH, precision="fp32", saved=saved), Chain(), steps=40, lr=5e-3)[1]
+        )
+        for saved in ("8bit", "exact")
+    }
+    assert curves["exact"][0] - curves["exact"][-1] > 1
+    off = curves["8bit"] - curves["exact"]
+    assert float(off.abs().max()) < 0.15 and float(off[-10:].mean().abs()) < 0.06

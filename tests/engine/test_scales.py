@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.describe.families import FAMILIES
+from tests.engine.chain import LENGTH, ROWS, Chain, held_back, pretrained, trained
 
 from haversack.cost.training import training_cost
 from haversack.describe.model import describe_model
@@ -84,3 +85,14 @@ def test_bytes_are_those_of_scales_alone() -> None:
     assert measured["tensor_peaks"]["step 1"] == pytest.approx(
         max(cost.ledger().total_bytes(p) for p in ("forward", "loss", "backward")), rel=0.01, abs=64 << 10
     )
+
+
+def test_what_rounding_lost_comes_back() -> None:
+    """Tuned on the chain that the model knew before it was rounded to the nearest 4-bit integers."""
+    chain = Chain()
+    workload = TuneWorkload(ROWS, LENGTH, method="peqa", precision="fp32")
+    whole = TuneWorkload(ROWS, LENGTH, method="full", precision="fp32")
+    known = held_back(trained(whole, chain, steps=0, lr=0.0, weights=pretrained())[0], chain)
+    rounded = held_back(trained(workload, chain, steps=0, lr=0.0, weights=pretrained())[0], chain)
+    recovered = held_back(trained(workload, chain, steps=30, lr=1e-3, weights=pretrained())[0], chain)
+    assert recovered - known < 0.5 * (rounded - known), (known, rounded, recovered)

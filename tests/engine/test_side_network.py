@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.describe.families import FAMILIES
+from tests.engine.chain import LENGTH, ROWS, Chain, held_back, pretrained, trained
 
 from haversack.cost.training import training_cost
 from haversack.describe.model import describe_model
@@ -68,3 +69,38 @@ def test_a_plan_knows_its_bytes() -> None:
     assert measured["tensor_peaks"]["step 1"] == pytest.approx(cost.tensor_peak_bytes, rel=0.01, abs=32 << 10)
     with pytest.raises(UsageError, match="method is 'side' with recompute full"):
         TuneWorkload(1, 8, method="side", recompute="full")
+
+
+def test_the_graph_holds_nothing_of_the_model_and_the_loss_is_near_adapters() -> None:
+    """What side layers keep is theirs: no tensor that any module of the model made or was given."""
+    chain = Chain(1, kept=0.5)
+    workload = TuneWorkload(ROWS, LENGTH, method="side", precision="fp32")
+    step, _ = trained(workload, chain, steps=0, lr=0.0, weights=pretrained())
+    before = held_back(step, chain)
+    own: set[int] = set()
+    alive: list[torch.Tensor] = []  # so that no storage is used twice
+
+    def note(module: torch.nn.Module, args: Any, output: Any) -> None:
+        for tensor in (*args, *(output if isinstance(output, tuple) else (output,))):
+            if isinstance(tensor, torch.Tensor):
+                alive.append(tensor)
+                own.add(tensor.untyped_storage().data_ptr())
+
+    for layer in step.model.model.layers:
+        for name, module in layer.named_modules():
+            if "side" not in name:
+                module.register_forward_hook(note)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        step.loss(chain.rows(0))
+    inner = [t for t in kept if t.untyped_storage().data_ptr() in own]
+    assert kept and not inner
+    found = {}
+    for method in (
+        "side",
+        "lora",
+    ):  # of rank 1, which trains more weights than the side network has; each at the better rate
+        tuned = TuneWorkload(ROWS, LENGTH, method=method, lora_rank=1, precision="fp32")
+        runs = [trained(tuned, chain, steps=30, lr=lr, weights=pretrained())[0] for lr in (1e-2, 3e-2)]
+        found[method] = min(held_back(run, chain) for run in runs)
+    assert before - found["side"] > 0.8 * (before - found["lora"]), (before, found)

@@ -109,6 +109,8 @@ def _same_bits(one: Path, other: Path) -> bool:
         {"method": "qlora", "lora_rank": 2, "precision": "autocast"},
         {"method": "paca", "lora_rank": 4},
         {"method": "side"},
+        {"precision": "int8", "optimizer": "q-galore"},
+        {"saved": "resting"},
     ],
     ids=lambda w: "-".join(map(str, w.values())) or "master",
 )

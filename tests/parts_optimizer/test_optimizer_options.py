@@ -28,6 +28,7 @@ from haversack.parts.optimizer.block_state import BlockState
 from haversack.parts.optimizer.expanded_float8 import ExpandedFloat8
 from haversack.parts.optimizer.float_state import FloatState
 from haversack.parts.optimizer.growth_limit import limit_growth
+from haversack.parts.optimizer.integer_state import IntegerState
 from haversack.parts.optimizer.muon import Muon
 from haversack.parts.optimizer.natural_adamw import NaturalAdamW
 from haversack.parts.optimizer.norm_scaled_residual import NormScaledResidual
@@ -42,7 +43,7 @@ from haversack.recipes.base import all_recipes, optimizer_names, optimizer_optio
 
 RULES = (AdamW(), SGDMomentum(), Muon(), ScaledAtInitialization())
 SUBSPACES = (None, SingularVectors(refresh_steps=3), RandomProjection(rank=5), RandomRows(refresh_steps=2))
-STATES = (None, FloatState(), BlockState(8, 64, 0), BlockState(4, 32, 0), ExpandedFloat8(32, 0))
+STATES = (None, FloatState(), BlockState(8, 64, 0), BlockState(4, 32, 0), ExpandedFloat8(32, 0), IntegerState(4, 32))
 RESIDUALS = (NormScaledResidual(), SignedResidual(), ScaledGradient())
 OPTIONS = [
     OptimizerOption(rule, subspace, state) for rule, subspace, state in itertools.product(RULES, SUBSPACES, STATES)
@@ -281,6 +282,16 @@ def test_stretched_exponents_err_less() -> None:
         assert (found[7::100] == 0).all()
         errors.append(float(((found - values) / values.abs().clamp(min=1e-30)).square().mean().sqrt()))
     assert errors[1] < 0.85 * errors[0], errors
+
+
+def test_blocks_of_zeros_and_of_equal_numbers_come_back() -> None:
+    values = torch.zeros(4, 32)
+    values[1] = -0.25
+    values[2, 5] = 3.0
+    precision, moment = ExpandedFloat8(32, 0), Moment("m", (128,), signed=True)
+    stored = {t.name: torch.zeros(t.shape, dtype=torch_dtype(t.dtype)) for t in precision.stored(moment)}
+    precision.write(stored, {}, moment, slice(0, 128), values)
+    assert torch.equal(precision.read(stored, {}, moment, slice(0, 128)).view(4, 32), values)
 
 
 def test_natural_gradients_shrink_what_repeats() -> None:

@@ -111,7 +111,11 @@ def _explain_usage(error: Exception) -> int:
         typer.echo(message)
         return 0
     context = getattr(error, "ctx", None)
-    verb = f"haversack {context.info_name}" if context is not None and context.parent is not None else "haversack"
+    names: list[str] = []
+    while context is not None and context.parent is not None:  # the outermost is the program, however it was started
+        names.insert(0, context.info_name)
+        context = context.parent
+    verb = " ".join(["haversack", *names])
     message = message.rstrip(".")
     console.error(f"{message}{'' if message.endswith('?') else ';'} `{verb} --help` lists what there is.")
     return 2

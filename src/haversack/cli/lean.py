@@ -1,24 +1,34 @@
-"""Imports that a process does without which only plans: torch's compiler, torch.distributed inside transformers, accelerate, scipy's share of transformers.
+"""Fewer imports for a process that makes one plan and ends, which changes what is imported and never the answer.
 
-They take a third of the processor time of a plan, and nothing that is traced needs them. What is put off is imported when it is first asked for.
+A third of a plan's processor time was importing what no plan uses: torch's compiler, and what transformers imports for training on many devices (DTensor,
+accelerate) or for losses of other tasks (scipy). `plan_alone` does two things, once, before either is imported:
+
+- transformers asks three questions before such imports, and keeps the answers. They are put to it while those packages are hidden, so that it keeps a no.
+- torch's compiler becomes a module that runs when something is first asked of it, which nobody does: marks for it are left out.
+
+Both rest on how two packages are written, so that they are done with versions that this was tested with and with no others, on a command line alone
+(a library must not do that to its caller), and not where somebody imported either before. Then everything is imported as it will.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+TESTED = {"torch": "2.13.", "transformers": "5.23."}
+"""Versions begin so. With another, `test_lean.py` fails where that is installed: look at what it imports, then say so here."""
+
 _COMPILER = "torch._dynamo"
 
-_NOT_NEEDED = ("is_torch_distributed_available", "is_accelerate_available", "is_scipy_available")
-"""What transformers asks before it imports DTensor, accelerate and scipy.optimize, which a plan of one process has no use for."""
-
+_QUESTIONS = ("is_torch_distributed_available", "is_accelerate_available", "is_scipy_available")
+"""What transformers asks before it imports DTensor, accelerate and scipy.optimize."""
 
 _TOLD_TO_COMPILER = ("assume_constant_result", "allow_in_graph", "disable")
-"""Marks that transformers puts on functions for the compiler, and that are left out where nothing will be compiled."""
+"""Marks that transformers puts on functions for the compiler."""
 
 
 is_own_process = False
@@ -26,26 +36,46 @@ is_own_process = False
 
 
 def plan_alone() -> None:
-    """Import torch and transformers for planning alone: transformers is told that there is no torch.distributed and no accelerate, functions are not
-    marked for the compiler. Does nothing in a process that is not our own, or where either was imported before."""
+    """Let torch and transformers be imported for planning alone, where that is known to be safe; else do nothing."""
     if not is_own_process or _COMPILER in sys.modules or "transformers.modeling_utils" in sys.modules:
         return
     import torch
+    import transformers
     from transformers.utils import import_utils
 
-    answers: list[Any] = [getattr(import_utils, name, None) for name in _NOT_NEEDED]
-    known = all(hasattr(answer, "cache_clear") for answer in answers) and hasattr(import_utils, "_is_package_available")
-    if _COMPILER in sys.modules or not known:  # another torch, or another transformers, which imports as it will
+    known = all(package.__version__.startswith(TESTED[package.__name__]) for package in (torch, transformers))
+    if not known or _COMPILER in sys.modules:
         return
     put_off(_COMPILER, _TOLD_TO_COMPILER)
     torch.compiler.disable = _disable
-    with (
-        _Instead(torch.distributed, "is_available", lambda: False),
-        _Instead(import_utils, "_is_package_available", lambda name, return_version=False: (False, "0")),
-    ):
-        for answer in answers:  # each keeps its first answer
-            answer.cache_clear()
-            answer()
+    with _hidden("accelerate", "scipy"), _without_distributed(torch.distributed):
+        for name in _QUESTIONS:
+            question = getattr(import_utils, name)
+            question.cache_clear()
+            question()  # and keeps the answer
+
+
+@contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """Packages that can't be found meanwhile: None in `sys.modules` says that there is no such module."""
+    before = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@contextmanager
+def _without_distributed(distributed: ModuleType) -> Iterator[None]:
+    is_available = distributed.is_available
+    distributed.is_available = lambda: False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        distributed.is_available = is_available  # type: ignore[attr-defined]
 
 
 def put_off(package: str, marks: Sequence[str] = ()) -> None:
@@ -81,17 +111,3 @@ def _disable(fn: Any = None, recursive: bool = True, *, reason: str | None = Non
     import torch
 
     return torch._disable_dynamo(fn, recursive)
-
-
-class _Instead:
-    """Something else under a module's name while the block runs."""
-
-    def __init__(self, module: ModuleType, name: str, value: Any):
-        self._module, self._name, self._value = module, name, value
-
-    def __enter__(self) -> None:
-        self._before = getattr(self._module, self._name)
-        setattr(self._module, self._name, self._value)
-
-    def __exit__(self, *error: object) -> None:
-        setattr(self._module, self._name, self._before)

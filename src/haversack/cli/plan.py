@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,16 +13,15 @@ from haversack.cli import console
 from haversack.cli.answer import plan_json, print_answer
 from haversack.cli.money import operators_json, price_line, print_operators
 from haversack.cli.question import Asked, Calibrating, Source, Trust, machine_named, spread_options, weighed_answer
-from haversack.cli.sweep import check_picture, print_largest, print_sweep
-from haversack.errors import UnsupportedModelError, UsageError
+from haversack.cli.sweep import print_largest, print_largest_model, print_sweep
+from haversack.cli.wanted import Wanted
+from haversack.errors import UnsupportedModelError
 from haversack.units import format_count
 
 if TYPE_CHECKING:
     from haversack.cost.roofline import Operator
     from haversack.describe.model import Model
     from haversack.plan.question import Answer, Question
-
-TASKS = ("serve", "tune", "train")
 
 
 @spread_options
@@ -32,117 +33,72 @@ def plan(
         bool, typer.Option("--calibrate", help="Weigh options on this model's weights (minutes) instead of citing.")
     ] = False,
     trust_remote_code: Trust = False,
-    task: Annotated[str, typer.Option("--task", help="serve, tune or train.")] = "serve",
-    batch: Annotated[int, typer.Option("--batch", help="Sequences per step and rank, to tune or train.")] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--with", metavar="KEY=VALUE", help="How to tune or train: optimizer=adamw8bit, zero=3."),
-    ] = None,
-    largest: Annotated[
-        str | None, typer.Option("--largest", help="The largest context, number of users or batch that fits.")
-    ] = None,
-    sweep: Annotated[
-        str | None, typer.Option("--sweep", help="Vary context, users or batch; --output draws it (SVG).")
-    ] = None,
-    operators: Annotated[
-        bool, typer.Option("--operators", help="Show each kind of operator's bytes, flops and bottleneck.")
-    ] = False,
-    prices: Annotated[
-        Path | None, typer.Option("--prices", help="What machines cost (TOML); the package's own list if left out.")
-    ] = None,
-    mix: Annotated[
-        list[str] | None,
-        typer.Option("--mix", metavar="RATE:PROMPT:ANSWER", help="Requests a second: the cheapest machines for them."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan, or the picture, here.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    *,
+    wanted: Wanted,
 ) -> int:
     """Say whether MODEL fits, what it costs and what is lost. Exits 0 if it fits, 1 if not, 2 on wrong usage."""
-    if task not in TASKS:
-        raise UsageError(f"--task {task!r} is not one of {', '.join(TASKS)}.")
-    if largest is not None and sweep is not None:
-        raise UsageError("--largest and --sweep were both given; ask one after the other.")
-    if sweep is not None:
-        check_picture(output)
-    if mix and (task != "serve" or sweep or largest or output or asked.says_anything):
-        raise UsageError("--mix goes with --prices and --json alone: machines are what is asked for.")
-    if task != "serve" and output is not None and sweep is None:
-        raise UsageError("--output writes plans that serve; --task tune and train are printed, or given by --json.")
-    if task != "serve" and asked.recipe:
-        raise UsageError("--recipe restricts plans that serve; leave it out with --task tune and train.")
-    if task == "serve" and settings:
-        raise UsageError("--with is for --task tune and train; serving has options of its own.")
-    if task == "serve" and not mix:
-        asked.check()
+    wanted.check(asked, calibrating, calibrate=calibrate)
     weighed = calibrate or calibrating.calibration is not None
-    if weighed and (sweep is not None or largest is not None):
-        raise UsageError("--sweep and --largest cite damages; leave --calibrate and --calibration out.")
-    if calibrating.calibration is not None:
+    if weighed:
         calibrating.text()  # read before the model, so that a wrong file is said at once
-    if output is not None and sweep is None:
-        from haversack.formats.output import check_output_file
-
-        check_output_file(output)
-
     from haversack.cli.lean import plan_alone
     from haversack.describe.model import describe_model
 
     if not weighed:
         plan_alone()
-    described = describe_model(model, trust_remote_code=trust_remote_code)
-    if mix:
+    describe = functools.partial(describe_model, trust_remote_code=trust_remote_code)
+    if wanted.largest == "model":
+        return _largest_model([describe(name) for name in (model, *(wanted.among or ()))], asked, wanted)
+    described = describe(model)
+    if wanted.mix:
         from haversack.cli.money import fleet_verb
 
-        return fleet_verb(described, mix, prices, json=json)
-    if task != "serve":
+        return fleet_verb(described, wanted.mix, wanted.prices, json=wanted.json)
+    if wanted.task != "serve":
         from haversack.cli.training import plan_training_verb
 
-        return plan_training_verb(
-            described,
-            machine_named(asked.machine),
-            task,
-            budget=asked.budget,
-            tensor_budget=asked.tensor_budget,
-            batch=batch,
-            seq_len=asked.context,
-            pairs=settings or [],
-            largest_of=largest,
-            sweep_of=sweep,
-            picture=output,
-            with_operators=operators,
-            prices=prices,
-            is_this_machine=asked.machine is None,
-            json=json,
-        )
-    if sweep is not None or largest is not None:
-        return _vary(asked.question(described, None), sweep, largest, output, json=json)
-    return _plan_serving(described, asked, calibrating if weighed else None, output, operators, prices, json=json)
+        return plan_training_verb(described, asked, wanted)
+    if wanted.varies:
+        return _vary(asked.question(described, None), wanted)
+    return _plan_serving(described, asked, calibrating if weighed else None, wanted)
 
 
-def _vary(question: Question, sweep: str | None, largest: str | None, picture: Path | None, *, json: bool) -> int:
+def _vary(question: Question, wanted: Wanted) -> int:
     """Answer --sweep, or --largest."""
     from haversack.plan.sweep import largest_served, sweep_serving
 
-    if sweep is not None:
-        points = sweep_serving(question, sweep)
-        return print_sweep(points, sweep, budget_bytes=question.budget_bytes, output=picture, json=json)
-    assert largest is not None
-    return print_largest(question.model.name, largest, largest_served(question, largest), json=json)
+    if wanted.sweep is not None:
+        points = sweep_serving(question, wanted.sweep)
+        return print_sweep(
+            points, wanted.sweep, budget_bytes=question.budget_bytes, output=wanted.output, json=wanted.json
+        )
+    assert wanted.largest is not None
+    value = largest_served(question, wanted.largest)
+    return print_largest(question.model.name, wanted.largest, value, json=wanted.json)
+
+
+def _largest_model(models: Sequence[Model], asked: Asked, wanted: Wanted) -> int:
+    """Answer --largest model: which of several fit, the largest named."""
+    from haversack.cli.training import training_question
+    from haversack.plan.sweep import compare_served, compare_trained
+
+    if wanted.task == "serve":
+        fits = compare_served([asked.question(model, None) for model in models])
+    else:
+        fits = compare_trained([training_question(model, asked, wanted) for model in models])
+    return print_largest_model(fits, json=wanted.json)
 
 
 def _plan_serving(
     model: Model,
     asked: Asked,
     calibrating: Calibrating | None,
-    output: Path | None,
-    operators: bool,
-    prices: Path | None,
-    *,
-    json: bool,
+    wanted: Wanted,
 ) -> int:
     """Plan, write the plan where it fits, and print the answer. Without `calibrating`, damages are cited."""
     from haversack.plan.make import make_plan
 
+    output, json = wanted.output, wanted.json
     try:
         with console.progress_bar(quiet=json) as progress:
             if calibrating is not None:
@@ -158,20 +114,18 @@ def _plan_serving(
     if output is not None and answer.fits:
         write_plan(answer, output)  # before anything is printed: whoever reads that may leave early
     with console.reader_may_leave():
-        _print(model, answer, asked.machine, operators, prices, json=json)
+        _print(model, answer, asked.machine, wanted)
     if output is not None and not answer.fits:
         write_plan(answer, output)
     return 0 if answer.fits else 1
 
 
-def _print(
-    model: Model, answer: Answer, machine: str | None, operators: bool, prices: Path | None, *, json: bool
-) -> None:
-    rows = serving_rows(model, answer, machine) if operators or json else []
+def _print(model: Model, answer: Answer, machine: str | None, wanted: Wanted) -> None:
+    rows = serving_rows(model, answer, machine) if wanted.operators or wanted.json else []
     money = None
-    if machine is not None or prices is not None:
-        money = price_line(machine or "this machine", prices, _seconds_per_generated(answer))
-    if json:
+    if machine is not None or wanted.prices is not None:
+        money = price_line(machine or "this machine", wanted.prices, _seconds_per_generated(answer))
+    if wanted.json:
         console.print_json({**plan_json(answer), "operators": operators_json(rows), "per_million_tokens": money})
         return
     print_answer(answer)
@@ -180,7 +134,7 @@ def _print(
         console.paragraph(f"{active} of the parameters are active for a token; all experts are resident.")
     if money is not None:
         console.paragraph(f"per million generated tokens: {money}.")
-    if operators:
+    if wanted.operators:
         typer.echo("")
         print_operators(rows)
 

@@ -18,6 +18,7 @@ from haversack.errors import UsageError
 from haversack.units import parse_budget
 
 if TYPE_CHECKING:
+    from haversack.cli.wanted import Wanted
     from haversack.cost.calibrated import Calibration
     from haversack.describe.machine import Machine
     from haversack.describe.model import Model
@@ -86,8 +87,7 @@ class Asked:
         """Raises UsageError where options contradict each other, before any model is looked at."""
         if self.placement not in PLACEMENTS:
             raise UsageError(f"--placement {self.placement!r} is not one of {', '.join(PLACEMENTS)}.")
-        if self.budget is not None and self.tensor_budget is not None:
-            raise UsageError("--budget and --tensor-budget were both given; a plan has one budget.")
+        self.check_budget()
         if self.budget_text is None and self.max_damage is None:
             raise UsageError(
                 "no budget was given; say --budget 8GiB (or 60%), or turn the question round with --max-damage."
@@ -96,13 +96,18 @@ class Asked:
             raise UsageError(
                 f"--max-damage is {self.max_damage:g} nats per token, but must be a number of at least 0, like 0.05."
             )
-        if self.budget_text is not None:
-            parse_budget(self.budget_text, available_bytes=2**60)  # any machine's memory will do to see nonsense
         if self.recipe:
             from haversack.recipes.base import check_recipes
 
             check_recipes(self.recipe, PLANNED)
-        self._check_lengths()
+        self.check_lengths()
+
+    def check_budget(self) -> None:
+        """Raises UsageError for two budgets, and for one that makes no sense."""
+        if self.budget is not None and self.tensor_budget is not None:
+            raise UsageError("--budget and --tensor-budget were both given; a plan has one budget.")
+        if self.budget_text is not None:
+            parse_budget(self.budget_text, available_bytes=2**60)  # any machine's memory will do to see nonsense
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -114,7 +119,8 @@ class Asked:
         """The one budget that was given."""
         return self.budget if self.budget is not None else self.tensor_budget
 
-    def _check_lengths(self) -> None:
+    def check_lengths(self) -> None:
+        """Raises UsageError for numbers of tokens or users that make no sense, or contradict each other."""
         prompt, generate, context = self.prompt_tokens, self.generate_tokens, self.context
         for name, value, least, most in (
             ("--context", context, 1, MAX_TOKENS),
@@ -185,6 +191,13 @@ class Asked:
                 "ask for fewer."
             )
         return ServeWorkload(prompt, generate, self.users, min_tokens_per_second=self.min_tokens_per_second)
+
+
+def named_options(given: Asked | Calibrating | Wanted) -> list[str]:
+    """The options that were given, as they are written on a command line."""
+    hints = get_type_hints(type(given), include_extras=True)
+    names = {option.name: hints[option.name].__metadata__[0].default for option in fields(given)}
+    return [names[option.name] for option in fields(given) if getattr(given, option.name) != option.default]
 
 
 def machine_named(name: str | None) -> Machine:

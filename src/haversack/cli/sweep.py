@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from haversack.cli import console
 from haversack.errors import UsageError
-from haversack.units import format_bytes, format_rate
+from haversack.units import format_bytes, format_count, format_rate
 
 if TYPE_CHECKING:
-    from haversack.plan.sweep import SweepPoint
+    from haversack.plan.sweep import ModelFit, SweepPoint
 
 UNITS = {"context": "tokens", "users": "users", "batch": "sequences"}
 
@@ -75,3 +76,18 @@ def print_largest(name: str, what: str, value: int | None, *, json: bool) -> int
         found = f"{value:,} {UNITS[what]}" if value is not None else "none"
         console.paragraph(f"{name}: largest {what} that fits: {found}.")
     return 0 if value is not None else 1
+
+
+def print_largest_model(fits: Sequence[ModelFit], *, json: bool) -> int:
+    """Print which of several models (largest first) fit, and the largest; 0 if any does."""
+    found = next((fit.name for fit in fits if fit.fits), None)
+    if json:
+        console.print_json({"largest": "model", "value": found, "models": [dataclasses.asdict(fit) for fit in fits]})
+    else:
+        console.paragraph(f"largest model that fits: {found or 'none'}.")
+        rows = [
+            (fit.name, format_count(fit.num_parameters), format_bytes(fit.peak_bytes), "yes" if fit.fits else "no")
+            for fit in fits
+        ]
+        console.table(("model", "parameters", "peak", "fits"), rows, right=(1, 2))
+    return 0 if found is not None else 1

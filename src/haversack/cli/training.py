@@ -10,14 +10,15 @@ import typer
 
 from haversack.cli import console
 from haversack.cli.money import operators_json, price_line, print_operators
-from haversack.cli.question import runtimes_known
+from haversack.cli.question import machine_named, runtimes_known
 from haversack.cli.sweep import print_largest, print_sweep
 from haversack.cli.verdict import verdict_json, verdict_words
 from haversack.errors import UsageError
 from haversack.units import format_seconds, parse_budget
 
 if TYPE_CHECKING:
-    from haversack.describe.machine import Machine
+    from haversack.cli.question import Asked
+    from haversack.cli.wanted import Wanted
     from haversack.describe.model import Model
     from haversack.describe.parallel import Parallelism
     from haversack.describe.workload import TrainWorkload, TuneWorkload
@@ -48,73 +49,72 @@ def settings_of(
     return workload, Parallelism(**{k: v for k, v in values.items() if k in spread})
 
 
-def plan_training_verb(
-    model: Model,
-    machine: Machine,
-    task: str,
-    *,
-    budget: str | None,
-    tensor_budget: str | None,
-    batch: int,
-    seq_len: int | None,
-    pairs: list[str],
-    largest_of: str | None,
-    sweep_of: str | None = None,
-    picture: Path | None = None,
-    with_operators: bool = False,
-    prices: Path | None = None,
-    is_this_machine: bool = False,
-    json: bool,
-) -> int:
-    """Print the answer; 0 if it fits, 1 if not."""
-    from haversack.cost.roofline import total_seconds
-    from haversack.plan.training import TrainingQuestion, largest, plan_training, step_operators
+def training_question(model: Model, asked: Asked, wanted: Wanted) -> TrainingQuestion:
+    """The question in the planner's words. Raises UsageError for settings that there are not."""
+    from haversack.plan.training import TrainingQuestion
 
-    length = seq_len or min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
-    workload, parallel = settings_of(task, batch, length, pairs)
-    text = budget if budget is not None else tensor_budget
-    if budget is not None and is_this_machine and parallel.ranks == 1:
-        machine = runtimes_known(machine, parse_budget(budget, machine.tiers()["device"]))
-    question = TrainingQuestion(
+    length = asked.context or min(DEFAULT_SEQ_LEN, model.max_positions or DEFAULT_SEQ_LEN)
+    batch = 1 if wanted.batch is None else wanted.batch
+    workload, parallel = settings_of(wanted.task, batch, length, wanted.settings or [])
+    machine, text = machine_named(asked.machine), asked.budget_text
+    if asked.budget is not None and asked.machine is None and parallel.ranks == 1:
+        machine = runtimes_known(machine, parse_budget(asked.budget, machine.tiers()["device"]))
+    return TrainingQuestion(
         model,
         workload,
         machine,
         parallel,
         None if text is None else parse_budget(text, machine.tiers()["device"]),
-        "tensor" if tensor_budget is not None else "process",
+        "tensor" if asked.tensor_budget is not None else "process",
     )
-    if largest_of is not None:
-        return print_largest(model.name, largest_of, largest(question, largest_of), json=json)
-    if sweep_of is not None:
+
+
+def plan_training_verb(model: Model, asked: Asked, wanted: Wanted) -> int:
+    """Print the answer; 0 if it fits, 1 if not."""
+    from haversack.plan.training import largest
+
+    question = training_question(model, asked, wanted)
+    if wanted.largest is not None:
+        return print_largest(model.name, wanted.largest, largest(question, wanted.largest), json=wanted.json)
+    if wanted.sweep is not None:
         from haversack.plan.sweep import sweep_training
 
-        points = sweep_training(question, sweep_of)
-        return print_sweep(points, sweep_of, budget_bytes=question.budget_bytes, output=picture, json=json)
+        points, budget_bytes = sweep_training(question, wanted.sweep), question.budget_bytes
+        return print_sweep(points, wanted.sweep, budget_bytes=budget_bytes, output=wanted.output, json=wanted.json)
+    return _plan_once(question, wanted)
+
+
+def _plan_once(question: TrainingQuestion, wanted: Wanted) -> int:
+    from haversack.cost.roofline import total_seconds
+    from haversack.plan.training import plan_training, step_operators
+
     answer = plan_training(question)
-    rows = step_operators(question, answer) if with_operators or json else []
+    of_time = wanted.operators or wanted.json or wanted.prices is not None
+    rows = step_operators(question, answer) if of_time else []
     seconds = total_seconds(rows)
     with console.reader_may_leave():
-        if json:
-            more = {"operators": operators_json(rows), "seconds_per_step": seconds}
+        if wanted.json:
+            money = _price(question, seconds, wanted.prices) if wanted.prices is not None else None
+            more = {"operators": operators_json(rows), "seconds_per_step": seconds, "per_million_tokens": money}
             console.print_json({**training_json(answer), **more})
-        else:
-            _print(answer)
-        if with_operators and not json:
+            return 0 if answer.fits else 1
+        _print(answer)
+        if wanted.operators:
             typer.echo("")
             print_operators(rows)
-            _print_money(question, seconds, prices)
+        if of_time:
+            step = "unknown" if seconds is None else format_seconds(seconds)
+            typer.echo("")
+            money = _price(question, seconds, wanted.prices)
+            console.paragraph(f"a step takes at least {step}; per million tokens: {money}.")
     return 0 if answer.fits else 1
 
 
-def _print_money(question: TrainingQuestion, seconds: float | None, prices: Path | None) -> None:
-    """What a step takes at least, and a million tokens of all ranks together."""
+def _price(question: TrainingQuestion, seconds: float | None, prices: Path | None) -> str:
+    """What a million tokens of all ranks together cost."""
     workload, parallel = question.workload, question.parallel
     per_token = None if seconds is None else seconds * parallel.ranks / (workload.step_tokens * parallel.data)
-    step = "unknown" if seconds is None else format_seconds(seconds)
-    typer.echo("")
-    console.paragraph(
-        f"a step takes at least {step}; per million tokens: {price_line(question.machine.name, prices, per_token)}."
-    )
+    return price_line(question.machine.name, prices, per_token)
 
 
 def training_json(answer: TrainingAnswer) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def _described(task: str, source: str, trust_remote_code: bool) -> tuple[Model, 
     """The model, and the folder that its tokenizer is expected in. Of what is trained anew, weights are not looked at."""
     import dataclasses
 
-    from haversack.describe.checkpoint import holds_weights
+    from haversack.describe.checkpoint import holds_weights, refuse_pickles
     from haversack.describe.model import describe_model
     from haversack.errors import CheckpointError
 
@@ -271,6 +271,7 @@ def _described(task: str, source: str, trust_remote_code: bool) -> tuple[Model, 
     home = described.folder or (file.parent if file.is_file() else file)
     if task == "train":
         return dataclasses.replace(described, folder=None), home
+    refuse_pickles(described.folder)
     if not holds_weights(described.folder):
         raise CheckpointError(
             f"{source} has no weights here; tuning needs them, so name a folder with safetensors files (or train from its config)."

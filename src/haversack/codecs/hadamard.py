@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _LARGEST_FACTOR = 32
@@ -22,21 +23,28 @@ def block_columns(num_columns: int) -> int:
 
 def hadamard_transform(x: torch.Tensor, block: int) -> torch.Tensor:
     """float32 `(..., columns)`: every block of `block` columns times `H / sqrt(block)`. Allocates twice its result."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
     shape, y = x.shape, x.float()
     done = 1
     while done < block:
         factor = min(_LARGEST_FACTOR, block // done)
-        y = _matrix(factor).to(y.device) @ y.reshape(-1, factor, done)  # mixes columns that are `done` apart
+        if isinstance(y, FakeTensor):  # a trace runs through here, whose products take no real matrix
+            matrix = y.new_empty((factor, factor))
+        else:
+            matrix = torch.from_numpy(_matrix(factor)).to(y.device)
+        y = matrix @ y.reshape(-1, factor, done)  # mixes columns that are `done` apart
         done *= factor
     return y.reshape(shape)
 
 
 @cache
-def _matrix(n: int) -> torch.Tensor:
+def _matrix(n: int) -> np.ndarray:
     """`H_n / sqrt(n)`, float32 `(n, n)`."""
-    import torch
+    import numpy as np
 
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = np.ones((1, 1))
     while len(matrix) < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / n**0.5).float()
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / n**0.5).astype(np.float32)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from haversack.cost.damage import Damage
 from haversack.cost.roofline import decode_products, read_share
@@ -54,7 +53,11 @@ class WeightCandidate:
 
     @cached_property
     def id(self) -> str:
-        return f"{self.option.label} {self.placement.id}"
+        return candidate_id(self.option, self.placement)
+
+
+def candidate_id(option: WeightOption, placement: Placement) -> str:
+    return f"{option.label} {placement.id}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Serving:
     decode: ActivationProfile
     step: StepForecast
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict, repr=False, compare=False)
-    costs: dict[tuple, tuple[Any, list[Any]]] = field(default_factory=dict, repr=False, compare=False)
+    costs: dict[tuple, SharedCosts] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def read_rate(self) -> float:
@@ -137,32 +140,52 @@ class Serving:
         return self._sizes[key]
 
 
+@dataclass(frozen=True)
+class WeightCandidates(Mapping[str, WeightCandidate]):
+    """A site's candidates by id, made when they are looked up: experts are thousands, and what they cost is `shared`.
+
+    `prefill_bytes` and `decode_bytes` are what lives where the site runs, without its workspace.
+    """
+
+    site: WeightSite
+    prefill_bytes: int
+    decode_bytes: int
+    shared: SharedCosts
+
+    def __len__(self) -> int:
+        return len(self.shared.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shared.rows)
+
+    def __getitem__(self, candidate: str) -> WeightCandidate:
+        row = self.shared.rows[candidate]
+        return WeightCandidate(
+            site=self.site,
+            option=row.option,
+            placement=row.placement,
+            stored_bytes=row.stored_bytes,
+            prefill_bytes=self.prefill_bytes + row.prefill_workspace_bytes,
+            decode_bytes=self.decode_bytes + row.decode_workspace_bytes,
+            seconds=row.seconds,
+            disk_seconds=row.disk_seconds,
+            damage=row.damage,
+        )
+
+
 def weight_candidates(
     serving: Serving,
     site: WeightSite,
     damages: Mapping[WeightOption, Damage],
     placements: Sequence[Placement],
-) -> list[WeightCandidate]:
+) -> WeightCandidates:
     """Every option with a known or stated damage, in every placement that the site admits."""
     prefill, decode = serving.prefill.at_site[site.id], serving.decode_bytes(serving.decode.at_site[site.id])
-    return [
-        WeightCandidate(
-            site=site,
-            option=row.option,
-            placement=row.placement,
-            stored_bytes=row.stored_bytes,
-            prefill_bytes=prefill + row.prefill_workspace_bytes,
-            decode_bytes=decode + row.decode_workspace_bytes,
-            seconds=row.seconds,
-            disk_seconds=row.disk_seconds,
-            damage=row.damage,
-        )
-        for row in _costs(serving, site, damages, placements)
-    ]
+    return WeightCandidates(site, prefill, decode, _shared_costs(serving, site, damages, placements))
 
 
 @dataclass(frozen=True)
-class _Cost:
+class Cost:
     """What an option in a placement costs at every site that is like another: all but what lives there."""
 
     option: WeightOption
@@ -175,9 +198,27 @@ class _Cost:
     damage: Damage
 
 
-def _costs(
+@dataclass(frozen=True, eq=False)
+class SharedCosts:
+    """What all sites of one shape, role and table of damages share: rows by candidate id. `damages` is the table, which is kept so that
+    no other comes to have its identity."""
+
+    rows: Mapping[str, Cost]
+    damages: Mapping[WeightOption, Damage]
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether some candidate is streamed."""
+        return any(row.placement.mode == "streamed" for row in self.rows.values())
+
+    @cached_property
+    def most_stored_bytes(self) -> int:
+        return max(row.stored_bytes for row in self.rows.values())
+
+
+def _shared_costs(
     serving: Serving, site: WeightSite, damages: Mapping[WeightOption, Damage], placements: Sequence[Placement]
-) -> list[_Cost]:
+) -> SharedCosts:
     """Looked at once for sites of one shape, role and table of damages: layers and experts are many, their kinds few."""
     key = (
         *(site.role, site.out_features, site.in_features, site.dtype),
@@ -185,7 +226,7 @@ def _costs(
     )
     if key not in serving.costs:
         share = read_share(serving.model, site, serving.workload.users)
-        rows = []
+        rows: dict[str, Cost] = {}
         for option, damage in damages.items():
             stored_bytes, prefill_workspace, decode_workspace = serving.sizes(site, option)
             seconds = _seconds(serving, site, option, stored_bytes, share)
@@ -193,14 +234,13 @@ def _costs(
                 if placement.mode == "streamed" and site.layer is None:
                     continue  # the window follows the layers; what lies outside stays
                 disk_seconds = stored_bytes / serving.disk_rate if placement.mode == "streamed" else 0.0
-                rows.append(
-                    _Cost(
-                        *(option, placement, stored_bytes, prefill_workspace, decode_workspace),
-                        *(seconds, disk_seconds, damage),
-                    )
+                assert candidate_id(option, placement) not in rows, "labels are unique"
+                rows[candidate_id(option, placement)] = Cost(
+                    *(option, placement, stored_bytes, prefill_workspace, decode_workspace),
+                    *(seconds, disk_seconds, damage),
                 )
-        serving.costs[key] = (damages, rows)  # the table is kept, so that its identity stays its own
-    return serving.costs[key][1]
+        serving.costs[key] = SharedCosts(rows, damages)
+    return serving.costs[key]
 
 
 def _seconds(serving: Serving, site: WeightSite, option: WeightOption, stored_bytes: int, share: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from haversack.cost.candidates import WeightCandidate
+from haversack.cost.candidates import WeightCandidates
 from haversack.cost.damage import Damage
 from haversack.describe.site import WeightSite
 from haversack.parts.weights.base import WeightOption
@@ -26,9 +26,14 @@ def follows_for_free(site: WeightSite, option: WeightOption) -> Damage | None:
     return None
 
 
-def dropped_together(rows: Sequence[Sequence[WeightCandidate]]) -> tuple[Requires, ...]:
+def dropped_together(rows: Sequence[WeightCandidates]) -> tuple[Requires, ...]:
     """A matrix before the end of a block is dropped only where that end is; where the end can't be, it can't be either."""
-    dropped = {row[0].site: frozenset(c.id for c in row if _is_dropped(c.option)) for row in rows}
+    offered = {
+        row.shared: frozenset(id for id, cost in row.shared.rows.items() if _is_dropped(cost.option)) for row in rows
+    }
+    if not any(offered.values()):
+        return ()
+    dropped = {row.site: offered[row.shared] for row in rows}
     ends = {(site.layer, site.expert, site.role): site for site in dropped}
     links = []
     for site, choices in dropped.items():

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from haversack.cost.candidates import KVCandidate, Serving, WeightCandidate
+from haversack.cost.candidates import KVCandidate, Serving, SharedCosts, WeightCandidate, WeightCandidates
 from haversack.cost.dropped import dropped_together
 from haversack.describe.checkpoint import CheckpointTensor
 from haversack.describe.model import Model
+from haversack.describe.site import WeightSite
 from haversack.engine.streaming import PAGE_BYTES, window_tensors
 from haversack.formats.packed_folder import MAX_SHARD_BYTES, PackedSite, packed_files
 from haversack.formats.safetensors_file import ALIGNMENT_BYTES, layout
@@ -23,6 +24,9 @@ from haversack.ledger import DTYPE_BYTES, Ledger, StoredTensor, total_bytes
 from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
 WEIGHTS, KV, MAPPED, GENERATION = "weights", "kv", "weights (mapped)", "generation"
+PREFILL, DECODE, WINDOW, STREAMED = "prefill at site", "decode at site", "window of layer", "streamed at site"
+"""What a site's choices book on beside what all share: accounts of the site's own, or of its layer's."""
+
 STREAM_BUFFERS = 2
 
 GENERATION_ODDS_BYTES = 16 << 10
@@ -39,7 +43,7 @@ class ServingProblem:
 
     serving: Serving
     problem: Problem
-    weights: Mapping[str, Mapping[str, WeightCandidate]]
+    weights: Mapping[str, WeightCandidates]
     kv: Mapping[str, Mapping[str, KVCandidate]]
     fixed: Mapping[str, int]
     kinds: tuple[str, ...] = ()
@@ -83,7 +87,7 @@ class ServingProblem:
 
 def serving_problem(
     serving: Serving,
-    weights: Sequence[Sequence[WeightCandidate]],
+    weights: Sequence[WeightCandidates],
     kv: Sequence[Sequence[KVCandidate]],
     *,
     budget_bytes: int | None,
@@ -93,22 +97,24 @@ def serving_problem(
 ) -> ServingProblem:
     """The problem of choosing one candidate per site within `budget_bytes` on the device tier (None: not limited)."""
     groups: list[Group] = []
-    weight_rows: dict[str, dict[str, WeightCandidate]] = {}
     kv_rows: dict[str, dict[str, KVCandidate]] = {}
     layers: set[int] = set()
     streamed: list[str] = []
     margin = _buffer_margin_bytes(weights)
     running: dict[str, list[str]] = {"prefill": ["prefill base"], "decode": ["decode base"]}
     kinds = tuple(dict.fromkeys(kind for row in kv for c in row for kind, _ in c.damage.probes))
+    choices: dict[tuple[SharedCosts, int, int], tuple[Choice, ...]] = {}
     for row in weights:
-        site = row[0].site
-        weight_rows[site.id] = {c.id: c for c in row}
+        site = row.site
         for point in running:
             running[point].append(f"{point} {site.id}")
-        if site.layer is not None and any(c.placement.mode == "streamed" for c in row):
+        if site.layer is not None and row.shared.streams:
             layers.add(site.layer)
             streamed.append(f"streamed {site.id}")
-        groups.append(Group(site.id, tuple(_weight_choice(c, margin, kinds) for c in row), kind=site.role))
+        alike = (row.shared, row.prefill_bytes, row.decode_bytes)
+        if alike not in choices:
+            choices[alike] = tuple(_weight_choice(c, margin, kinds) for c in row.values())
+        groups.append(Group(site.id, choices[alike], site.role, _own_accounts(site)))
     for kv_row in kv:
         kv_site = kv_row[0].site
         kv_rows[kv_site.id] = {c.id: c for c in kv_row}
@@ -138,6 +144,7 @@ def serving_problem(
         max_seconds=max_seconds,
         max_damage=max_damage,
     )
+    weight_rows = {row.site.id: row for row in weights}
     return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v}, kinds)
 
 
@@ -172,27 +179,37 @@ def stream_window(model: Model, weights: Sequence[WeightCandidate]) -> tuple[Sto
     return window_tensors([groups[layer] for layer in sorted(groups)], STREAM_BUFFERS)
 
 
-def _buffer_margin_bytes(weights: Sequence[Sequence[WeightCandidate]]) -> int:
+def _buffer_margin_bytes(weights: Sequence[WeightCandidates]) -> int:
     """What a buffer of the window takes beside its layer's tensors: a page to align it, and the first and last page of
     each file that the layer is cut over. Streamed sites lie first and in order, so that it is cut by shards alone."""
     by_layer: dict[int | None, int] = {}
     for row in weights:
-        layer = row[0].site.layer
-        by_layer[layer] = by_layer.get(layer, 0) + max(c.stored_bytes for c in row)
+        layer = row.site.layer
+        by_layer[layer] = by_layer.get(layer, 0) + row.shared.most_stored_bytes
     cuts = 0 if sum(by_layer.values()) <= MAX_SHARD_BYTES else 1 + max(by_layer.values()) // MAX_SHARD_BYTES
     return PAGE_BYTES + (1 + cuts) * RUN_MARGIN_BYTES
 
 
 def _weight_choice(c: WeightCandidate, buffer_margin_bytes: int, kinds: Sequence[str]) -> Choice:
-    accounts = {f"prefill {c.site.id}": c.prefill_bytes, f"decode {c.site.id}": c.decode_bytes}
+    """The same for all sites of these costs; what it books on, `_own_accounts` names."""
+    accounts = {PREFILL: c.prefill_bytes, DECODE: c.decode_bytes}
     if c.placement.mode == "resident":
         accounts[WEIGHTS] = c.stored_bytes
     elif c.placement.mode == "streamed":
         stored = c.option.stored(c.site.out_features, c.site.in_features, c.site.dtype)
         apart = sum(tensor.num_bytes % ALIGNMENT_BYTES > 0 for tensor in stored)  # files put these behind the others
-        accounts[f"window {c.site.layer}"] = c.stored_bytes + apart * RUN_MARGIN_BYTES
-        accounts[f"streamed {c.site.id}"] = buffer_margin_bytes
+        accounts[WINDOW] = c.stored_bytes + apart * RUN_MARGIN_BYTES
+        accounts[STREAMED] = buffer_margin_bytes
     return Choice(c.id, c.damage.on(kinds), (c.seconds, c.disk_seconds), accounts)
+
+
+def _own_accounts(site: WeightSite) -> dict[str, str]:
+    return {
+        PREFILL: f"prefill {site.id}",
+        DECODE: f"decode {site.id}",
+        WINDOW: f"window {site.layer}",
+        STREAMED: f"streamed {site.id}",
+    }
 
 
 def _kv_choice(c: KVCandidate, kinds: Sequence[str]) -> Choice:

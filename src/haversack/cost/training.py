@@ -23,6 +23,7 @@ from haversack.engine.adapters import (
     decompose_bytes,
     reads_one_by_one,
 )
+from haversack.engine.rounded_weights import ROUND_BYTES_PER_ELEMENT, ROUND_ELEMENTS, codes_of
 from haversack.engine.training_trace import (
     ACTIVATIONS,
     BACKWARD,
@@ -138,7 +139,7 @@ def training_cost(
     """
     trace = _traced(model, workload)
     staying = {**trace.resident_bytes, **(base_bytes or {})}
-    widened = workload.has_master_weights
+    widened = workload.updates_in_32_bits
     option = optimizer_option(workload.optimizer)
     staying[STATES] = option.shared_bytes + sum(
         option.stored_bytes(tensor.shape, "F32" if widened else tensor.dtype, inner=tensor.is_matrix)
@@ -146,7 +147,9 @@ def training_cost(
     )
     staying[BATCH] = 8 * workload.step_tokens
     rank = workload.lora_rank if isinstance(workload, TuneWorkload) and workload.method == "lq-lora" else 0
-    load_bytes = _load_bytes(model, trace, workload.weights_dtype, decomposed_rank=rank)
+    load_bytes = _load_bytes(
+        model, trace, workload.weights_dtype, decomposed_rank=rank, rounded=workload.precision == "int8"
+    )
     if base_bytes is not None:
         load_bytes = sum(base_bytes.values()) + trace.resident_bytes.get("adapters", 0)
     return TrainingCost(workload, trace, staying, tuple(compose(trace)), load_bytes)
@@ -160,7 +163,9 @@ def _traced(model: Model, workload: TrainingWorkload) -> TrainingTrace:
     return traces[workload]
 
 
-def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed_rank: int = 0) -> int:
+def _load_bytes(
+    model: Model, trace: TrainingTrace, dtype: str, *, decomposed_rank: int = 0, rounded: bool = False
+) -> int:
     """The most while weights come. What is not packed is there first (made from a config alone, a tied head has a matrix of its own until it is tied);
     matrices that will be packed come one by one beside it, or, where they can't be read so, all at once."""
     resident = trace.resident_bytes
@@ -174,8 +179,12 @@ def _load_bytes(model: Model, trace: TrainingTrace, dtype: str, *, decomposed_ra
         matrix = whole[out_features, in_features]
         if one_by_one:
             live += matrix
-        packed = total_bytes(BASE_GRID.stored(out_features, in_features))
+        packed = total_bytes(
+            codes_of((out_features, in_features)) if rounded else BASE_GRID.stored(out_features, in_features)
+        )
         working = PACK_BYTES_PER_ELEMENT[dtype] * min(PACK_ELEMENTS, out_features * in_features)
+        if rounded:
+            working = ROUND_BYTES_PER_ELEMENT * min(ROUND_ELEMENTS, out_features * in_features)
         if decomposed_rank:
             working = decompose_bytes(out_features, in_features, decomposed_rank, dtype)
         read = DTYPE_BYTES[model.dtype] * out_features * in_features if one_by_one else 0  # as it lies in the file

@@ -307,16 +307,21 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     files = tuple(shards or found)
     if files:
         return files, None
-    if pickles := pickled_weights(folder):
+    refuse_pickles(folder)
+    raise ModelNotFoundError(
+        f"{str(folder)!r} holds no *.safetensors file; point to a folder with the model's weights."
+    )
+
+
+def refuse_pickles(folder: Path | None) -> None:
+    """Raise UnsafeCheckpointError, with the way to convert it, for a folder whose weights are pickles alone."""
+    if folder is not None and (pickles := pickled_weights(folder)):
         raise UnsafeCheckpointError(
             f"{str(folder)!r} holds a pickle checkpoint only ({pickles[0]}), and loading a pickle can run code, so "
             "it is refused; convert it in a sandboxed process (no network, no secrets) with "
             f"torch.load(..., weights_only=True) and safetensors.torch.save_file(..., {_SINGLE_NAME!r}), "
             "and point to the result."
         )
-    raise ModelNotFoundError(
-        f"{str(folder)!r} holds no *.safetensors file; point to a folder with the model's weights."
-    )
 
 
 def pickled_weights(folder: Path) -> list[str]:

@@ -32,7 +32,10 @@ def read_prices(path: Path | None = None) -> dict[str, Price]:
         text = path.read_text() if path is not None else files("haversack.describe").joinpath("prices.toml").read_text()
         rows = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"the prices in {where!r} can't be read: {' '.join(str(error).split())}.") from None
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise UsageError(
+            f"the prices in {where!r} can't be read: {reason}; name a TOML file with dollars_per_hour and source for each machine."
+        ) from None
     return {name.lower(): _price(where, name, row) for name, row in rows.items()}
 
 

@@ -74,6 +74,8 @@ PRECISIONS = {
     "bf16": "weights, gradients and optimizer state in 16 bits",
     "autocast": "32 bits kept, products computed in 16",
     "master": "weights and gradients in 16 bits, master weights and optimizer state in 32",
+    "rotated8": "as master, products of the layers' linears in 8-bit integers of rotated numbers",
+    "int8": "matrices of the layers in 8 bits, other weights and gradients in 16, updates rounded at random instead of master weights",
 }
 ATTENTIONS = ("sdpa", "eager")
 METHODS = ("full", "lora", "qlora", "lq-lora", "peqa", "paca", "side")
@@ -98,6 +100,13 @@ SAVED = {
     "fp8": "activations of layers kept as 8-bit floats, so that gradients are rounded",
     "sampled": "some rows of linears' inputs kept, so that gradients of weights are right on average",
     "disk": "activations of layers written to a file and read again",
+    "tokens": "three quarters of the tokens run by layers between the first and the last, so that as much less is kept",
+    "resting": "half of the layers at rest in each step, without gradients, and activations of all kept in 8 bits",
+    "reversible": "layers coupled so that their inputs are found again from the last one's outputs, and none is kept",
+}
+NEEDS_ALL_WEIGHTS = {
+    "sampled": "whose linears are frozen",
+    "resting": "whose layers are frozen",
 }
 LIKELIHOOD = "likelihood"
 """The objective of predicting each next token; others are recipes that compare two answers."""
@@ -200,6 +209,15 @@ class TrainingWorkload:
                 f"update is 'backward' with {self.accumulation_steps} accumulation_steps, but gradients that are dropped as they "
                 "come can't be summed; choose update step, or one batch for each step."
             )
+        if self.update == "backward" and self.saved == "resting":
+            raise UsageError(
+                "update is 'backward' with saved 'resting', which looks at weights before and after a step; choose update step."
+            )
+
+    @property
+    def can_update_in_backward(self) -> bool:
+        """Whether weights may be updated during the backward pass."""
+        return self.accumulation_steps == 1 and self.saved != "resting"
 
     @property
     def context_tokens(self) -> int:
@@ -223,7 +241,12 @@ class TrainingWorkload:
     @property
     def has_master_weights(self) -> bool:
         """Whether the optimizer updates 32-bit copies of 16-bit weights."""
-        return self.precision == "master"
+        return self.precision in ("master", "rotated8")
+
+    @property
+    def updates_in_32_bits(self) -> bool:
+        """Whether the optimizer sees each weight in 32 bits, whatever it is kept in."""
+        return self.has_master_weights or self.precision == "int8"
 
     @property
     def state_dtype(self) -> str:
@@ -270,9 +293,17 @@ class TuneWorkload(TrainingWorkload):
                 f"lora_dropout is {share!r} with method {self.method!r}, which has no low-rank adapters; leave it at 0."
             )
         _check_choice("method", self.method, METHODS)
-        if self.saved == "sampled" and self.method != "full":
+        if self.precision == "int8" and self.method != "full":
             raise UsageError(
-                f"saved is 'sampled' with method {self.method}, whose linears are frozen; choose method full, or keep activations as they are."
+                f"precision is 'int8' with method {self.method}, whose weights are frozen; choose method full, or qlora for a base in 4 bits."
+            )
+        if self.saved in NEEDS_ALL_WEIGHTS and self.method != "full":
+            raise UsageError(
+                f"saved is {self.saved!r} with method {self.method}, {NEEDS_ALL_WEIGHTS[self.saved]}; choose method full, or keep activations as they are."
+            )
+        if self.saved == "reversible" and self.lora_dropout:
+            raise UsageError(
+                f"saved is 'reversible' with lora_dropout {self.lora_dropout}, but layers that are run backwards can't drop at random; leave it at 0."
             )
         _check_choice("lora_targets", self.lora_targets, ADAPTED)
         _check_count("lora_rank", self.lora_rank, minimum=1)
@@ -280,6 +311,11 @@ class TuneWorkload(TrainingWorkload):
             raise UsageError(
                 f"method is 'side' with recompute {self.recompute} and saved {self.saved}, but the model's layers keep nothing; leave both out."
             )
+
+    @property
+    def needs_all_weights(self) -> bool:
+        """Whether what is asked of weights or activations goes with method full alone."""
+        return self.precision == "int8" or self.saved in NEEDS_ALL_WEIGHTS
 
     @property
     def has_master_weights(self) -> bool:

@@ -169,7 +169,7 @@ def adapt(
         if not (wanted or packed):
             continue
         is_packed = isinstance(module.weight, PackedTensor)
-        matrix = None if is_packed else _matrix(module, site, read if packed else None)
+        matrix = None if is_packed else matrix_of(module, site, read if packed else None)
         start = decompose(module, matrix, rank) if decomposed and wanted and matrix is not None else None
         if start is not None:
             base: nn.Module = start[0]
@@ -211,7 +211,7 @@ def site_in(module: nn.Module) -> int:
     return module.get_parameter("weight").shape[0 if hasattr(module, "nf") else 1]
 
 
-def _matrix(module: nn.Module, site: WeightSite, read: ReadMatrix | None) -> torch.Tensor:
+def matrix_of(module: nn.Module, site: WeightSite, read: ReadMatrix | None) -> torch.Tensor:
     """`(out, in)` as it lies, or read."""
     weight: Any = module.weight if read is None else read(f"{site.module}.weight")
     return weight.detach().T if hasattr(module, "nf") else weight.detach()

@@ -14,7 +14,15 @@ from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.errors import UsageError
 from haversack.kernels.adamw_codes import adamw_codes_, takes
 from haversack.parts.optimizer.adamw import AdamW
-from haversack.parts.optimizer.base import PIECE_ELEMENTS, STEP, Moment, OptimizerOption, Reduced, Update
+from haversack.parts.optimizer.base import (
+    PIECE_ELEMENTS,
+    STEP,
+    Moment,
+    OptimizerOption,
+    Reduced,
+    StatePrecision,
+    Update,
+)
 from haversack.parts.optimizer.block_state import BlockState
 
 
@@ -195,22 +203,31 @@ class ComposedOptimizer(Optimizer):
         self, option: OptimizerOption, grad: torch.Tensor, state: dict[str, torch.Tensor], step: int, seed: int
     ) -> torch.Tensor:
         """The basis as it is stored, or as its seed makes it."""
-        subspace, precision = option.subspace, option.state
+        subspace = option.subspace
         assert subspace is not None
         moment = subspace.basis_moment(grad.shape[0])
         if moment is None:
             made = subspace.basis(grad, step, seed)
             return made.to(grad.dtype) if made.is_floating_point() else made
-        whole = slice(0, prod(moment.shape))
-        if subspace.refreshes(step):
+        precision = option.precision_of(moment)
+        if subspace.refreshes(step, state):
             made = subspace.basis(grad, step, seed)
+            if subspace.scalars:
+                subspace.refreshed(step, state, self._kept_basis(precision, moment, grad, state).float(), made)
             if precision is None:
                 state[moment.name].copy_(made)
             else:
-                precision.write(state, self._tables(grad.device), moment, whole, made)
+                precision.write(state, self._tables(grad.device), moment, slice(0, prod(moment.shape)), made)
+        return self._kept_basis(precision, moment, grad, state)
+
+    def _kept_basis(
+        self, precision: StatePrecision | None, moment: Moment, grad: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The basis as it is stored, in the gradient's dtype."""
         if precision is None:
             return state[moment.name]
-        return precision.read(state, self._tables(grad.device), moment, whole).view(moment.shape)
+        found = precision.read(state, self._tables(grad.device), moment, slice(0, prod(moment.shape)))
+        return found.view(moment.shape).to(grad.dtype)
 
     def _updates(
         self,
@@ -281,8 +298,8 @@ class ComposedOptimizer(Optimizer):
 
     def _tables(self, device: torch.device) -> dict[str, torch.Tensor]:
         if device not in self.shared:
-            assert self.option.state is not None
-            self.shared[device] = {name: table.to(device) for name, table in self.option.state.shared().items()}
+            tables = {} if self.option.state is None else self.option.state.shared()
+            self.shared[device] = {name: table.to(device) for name, table in tables.items()}
         return self.shared[device]
 
     def _place(self, parameter: nn.Parameter) -> tuple[int, int] | None:

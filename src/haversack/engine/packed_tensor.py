@@ -137,6 +137,8 @@ class PackedStack(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__:
             return args[0].experts[int(args[1])]
+        if func is torch.Tensor.detach:  # dispatching it would import torch.distributed.tensor, which takes .9 s
+            return args[0]
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod

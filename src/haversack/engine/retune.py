@@ -13,6 +13,7 @@ Memory: the whole model in float32 twice, one gradient of it, and the activation
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -132,23 +133,23 @@ def _mean_divergence(reference: torch.nn.Module, student: torch.nn.Module, token
         return sum(float(_divergence(reference, student, row[None])) for row in token_ids) / len(token_ids)
 
 
-class _Factor:
+class _Factor(ABC):
     """Something of a model that is multiplied by a tuned `value`."""
 
     value: torch.Tensor
     parameter: torch.Tensor
 
+    @abstractmethod
     def take_gradient(self) -> None:
         """Set the gradient of `value` from that of what it multiplies."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self) -> None:
         """Write the product into the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def round_as_stored(self) -> None:
         """Write into the model what will be stored."""
-        raise NotImplementedError
 
 
 class _Norm(_Factor):

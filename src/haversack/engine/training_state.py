@@ -1,7 +1,7 @@
 """Everything a training step carries from one step to the next, as named tensors and plain values: what a checkpoint holds.
 
-Names: `model.NAME` of a trained parameter, `master.NAME` of its 32-bit copy, `optimizer.NAME.KEY` of its optimizer states (keys of
-nested states joined by dots), `random.cpu` the state of torch's generator (of other ranks `random.cpu.RANK`). Where a step is spread over
+Names: `model.NAME` of a trained parameter (`model.NAME.codes` and so on where it is kept in 8 bits), `master.NAME` of its 32-bit copy, `optimizer.NAME.KEY` of its optimizer states (keys of
+nested states joined by dots), `resting.N` how far a layer moved when it last ran, where layers rest, `random.cpu` the state of torch's generator (of other ranks `random.cpu.RANK`). Where a step is spread over
 ranks, each has its rows of all tensors but generators and step counts, which the first rank has.
 """
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from haversack.engine.optimizers import MasterWeights
+from haversack.engine.rounded_weights import RoundedWeights, rounded_of
 from haversack.engine.training_step import TrainingStep
 from haversack.errors import CheckpointError
 
-MODEL, MASTER, OPTIMIZER, RANDOM = "model", "master", "optimizer", "random.cpu"
+MODEL, MASTER, OPTIMIZER, RANDOM, RESTING = "model", "master", "optimizer", "random.cpu", "resting"
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def state_of(step: TrainingStep) -> TrainingState:
     """The state between two steps. Costs no memory but the generator's few bytes."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
-    for name, parameter in _trained(step).items():
-        tensors[f"{MODEL}.{name}"] = parameter.detach()
+    for name, tensor in _kept(step).items():
+        tensors[f"{MODEL}.{name}"] = tensor.detach()
     for name, (parameter, is_master) in _optimized(step).items():
         if is_master:
             tensors[f"{MASTER}.{name}"] = parameter.detach()
@@ -57,6 +59,8 @@ def state_of(step: TrainingStep) -> TrainingState:
                 tensors[key] = value
             else:
                 values[key] = value
+    if step.resting is not None:
+        values |= {f"{RESTING}.{layer}": distance for layer, distance in enumerate(step.resting.distances)}
     shards = step.shards
     tensors[_random_name(step)] = torch.get_rng_state()
     if shards is None:
@@ -85,11 +89,11 @@ def restore(step: TrainingStep, saved: SavedState) -> bool:
     """Put a saved state back, whatever the number of ranks that saved it; whether random numbers go on as they would have (not where this rank
     was not there). One tensor is held twice at a time. Raises CheckpointError where the state is of other parameters."""
     names, values = saved.names, saved.values
-    trained, optimized = _trained(step), _optimized(step)
+    kept, optimized = _kept(step), _optimized(step)
     rows, whole = {}, {name: tuple(p.shape) for name, p in step.model.named_parameters()}
     if step.shards is not None:
         rows = {name: step.shards.rows(p) for name, p in step.model.named_parameters() if p.ndim}
-    wanted = {f"{MODEL}.{name}": whole[name] for name in trained}
+    wanted = {f"{MODEL}.{name}": whole.get(name, tuple(tensor.shape)) for name, tensor in kept.items()}
     wanted |= {f"{MASTER}.{name}": whole[name] for name, (_, is_master) in optimized.items() if is_master}
     found = {name: shape for name, shape in names.items() if name.startswith((f"{MODEL}.", f"{MASTER}."))}
     if wanted != found:
@@ -99,8 +103,8 @@ def restore(step: TrainingStep, saved: SavedState) -> bool:
             "the rank or the model was changed."
         )
     with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved.read(f"{MODEL}.{name}", rows.get(name)))
+        for name, tensor in kept.items():
+            tensor.copy_(saved.read(f"{MODEL}.{name}", rows.get(name)))
         for name, (parameter, is_master) in optimized.items():
             if is_master:
                 parameter.copy_(saved.read(f"{MASTER}.{name}", rows.get(name)))
@@ -114,6 +118,10 @@ def restore(step: TrainingStep, saved: SavedState) -> bool:
     for name, (parameter, _) in optimized.items():
         if name in by_parameter:
             _states(step, parameter).update(by_parameter[name])
+    if step.resting is not None:
+        count = len(step.resting.distances)
+        step.resting.distances = [float(values.get(f"{RESTING}.{layer}", inf)) for layer in range(count)]
+        step.resting.rest()
     if (random := _random_name(step)) not in names:
         return False
     torch.set_rng_state(saved.read(random))
@@ -121,15 +129,29 @@ def restore(step: TrainingStep, saved: SavedState) -> bool:
 
 
 def _trained(step: TrainingStep) -> dict[str, nn.Parameter]:
-    return {name: step.own(p) for name, p in step.model.named_parameters() if p.requires_grad}
+    trained = {id(parameter) for parameter in step.trained}
+    return {name: step.own(p) for name, p in step.model.named_parameters() if id(p) in trained}
+
+
+def _kept(step: TrainingStep) -> dict[str, torch.Tensor]:
+    """What holds the values of the trained weights: themselves, or their codes and scales, as `NAME.codes` and so on."""
+    found: dict[str, torch.Tensor] = {}
+    codes = {f"{name}.weight": module.rounded.stored for name, module in rounded_of(step.model).items()}
+    for name, parameter in _trained(step).items():
+        if name in codes:
+            found |= {f"{name}.{kind}": tensor for kind, tensor in codes[name].items()}
+        else:
+            found[name] = parameter
+    return found
 
 
 def _optimized(step: TrainingStep) -> dict[str, tuple[nn.Parameter, bool]]:
     """Name -> the tensor that the optimizer updates, and whether it is a 32-bit copy."""
-    copies = {}
-    if isinstance(step.optimizer, MasterWeights):
-        copies = {id(parameter): master for parameter, master in step.optimizer.pairs}
-    return {name: (copies.get(id(p), p), id(p) in copies) for name, p in _trained(step).items()}
+    wide = {}
+    if isinstance(step.optimizer, MasterWeights | RoundedWeights):
+        wide = {id(parameter): own for parameter, own in step.optimizer.pairs}
+    is_master = isinstance(step.optimizer, MasterWeights)
+    return {name: (wide.get(id(p), p), is_master and id(p) in wide) for name, p in _trained(step).items()}
 
 
 def _states(step: TrainingStep, parameter: nn.Parameter) -> Any:

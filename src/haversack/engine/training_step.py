@@ -20,10 +20,15 @@ from haversack.describe.workload import PACKED, TrainingWorkload, TuneWorkload, 
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, ReadMatrix, adapt
 from haversack.engine.connections import PartialConnections, connections_of
 from haversack.engine.cut_loss import CutLoss
+from haversack.engine.fewer_tokens import FewerTokens
 from haversack.engine.optimizers import NOT_INNER, MasterWeights, Stepper, make_optimizer
 from haversack.engine.packed_tensor import packed_parameters, packed_tensors
 from haversack.engine.pairs import Pairs
 from haversack.engine.recompute import RecomputeLayers
+from haversack.engine.resting_layers import RestingLayers
+from haversack.engine.reversible import ReversibleLayers
+from haversack.engine.rotated_products import RotatedProducts
+from haversack.engine.rounded_weights import RoundedTensor, RoundedWeights, round_weights, rounded_of
 from haversack.engine.sampled_rows import SampleRows
 from haversack.engine.saved_activations import ActivationFile, SaveAsFloat8, SaveInEightBits, SaveOnDisk
 from haversack.engine.scales import TrainedScales, scales_of
@@ -63,7 +68,7 @@ class TrainingStep:
         self.preference = preference(workload.objective) if isinstance(workload, TuneWorkload) else None
         self.preferred: torch.Tensor | None = None
         """Of the last batch of pairs, the share whose chosen answer the objective sees preferred."""
-        dtype = torch.float32 if workload.precision == "master" else DTYPES[workload.weights_dtype]
+        dtype = torch.float32 if workload.precision in ("master", "rotated8") else DTYPES[workload.weights_dtype]
         if isinstance(workload, TuneWorkload) and workload.method == "side":
             SideNetwork(model, dtype)
         elif isinstance(workload, TuneWorkload) and workload.method != "full":
@@ -79,15 +84,29 @@ class TrainingStep:
                 decomposed=workload.method == "lq-lora",
                 read=read,
             )
+        if workload.precision == "int8":
+            round_weights(model, described, read)
+        self.notes: list[str] = []
+        """What a user should know of how this machine does it."""
+        if workload.precision == "rotated8" and RotatedProducts(model).emulated:
+            self.notes.append(
+                "products in 8-bit integers are emulated: this hardware rounds as if it had them, and is no faster"
+            )
         recomputed = recomputation(workload.recompute, described.num_layers)
         if recomputed:
             RecomputeLayers(model, recomputed)
-        if workload.saved == "8bit":
+        if workload.saved in ("8bit", "resting"):
             SaveInEightBits(model)
         if workload.saved == "sampled":
             SampleRows(model)
         if workload.saved == "fp8":
             SaveAsFloat8(model)
+        if workload.saved == "tokens":
+            FewerTokens(model)
+        if workload.saved == "reversible":
+            ReversibleLayers(model)
+        self.resting = RestingLayers(model) if workload.saved == "resting" else None
+        """The layers of which some rest in each step, if they do; from `begin` on."""
         self.on_disk: ActivationFile | None = None
         """Where activations are kept on disk, if they are."""
         if workload.saved == "disk":
@@ -106,6 +125,10 @@ class TrainingStep:
         check_sharded_optimizer(self.workload.optimizer)
         if connections_of(self.model) or side_parameters(self.model) or scales_of(self.model):
             raise UsageError("methods paca, peqa and side are for one process; choose lora or full.")
+        if rounded_of(self.model):
+            raise UsageError("precision int8 is for one process; choose master.")
+        if self.workload.saved in ("resting", "reversible"):
+            raise UsageError(f"saved={self.workload.saved} is for one process; choose recompute full.")
         if self.workload.update == "backward":
             raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
         self.shards = Shards(self.model, mesh)
@@ -116,14 +139,17 @@ class TrainingStep:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The weights that are trained, as the model has them now."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        """The weights that are trained, those at rest too, as the model has them now."""
+        at_rest = set() if self.resting is None else {id(parameter) for parameter in self.resting.parameters()}
+        return [p for p in self.model.parameters() if p.requires_grad or id(p) in at_rest]
 
     def begin(self, described: Model) -> TrainingStep:
         """This, with an optimizer made anew over the weights that the model has now."""
         self.optimizer = self._make_optimizer(described)
         if self.workload.update == "backward":
             self.in_backward = UpdateInBackward(self.trained, self.optimizer)
+        if self.resting is not None:
+            self.resting.rest()
         return self
 
     def micro_step(
@@ -237,7 +263,8 @@ class TrainingStep:
         """One step of the optimizer; gradients are dropped (there are none if weights were updated during the backward pass)."""
         if self.shards is not None:
             self.shards.take_gradients(self.trained)
-        self.optimizer.step()
+        with nullcontext() if self.resting is None else self.resting.watched():
+            self.optimizer.step()
 
     def run(self, batches: Sequence[Mapping[str, Any]]) -> float:
         """One step over its micro-batches, each as `loss` takes it; the last one's loss."""
@@ -262,8 +289,10 @@ class TrainingStep:
         own = {id(tensor) for tensor in adapters}
         packed = [t for m in self.model.modules() if isinstance(m, PackedLinear) for t in (m.codes, m.scales)]
         packed += [module.codes for module in scales_of(self.model).values()]
+        packed += [t for m in rounded_of(self.model).values() for t in m.rounded.stored.values()]
         packed += packed_tensors(self.model)
-        own |= {id(tensor) for tensor in (*packed, *packed_parameters(self.model))}
+        hold_nothing = [*packed_parameters(self.model), *(m.weight for m in rounded_of(self.model).values())]
+        own |= {id(tensor) for tensor in (*packed, *hold_nothing)}
         masters: list[torch.Tensor] = []
         if isinstance(self.optimizer, MasterWeights):
             masters += self.optimizer.masters
@@ -292,15 +321,22 @@ class TrainingStep:
     def optimizer_over(self, trained: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
         """The workload's optimizer over some weights, of which `matrices` are those inside the layers."""
         name = self.workload.optimizer
-        if not self.workload.has_master_weights:
+        if not self.workload.updates_in_32_bits:
             return make_optimizer(name, trained, matrices)
         taken = {id(parameter) for parameter in matrices}
 
-        def make(masters: Sequence[nn.Parameter]) -> Stepper:
-            inner = [master for master, own in zip(masters, trained, strict=True) if id(own) in taken]
-            return make_optimizer(name, masters, inner)
+        def make(wide: Sequence[nn.Parameter]) -> Stepper:
+            inner = [own_wide for own_wide, own in zip(wide, trained, strict=True) if id(own) in taken]
+            return make_optimizer(name, wide, inner)
 
-        return MasterWeights(trained, make)
+        if self.workload.precision != "int8":
+            return MasterWeights(trained, make)
+        rounded = {id(module.weight): module.rounded for module in rounded_of(self.model).values()}
+        known = {id(parameter) for parameter in self.model.parameters()}
+        for matrix in matrices:
+            if id(matrix) not in known:  # a trace's, in the place of one of the model's
+                rounded[id(matrix)] = RoundedTensor(tuple(matrix.shape), matrix.device)
+        return RoundedWeights(trained, make, rounded)
 
 
 def _inputs(ids: torch.Tensor, positions: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -26,6 +26,8 @@ from haversack.engine.adapters import PackedLinear
 from haversack.engine.pairs import Pairs
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
+from haversack.engine.resting_layers import DEFAULT_SHARE, sample_bytes
+from haversack.engine.rounded_weights import rounded_of
 from haversack.engine.scales import TrainedScales
 from haversack.engine.trace import WORKSPACE, OwnedBytes, Segment
 from haversack.engine.training_step import TrainingStep, inner_matrices
@@ -51,7 +53,7 @@ class TrainingTrace:
     `resident_bytes` by owner (weights, packed weights, adapters, master weights) and `trained` are of the whole model,
     all layers; `evaluation` are segments of a pass that saves nothing for a backward pass; `update_bytes` are what the update holds for a moment beside weights, gradients and states; `packed` are the shapes of packed matrices in the order of their packing. `segments` are of the layers that ran; `stands_for[layer]` is the one that speaks for a layer, and
     `drops_like[layer]` the one whose bytes go like its own when the loss is there (the one before the last layer loses its
-    output then). `written` are bytes of activations that a layer that ran keeps on disk.
+    output then). `gradients` are the trained tensors that are not at rest; `written` are bytes of activations that a layer that ran keeps on disk.
     """
 
     num_layers: int
@@ -64,6 +66,7 @@ class TrainingTrace:
     segments: Mapping[str, Segment] = field(repr=False)
     evaluation: Mapping[str, Segment] = field(repr=False)
     written: Mapping[int, int] = field(default_factory=dict, repr=False)
+    gradients: tuple[TrainedTensor, ...] = field(default=(), repr=False)
 
     @property
     def disk_bytes(self) -> int:
@@ -72,8 +75,8 @@ class TrainingTrace:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all trained tensors."""
-        return sum(DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.trained)
+        """Of all trained tensors but those at rest."""
+        return sum(DTYPE_BYTES[t.dtype] * prod(t.shape) for t in self.gradients)
 
     def kept_bytes(self, layer: int) -> int:
         """What a layer's forward pass leaves for its backward pass."""
@@ -175,27 +178,51 @@ def trace_training(model: Model, workload: TrainingWorkload, *, all_layers: bool
     if workload.has_master_weights:
         resident["master weights"] = 4 * sum(p.numel() for p in every.of(step.trained))
     matrices = {id(p) for p in inner_matrices(skeleton, model)}
-    trained = tuple(
-        TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in every.of(step.trained)
-    )
-    bases = [m for m in skeleton.modules() if isinstance(m, PackedLinear | TrainedScales)]
-    codes = every.of([m.codes for m in bases])
-    columns = {id(m.codes): m.in_features for m in bases}
-    packed = tuple((len(rows), columns[id(rows)]) for rows in codes)
-    update_bytes = trace_updates(step.optimizer_over, optimizer_option(workload.optimizer), trained)
+    asleep = set() if step.resting is None else {id(p) for p in step.resting.parameters(step.resting.resting)}
+
+    def described(tensors: Sequence[torch.Tensor]) -> tuple[TrainedTensor, ...]:
+        return tuple(TrainedTensor(tuple(p.shape), dtype_name(p.dtype), id(p) in matrices) for p in every.of(tensors))
+
+    trained, gradients = described(step.trained), described([p for p in step.trained if id(p) not in asleep])
+    shapes = {
+        id(m.codes): (len(m.codes), m.in_features)
+        for m in skeleton.modules()
+        if isinstance(m, PackedLinear | TrainedScales)
+    }
+    shapes |= {id(m.codes): (m.weight.shape[0], m.weight.shape[1]) for m in rounded_of(skeleton).values()}
+    packed = tuple(shapes[id(codes)] for codes in every.of([b for b in skeleton.buffers() if id(b) in shapes]))
+    update_bytes = trace_updates(step.optimizer_over, optimizer_option(workload.optimizer), gradients)
+    if step.resting is not None:
+        awake = [p for p in step.resting.parameters() if id(p) not in asleep]
+        update_bytes += sum(sample_bytes(p.numel()) for p in every.of(awake))
     written: dict[int, int] = {}
     segments, evaluation = _run(step, model, sorted(shown), written)
     return TrainingTrace(
-        model.num_layers, resident, trained, update_bytes, packed, stands_for, drops_like, segments, evaluation, written
+        model.num_layers,
+        resident,
+        trained,
+        update_bytes,
+        packed,
+        stands_for,
+        drops_like,
+        segments,
+        evaluation,
+        written,
+        gradients,
     )
 
 
 def _kinds(model: Model, workload: TrainingWorkload) -> dict[int, tuple[int, ...]]:
-    """For each layer, the first two that are like it and recompute as it does."""
+    """For each layer, the first two that are like it, and recompute, rest or run fewer tokens as it does."""
     recomputed = recomputation(workload.recompute, model.num_layers)
-    alike: dict[tuple[int, str | None], list[int]] = {}
+    apart: set[int] = set()
+    if workload.saved == "resting":
+        apart = set(range(int(DEFAULT_SHARE * model.num_layers)))  # those that rest first: with them a step holds most
+    if workload.saved == "tokens":
+        apart = {0}
+    alike: dict[tuple[int, str | None, bool], list[int]] = {}
     for layer, (first, *_) in layer_kinds(model).items():
-        alike.setdefault((first, recomputed.get(layer)), []).append(layer)
+        alike.setdefault((first, recomputed.get(layer), layer in apart), []).append(layer)
     return {layer: tuple(sorted(layers)[:2]) for layers in alike.values() for layer in layers}
 
 
@@ -258,6 +285,8 @@ def _run(
             _make_gradients(step, live)
             live.owner = "update"
             step.update()
+        if step.resting is not None:
+            step.resting.rest()
         if workload.accumulation_steps > 1:
             _make_gradients(step, live)
         segments = _segments_of_step(step, ids, live, layers, shown)
@@ -287,7 +316,8 @@ def _segments_of_step(
 def _make_gradients(step: TrainingStep, live: OwnedBytes) -> None:
     live.owner = GRADIENTS
     for parameter in step.trained:
-        parameter.grad = torch.empty_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
 
 
 def _one_step(

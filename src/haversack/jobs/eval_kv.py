@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from haversack import data
-from haversack.describe.checkpoint import holds_weights
+from haversack.describe.checkpoint import holds_weights, refuse_pickles
 from haversack.describe.model import Model, describe_model
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
@@ -118,6 +118,7 @@ def _open(folder: str | Path) -> _Opened:
         described, plan = packed.described, packed.kv_plan
         return _Opened(path, plan.sites, plan.dtype, described.max_positions, plan.options, lambda: load(path))
     described = describe_model(folder)
+    refuse_pickles(described.folder)
     if described.folder is None or not holds_weights(described.folder):
         raise PlanError(f"{folder} has no weights; probes need a model folder with them.")
     _check_reachable(described)

@@ -12,7 +12,7 @@ from haversack.engine.load import LAYOUTS
 from haversack.errors import UsageError
 from haversack.formats import compressed_tensors, gguf
 from haversack.formats.export import Change, Packed
-from haversack.formats.packed_folder import PackedFolder
+from haversack.jobs.run import check_packed
 from haversack.parts.kv.base import KVOption
 from haversack.plan.schema import Plan
 
@@ -59,7 +59,7 @@ def export(
 
 def open_for_export(source: str | Path) -> Packed:
     """A packed folder, opened and checked. Raises PlanError."""
-    folder = PackedFolder.open(source)
+    folder = check_packed(source)
     folder.require_layouts(LAYOUTS)
     config = read_config(folder.path / "config.json")
     config.pop("quantization_config", None)

@@ -191,8 +191,18 @@ def _generate(
         "loop": loop_name(decoder),
         "loop_reason": refusal,
         "sampling": sampler.settings,
-        "notes": list(sampler.notes),
+        "notes": [*sampler.notes, *_cut_short(given.finish, max_new_tokens, new_tokens, plan.capacity_tokens)],
     }
+
+
+def _cut_short(finish: str, asked: int | None, possible: int, capacity_tokens: int) -> list[str]:
+    """What to say where the answer ends because the plan holds no more, though more was asked."""
+    if finish != "length" or asked is None or asked <= possible:
+        return []
+    return [
+        f"{asked} new tokens were asked, but the plan's context of {capacity_tokens + 1} tokens was full after {possible}; pack with a longer "
+        "--context for more"
+    ]
 
 
 def open_decoder(model: Any) -> tuple[Decoder | None, str | None]:

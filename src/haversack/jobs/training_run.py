@@ -30,7 +30,7 @@ _WARM_UP = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 32,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "vocab_size": 32,
 }
@@ -142,7 +142,8 @@ def open_for(
     from haversack.engine.adapters import reads_one_by_one
     from haversack.engine.whole import load_to_pack
 
-    if getattr(workload, "method", None) in PACKED and reads_one_by_one(described):
+    packs = getattr(workload, "method", None) in PACKED or workload.precision == "int8"
+    if packs and reads_one_by_one(described):
         if holds_weights(described.folder):
             return load_to_pack(described, dtype=dtype, attention=workload.attention)
         return _random_to_pack(described, dtype, workload.attention, seed)

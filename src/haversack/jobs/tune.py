@@ -445,7 +445,7 @@ def _train(
         residents = _resident_bytes(step)
         exported = _export(request, step, folder)
         peak = sampler.finish()
-    notes += log.events
+    notes += [*step.notes, *log.events]
     result = TrainingResult(
         folder.path,
         exported,
@@ -555,6 +555,7 @@ def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> 
     from haversack.engine.connections import release
     from haversack.engine.optimizers import Stepper
     from haversack.engine.peft_format import adapters_of, save_adapter
+    from haversack.engine.rounded_weights import release_rounded
     from haversack.engine.scales import save_scales, scales_of
     from haversack.engine.side_network import save_side_network, side_parameters
 
@@ -564,6 +565,7 @@ def _export(request: TrainingRequest, step: TrainingStep, folder: RunFolder) -> 
     final = folder.path / kind
     partial = final.with_name(final.name + ".partial")
     release(step.model)
+    release_rounded(step.model)
     whole = None if step.shards is None else step.shards.gather()
     if not request.ranks.is_first:
         return final

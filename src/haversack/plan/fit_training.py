@@ -58,6 +58,8 @@ def fit_training(question: TrainingQuestion, pinned: Set[str] = frozenset(), *, 
     weigh = _Weighing(question, rows)
     best_effort: TrainingAnswer | None = None
     in_backward = question.workload.update == "step" and not pinned & {"update", "accumulation_steps"}
+    if question.workload.saved == "resting":
+        in_backward = False
     if question.parallel.ranks > 1:
         in_backward = False
         pinned = pinned | {"optimizer"}  # those of fewer states work on whole matrices, or on blocks of them
@@ -117,7 +119,7 @@ def _rungs(
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """(what is given up, fields): from nothing to the most."""
     yield (), {}
-    if isinstance(workload, TuneWorkload) and "method" not in pinned:
+    if isinstance(workload, TuneWorkload) and "method" not in pinned and not workload.needs_all_weights:
         methods = ["full", "lora", "qlora"]
     else:
         methods = [workload.method] if isinstance(workload, TuneWorkload) else [""]

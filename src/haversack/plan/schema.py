@@ -166,7 +166,9 @@ class Plan(_Strict):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise PlanError(f"{where} is not a valid plan: {field}: {first['msg']}.") from None
+            raise PlanError(
+                f"{where} is not a valid plan: {field}: {first['msg']}; have `haversack plan -o` write it again."
+            ) from None
         if plan.prediction_hash != plan.computed_hash():
             raise PlanError(
                 f"{where} was changed after it was made: its hash is {plan.computed_hash()[:12]}, "

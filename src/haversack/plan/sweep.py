@@ -1,9 +1,9 @@
-"""One number of a workload varied: what each value takes, and the largest that fits."""
+"""One number of a workload varied, or the model: what each takes, and the largest that fits."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from haversack.cost.roofline import total_seconds, training_operators
@@ -96,6 +96,41 @@ def sweep_training(question: TrainingQuestion, what: str) -> Iterator[SweepPoint
         yield SweepPoint(value, point, answer.ledger.owners_at(point), answer.fits, speed)
         if not answer.fits:
             return
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """One model of several that were compared: its parameters, the plan's peak, and whether it fits."""
+
+    name: str
+    num_parameters: int
+    peak_bytes: int
+    fits: bool
+
+
+def compare_served(questions: Sequence[Question]) -> list[ModelFit]:
+    """The same question of several models, the largest first. Raises UsageError without a budget."""
+    if questions[0].budget_bytes is None:
+        raise UsageError("--largest model was asked without a budget; say --budget 8GiB.")
+    answers = ((question.model, make_plan(question)) for question in questions)
+    return _largest_first(
+        ModelFit(model.name, model.num_parameters, answer.plan.prediction.peak_bytes, answer.fits)
+        for model, answer in answers
+    )
+
+
+def compare_trained(questions: Sequence[TrainingQuestion]) -> list[ModelFit]:
+    """The same step of several models, the largest first. Raises UsageError without a budget."""
+    if questions[0].budget_bytes is None:
+        raise UsageError("--largest model was asked without a budget; say --budget 8GiB.")
+    answers = ((question.model, predict_training(question)) for question in questions)
+    return _largest_first(
+        ModelFit(model.name, model.num_parameters, answer.ledger.peak()[1], answer.fits) for model, answer in answers
+    )
+
+
+def _largest_first(fits: Iterable[ModelFit]) -> list[ModelFit]:
+    return sorted(fits, key=lambda fit: -fit.num_parameters)
 
 
 def _doubling(what: str, max_positions: int | None) -> Iterator[int]:

@@ -224,7 +224,7 @@ def _changes(question: TrainingQuestion, ledger: Ledger) -> Iterator[tuple[str, 
         sparing["recompute"] = "full"
         if by_pass:
             yield f"{_words(sparing)} (the same result, about a third more time)", changed(**sparing)
-    if by_pass and workload.update == "step" and workload.accumulation_steps == 1 and question.parallel.ranks == 1:
+    if by_pass and workload.update == "step" and workload.can_update_in_backward and question.parallel.ranks == 1:
         once = {**sparing, "update": "backward"}
         yield (
             f"{_words(once)} (the same result, but gradients can't be clipped by their norm together)",
@@ -237,7 +237,12 @@ def _changes(question: TrainingQuestion, ledger: Ledger) -> Iterator[tuple[str, 
             yield f"{times}, and {_words(sparing) or 'the rest as it is'}", changed(**sparing)
     if by_states and workload.optimizer in ("adamw", "muon"):
         yield "optimizer=adamw8bit besides", changed(**sparing, optimizer="adamw8bit")
-    if isinstance(workload, TuneWorkload) and workload.method not in PACKED and workload.precision != "master":
+    frozen = (
+        isinstance(workload, TuneWorkload)
+        and not workload.needs_all_weights
+        and workload.precision not in ("master", "rotated8")
+    )
+    if frozen and isinstance(workload, TuneWorkload) and workload.method not in PACKED:
         if by_states and workload.method == "full":
             yield "method=lora besides", changed(**sparing, method="lora")
         yield "method=qlora besides (the base in 4 bits)", changed(**sparing, method="qlora")

@@ -14,11 +14,13 @@ from haversack.cost.candidates import (
     ASSUMED_READ_BYTES_PER_SECOND,
     KVCandidate,
     Serving,
+    SharedCosts,
     WeightCandidate,
+    candidate_id,
 )
 from haversack.cost.damages import total_damage
 from haversack.cost.serving import ServingProblem
-from haversack.describe.checkpoint import pickled_weights
+from haversack.describe.checkpoint import holds_weights, pickled_weights
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model
 from haversack.plan.question import DEFAULT_RUNTIME_BYTES, Answer, Question
@@ -128,10 +130,17 @@ def _prefill_seconds(serving: Serving, weights: Sequence[WeightCandidate]) -> fl
 def _weight_records(weights: Sequence[WeightCandidate], built: ServingProblem) -> tuple[WeightChoice, ...]:
     """Options are few and experts are many, so that each option is spelled out once."""
     written = {option: option.to_dict() for option in dict.fromkeys(c.option for c in weights)}
-    return tuple(_weight_record(c, built.weights[c.site.id], written[c.option]) for c in weights)
+    reasons: dict[tuple[SharedCosts, str], str] = {}
+    records = []
+    for c in weights:
+        shared, candidate = built.weights[c.site.id].shared, candidate_id(c.option, c.placement)
+        if (shared, candidate) not in reasons:
+            reasons[shared, candidate] = _why(shared.rows[candidate], shared.rows.values())
+        records.append(_weight_record(c, written[c.option], reasons[shared, candidate]))
+    return tuple(records)
 
 
-def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate], option: dict[str, Any]) -> WeightChoice:
+def _weight_record(c: WeightCandidate, option: dict[str, Any], why: str) -> WeightChoice:
     return WeightChoice(
         site=c.site.id,
         role=c.site.role,
@@ -143,7 +152,7 @@ def _weight_record(c: WeightCandidate, row: Mapping[str, WeightCandidate], optio
         neutral_bytes=c.site.num_bytes,
         damage=c.damage.nats if c.damage.label != "unknown" else None,
         seconds=max(c.seconds, c.disk_seconds),
-        why=_why(c, row.values()),
+        why=why,
     )
 
 
@@ -234,6 +243,12 @@ def _notes(question: Question) -> tuple[str, ...]:
     for title, num_bytes in question.model.quantized.items():
         notes.append(
             f"the checkpoint stores {format_bytes(num_bytes)} as {title}; `as is` means what they stand for, in 16 bits"
+        )
+    stored_as = question.model.config.get("quantization_config") or {}
+    if stored_as and not holds_weights(question.model.folder):
+        notes.append(
+            f"its config says that the weights are stored as {stored_as.get('quant_method', 'codes')}; they are not here, so that all is planned "
+            "in the 16 bits that they stand for: name the whole folder to count and keep the codes"
         )
     if question.model.quantized and not (kept := len(stored_options(question.model))):
         notes.append("nothing of it lies on a grid that kernels read, so that no codes can be kept as stored")

@@ -29,10 +29,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """One choice of a tuning or training workload, as `--with` takes it: what recipes of activations and adaptation are."""
+
+    name: str
+    value: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {self.name: self.value}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A named composition.
 
-    `options` builds the options (`WeightOption`, `KVOption`, `Placement`, `OptimizerOption`) that the recipe offers for its
+    `options` builds the options (`WeightOption`, `KVOption`, `Placement`, `OptimizerOption`, `Setting`) that the recipe offers for its
     resident, from fewest to most bytes; an optimizer's recipe has one, which is chosen by the recipe's id. `published` is the paper's own figure, in one sentence. `catalogue` holds the ids that it makes
     true. `candidates` says whether the planner tries the options unasked: weighing costs time per option and site, so that
     those which another recipe beats at equal bytes stay out. `whole_cache`, of KV recipes, gives every layer an option so

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 from haversack.solve.problem import PeakTerm, Problem, TimePoint, as_tuple
 
@@ -29,6 +29,7 @@ class Arrays:
     fixed_bytes: (num_points,) int64; tier_of: (num_points,) position in tiers
     links: (if positions, then positions) in the flat row, both arrays
     origin: (num_choices,) position in the row of all the problem's choices, whose groups start at all_starts
+    booked_on: of each of the problem's groups, positions of the accounts that its choices name, in their order; -1 unused
     """
 
     problem: Problem
@@ -48,6 +49,7 @@ class Arrays:
     links: tuple[tuple[np.ndarray, np.ndarray], ...]
     origin: np.ndarray
     all_starts: np.ndarray
+    booked_on: tuple[tuple[int, ...], ...]
 
     @property
     def num_groups(self) -> int:
@@ -87,21 +89,14 @@ class Arrays:
 
 def to_arrays(problem: Problem, *, never_dominated: Iterable[Sequence[int]] = ()) -> Arrays:
     """Arrays of a problem. Choices of solutions in `never_dominated` are neither dropped nor drop others."""
-    flat_choices = [choice for group in problem.groups for choice in group.choices]
     starts = np.cumsum([0] + [len(group.choices) for group in problem.groups]).astype(np.int64)
     group_of = np.repeat(np.arange(len(problem.groups)), np.diff(starts))
     points = undominated(problem.time_points)
 
     used = dict.fromkeys(a for point in points for a in (*point.accounts, *_members(point)))
     position = {account: i for i, account in enumerate(used)}
-    rows, columns, values = [], [], []
-    for column, choice in enumerate(flat_choices):
-        for account, num_bytes in choice.account_bytes.items():
-            if num_bytes and account in position:
-                rows.append(position[account])
-                columns.append(column)
-                values.append(num_bytes)
-    account_bytes = _sparse(values, rows, columns, (len(position), len(flat_choices)))
+    blocks = _blocks(problem, starts, position)
+    account_bytes = _booked(blocks, (len(position), int(starts[-1])))
 
     distinct: dict[PeakTerm, int] = {}
     sums, counts = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
@@ -118,9 +113,9 @@ def to_arrays(problem: Problem, *, never_dominated: Iterable[Sequence[int]] = ()
     links = tuple(
         (positions(link.group, link.choices), positions(link.other_group, link.other_choices)) for link in problem.links
     )
-    damage = _stacked([as_tuple(choice.damage) for choice in flat_choices])
-    seconds = _stacked([as_tuple(choice.seconds) for choice in flat_choices])
-    protected = np.zeros(len(flat_choices), dtype=bool)
+    damage = _stacked([block.damage for block in blocks], blocks, int(starts[-1]))
+    seconds = _stacked([block.seconds for block in blocks], blocks, int(starts[-1]))
+    protected = np.zeros(starts[-1], dtype=bool)
     for chosen in never_dominated:
         protected[starts[:-1] + np.asarray(chosen, dtype=np.int64)] = True
     full = Arrays(
@@ -139,10 +134,84 @@ def to_arrays(problem: Problem, *, never_dominated: Iterable[Sequence[int]] = ()
         point_terms=_from_counts(counts, (len(points), len(distinct))),
         fixed_bytes=np.array([point.fixed_bytes for point in points], dtype=np.int64),
         links=links,
-        origin=np.arange(len(flat_choices)),
+        origin=np.arange(starts[-1]),
         all_starts=starts,
+        booked_on=_in_order([row for block in blocks for row in block.booked_on], blocks),
     )
-    return full.restricted(_undominated_choices(starts, damage, seconds, account_bytes, links, protected))
+    return full.restricted(_undominated_choices(full, blocks, protected))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Groups that hold one tuple of choices, and what is the same of all.
+
+    groups: (num_groups,); columns: (num_groups, num_choices) positions in the flat row
+    damage, seconds: (width, num_choices); names, choices, num_bytes: (num_booked,), what a choice books on a name, as positions
+    booked_on: for each group the positions of its accounts, one for each name that its choices book on; -1 where none is used
+    """
+
+    groups: np.ndarray
+    columns: np.ndarray
+    damage: np.ndarray
+    seconds: np.ndarray
+    names: np.ndarray
+    choices: np.ndarray
+    num_bytes: np.ndarray
+    booked_on: list[tuple[int, ...]]
+
+
+def _blocks(problem: Problem, starts: np.ndarray, position: dict[str, int]) -> list[_Block]:
+    holders: dict[int, list[int]] = {}
+    for number, group in enumerate(problem.groups):
+        holders.setdefault(id(group.choices), []).append(number)
+    return [_block(problem, np.array(numbers), starts, position) for numbers in holders.values()]
+
+
+def _block(problem: Problem, numbers: np.ndarray, starts: np.ndarray, position: dict[str, int]) -> _Block:
+    choices = problem.groups[numbers[0]].choices
+    name_of: dict[str, int] = {}
+    booked = [
+        (name_of.setdefault(name, len(name_of)), column, num_bytes)
+        for column, choice in enumerate(choices)
+        for name, num_bytes in choice.account_bytes.items()
+        if num_bytes
+    ]
+    names, of_choices, num_bytes = np.array(booked, dtype=np.int64).reshape(-1, 3).T
+    booked_on = []
+    for number in numbers.tolist():
+        own = problem.groups[number].own
+        booked_on.append(tuple(position.get(own.get(name, name), -1) for name in name_of))
+    return _Block(
+        numbers,
+        starts[numbers][:, None] + np.arange(len(choices)),
+        _padded([as_tuple(choice.damage) for choice in choices]),
+        _padded([as_tuple(choice.seconds) for choice in choices]),
+        names,
+        of_choices,
+        num_bytes,
+        booked_on,
+    )
+
+
+def _booked(blocks: Sequence[_Block], shape: tuple[int, int]) -> csr_array:
+    """(num_accounts, num_choices): bytes that every choice books on every account that is used."""
+    rows, columns, values = [], [], []
+    for block in blocks:
+        on = np.array(block.booked_on, dtype=np.int64).reshape(len(block.groups), -1)[:, block.names]
+        rows.append(on.ravel())
+        columns.append(block.columns[:, block.choices].ravel())
+        values.append(np.broadcast_to(block.num_bytes, on.shape).ravel())
+    row, column, value = (
+        np.concatenate(parts) if parts else np.empty(0, dtype=np.int64) for parts in (rows, columns, values)
+    )
+    used = row >= 0
+    return csr_array((value[used], (row[used], column[used])), shape=shape)
+
+
+def _in_order(rows: Sequence[tuple[int, ...]], blocks: Sequence[_Block]) -> tuple[tuple[int, ...], ...]:
+    """Rows of groups as blocks hold them, in the order of the groups."""
+    by_group = dict(zip((number for block in blocks for number in block.groups.tolist()), rows, strict=True))
+    return tuple(by_group[number] for number in range(len(by_group)))
 
 
 def undominated(points: Sequence[TimePoint]) -> tuple[TimePoint, ...]:
@@ -195,57 +264,89 @@ def _covers(
     return True
 
 
-def _undominated_choices(
-    starts: np.ndarray,
-    damage: np.ndarray,
-    seconds: np.ndarray,
-    account_bytes: csr_array,
-    links: Sequence[tuple[np.ndarray, np.ndarray]],
-    protected: np.ndarray,
-) -> np.ndarray:
+def _undominated_choices(arrays: Arrays, blocks: Sequence[_Block], protected: np.ndarray) -> np.ndarray:
     """A choice is dominated by one of its group that costs no more in anything and that no link treats worse.
 
     Link "a in A requires b in B": leaving `x` for `y` is safe if y is in A only where x is, and in B wherever x is.
-    Of equal choices the first stays.
+    Of equal choices the first stays. Groups of a block whose used accounts are the same ones are looked at once.
     """
-    keep = np.ones(starts[-1], dtype=bool)
-    by_column = account_bytes.tocsc()
-    link_costs: dict[int, dict[int, int]] = {}
+    keep = np.ones(arrays.num_choices, dtype=bool)
+    by_column = arrays.account_bytes.tocsc()
+    link_costs = _link_costs(arrays.links)
+    for block in blocks:
+        if block.columns.shape[1] == 1:
+            continue
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for row, booked_on in enumerate(block.booked_on):
+            columns = block.columns[row]
+            if protected[columns].any() or not link_costs.keys().isdisjoint(columns.tolist()):
+                keep[columns] = _undominated_of(arrays, by_column, link_costs, columns, protected[columns])
+            else:
+                alike.setdefault(which_are_one(booked_on), []).append(row)
+        for rows in alike.values():
+            columns = block.columns[rows[0]]
+            keep[block.columns[rows]] = _undominated_of(arrays, by_column, link_costs, columns, protected[columns])
+    return keep
+
+
+def which_are_one(booked_on: tuple[int, ...]) -> tuple[int, ...]:
+    """Accounts as numbers in the order in which they are first met; -1 stays."""
+    first: dict[int, int] = {-1: -1}
+    return tuple(first.setdefault(account, len(first)) for account in booked_on)
+
+
+def _link_costs(links: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[int, dict[int, int]]:
+    """By choice: what each half of a link that names it counts for it."""
+    costs: dict[int, dict[int, int]] = {}
     for number, (if_positions, then_positions) in enumerate(links):
         for column in if_positions.tolist():
-            link_costs.setdefault(column, {})[2 * number] = 1
+            costs.setdefault(column, {})[2 * number] = 1
         for column in then_positions.tolist():
-            link_costs.setdefault(column, {})[2 * number + 1] = -1
-    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        if stop - start == 1:
-            continue
-        costs = [damage[:, start:stop], seconds[:, start:stop]]
-        first, last = by_column.indptr[start], by_column.indptr[stop]
-        touched, local = np.unique(by_column.indices[first:last], return_inverse=True)
-        booked = np.zeros((len(touched), stop - start))
-        booked[local, np.repeat(np.arange(stop - start), np.diff(by_column.indptr[start : stop + 1]))] = by_column.data[
-            first:last
-        ]
-        costs.append(booked)
-        of_links = sorted({number for column in range(start, stop) for number in link_costs.get(column, {})})
-        if of_links:
-            costs.append(
-                np.array([[link_costs.get(c, {}).get(n, 0) for c in range(start, stop)] for n in of_links], dtype=float)
-            )
-        stacked = np.concatenate(costs)
-        no_more = (stacked[:, :, None] <= stacked[:, None, :]).all(axis=0)  # [y, x]: y costs no more than x
-        earlier = np.triu(np.ones(no_more.shape, dtype=bool), 1)
-        beats = no_more & (~no_more.T | earlier)
-        beats[protected[start:stop], :] = False
-        keep[start:stop] = ~beats.any(axis=0) | protected[start:stop]
-    return keep
+            costs.setdefault(column, {})[2 * number + 1] = -1
+    return costs
+
+
+def _undominated_of(
+    arrays: Arrays,
+    by_column: csc_array,
+    link_costs: dict[int, dict[int, int]],
+    columns: np.ndarray,
+    protected: np.ndarray,
+) -> np.ndarray:
+    """(len(columns),) bool, of one group's choices."""
+    start, stop = int(columns[0]), int(columns[-1]) + 1
+    costs = [arrays.damage[:, start:stop], arrays.seconds[:, start:stop]]
+    first, last = by_column.indptr[start], by_column.indptr[stop]
+    touched, local = np.unique(by_column.indices[first:last], return_inverse=True)
+    booked = np.zeros((len(touched), stop - start))
+    of_choice = np.repeat(np.arange(stop - start), np.diff(by_column.indptr[start : stop + 1]))
+    booked[local, of_choice] = by_column.data[first:last]
+    costs.append(booked)
+    of_links = sorted({number for column in range(start, stop) for number in link_costs.get(column, {})})
+    if of_links:
+        rows = [[link_costs.get(c, {}).get(n, 0) for c in range(start, stop)] for n in of_links]
+        costs.append(np.array(rows, dtype=float))
+    stacked = np.concatenate(costs)
+    no_more = (stacked[:, :, None] <= stacked[:, None, :]).all(axis=0)  # [y, x]: y costs no more than x
+    earlier = np.triu(np.ones(no_more.shape, dtype=bool), 1)
+    beats = no_more & (~no_more.T | earlier)
+    beats[protected, :] = False
+    return ~beats.any(axis=0) | protected
 
 
 def _members(point: TimePoint) -> Iterable[str]:
     return (account for term in point.peak_terms for account in term.accounts)
 
 
-def _stacked(rows: Sequence[tuple[float, ...]]) -> np.ndarray:
+def _stacked(parts: Sequence[np.ndarray], blocks: Sequence[_Block], num_choices: int) -> np.ndarray:
+    """(width, num_choices) from each block's part, narrower ones filled with 0."""
+    out = np.zeros((max((len(part) for part in parts), default=1), num_choices))
+    for part, block in zip(parts, blocks, strict=True):
+        out[: len(part), block.columns] = part[:, None, :]
+    return out
+
+
+def _padded(rows: Sequence[tuple[float, ...]]) -> np.ndarray:
     """(width, len(rows)), shorter rows filled with 0."""
     out = np.zeros((max(map(len, rows), default=1), len(rows)))
     for column, row in enumerate(rows):

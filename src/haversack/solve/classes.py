@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.sparse import csr_array
 
-from haversack.solve.arrays import Arrays
+from haversack.solve.arrays import Arrays, which_are_one
 
 
 @dataclass(frozen=True)
@@ -83,41 +83,66 @@ def _keys(arrays: Arrays) -> tuple[list[object], list[list[int]]]:
     roles = _roles(arrays)
     by_choice = arrays.account_bytes.T.tocsr()
     linked = {int(arrays.group_of[p]) for pair in arrays.links for positions in pair for p in positions[:1]}
+    kept = arrays.origin - arrays.all_starts[arrays.group_of]
     keys: list[object] = []
     private: list[list[int]] = []
+    seen: dict[object, tuple[object, list[int]]] = {}  # groups that hold one tuple of choices are looked at once
     for group, (start, stop) in enumerate(zip(arrays.starts[:-1].tolist(), arrays.starts[1:].tolist(), strict=True)):
-        shared: list[tuple[int, int, int]] = []
-        own: dict[int, list[tuple[int, int]]] = {}
-        for choice in range(start, stop):
-            span = slice(by_choice.indptr[choice], by_choice.indptr[choice + 1])
-            for account, num_bytes in zip(by_choice.indices[span].tolist(), by_choice.data[span].tolist(), strict=True):
-                if owner[account] == group:
-                    own.setdefault(account, []).append((choice - start, num_bytes))
-                else:
-                    shared.append((choice - start, account, num_bytes))
-        booked = sorted((roles[account], tuple(sorted(rows)), account) for account, rows in own.items())
-        private.append([account for *_, account in booked])
-        keys.append(
-            (
-                group if group in linked else None,
-                stop - start,
-                arrays.damage[:, start:stop].tobytes(),
-                arrays.seconds[:, start:stop].tobytes(),
-                tuple(sorted(shared)),
-                tuple((role, rows) for role, rows, _ in booked),
-            )
+        booked_on = arrays.booked_on[group]
+        places = tuple(
+            (account, -1) if account < 0 or owner[account] != group else (-1, roles[account]) for account in booked_on
         )
+        one = which_are_one(booked_on)
+        alike = (id(arrays.problem.groups[group].choices), kept[start:stop].tobytes(), places, one)
+        if group in linked:
+            key, accounts = _key(arrays, by_choice, owner, roles, group)
+            keys.append((group, key))
+            private.append(accounts)
+            continue
+        if alike not in seen:
+            key, accounts = _key(arrays, by_choice, owner, roles, group)
+            seen[alike] = key, [booked_on.index(account) for account in accounts]
+        key, order = seen[alike]
+        keys.append((None, key))
+        private.append([booked_on[place] for place in order])
     return keys, private
+
+
+def _key(
+    arrays: Arrays, by_choice: csr_array, owner: np.ndarray, roles: list[int], group: int
+) -> tuple[object, list[int]]:
+    """What a group shares with others of its class, and its own accounts in the order that the class compares them."""
+    start, stop = int(arrays.starts[group]), int(arrays.starts[group + 1])
+    shared: list[tuple[int, int, int]] = []
+    own: dict[int, list[tuple[int, int]]] = {}
+    for choice in range(start, stop):
+        span = slice(by_choice.indptr[choice], by_choice.indptr[choice + 1])
+        for account, num_bytes in zip(by_choice.indices[span].tolist(), by_choice.data[span].tolist(), strict=True):
+            if owner[account] == group:
+                own.setdefault(account, []).append((choice - start, num_bytes))
+            else:
+                shared.append((choice - start, account, num_bytes))
+    booked = sorted((roles[account], tuple(sorted(rows)), account) for account, rows in own.items())
+    key = (
+        stop - start,
+        arrays.damage[:, start:stop].tobytes(),
+        arrays.seconds[:, start:stop].tobytes(),
+        tuple(sorted(shared)),
+        tuple((role, rows) for role, rows, _ in booked),
+    )
+    return key, [account for *_, account in booked]
 
 
 def _owners(arrays: Arrays) -> np.ndarray:
     """(num_accounts,): the group that alone books on an account, -1 where several do or none does."""
     owner = np.full(len(arrays.accounts), -1)
     by_row = arrays.account_bytes
-    for account in range(len(arrays.accounts)):
-        groups = arrays.group_of[by_row.indices[by_row.indptr[account] : by_row.indptr[account + 1]]]
-        if len(groups) and (groups == groups[0]).all():
-            owner[account] = groups[0]
+    used = np.flatnonzero(np.diff(by_row.indptr))
+    if len(used):
+        groups = arrays.group_of[by_row.indices]
+        first = np.minimum.reduceat(groups, by_row.indptr[used])
+        last = np.maximum.reduceat(groups, by_row.indptr[used])
+        owner[used] = np.where(first == last, first, -1)
     return owner
 
 

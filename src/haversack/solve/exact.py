@@ -20,7 +20,7 @@ import numpy as np
 
 from haversack.errors import HaversackError
 from haversack.solve.arrays import Arrays, to_arrays
-from haversack.solve.bound import NUM_STEPS, Relaxation
+from haversack.solve.bound import NUM_STEPS, Prices, Relaxation
 from haversack.solve.problem import BOUND_TOLERANCE, Evaluation, Problem
 from haversack.solve.program import Answer, Goal, Program
 
@@ -190,8 +190,30 @@ class Solver:
             chosen = self.arrays.chosen(answer.flat)
             best = (chosen, answer.bound if best is None else best[1])
             evaluation = self.problem.evaluate(chosen)
-            limits.update({name: _value(name, evaluation) for name in goal.weights})
+            held = {name: _value(name, evaluation) for name in goal.weights}
+            if goal is not goals[-1]:
+                self._drop_beyond(goal, limits, chosen, deadline)
+            limits.update(held)
         return best
+
+    def _drop_beyond(
+        self, goal: Goal, limits: dict[str, float], chosen: tuple[int, ...], deadline: float | None
+    ) -> None:
+        """Drops choices that no solution as good as this one can hold, before ties are broken: they would be searched for nothing.
+        Twelve kinds of experts in 36 layers took 17 s to choose the fastest of the least damaged, and take .02."""
+        if any(name.startswith("excess") for name in (*goal.weights, *limits)):
+            return
+        upper = self._with_slack(limits)
+        left = None if deadline is None else deadline - time.monotonic()
+        from_dual = self._program.prices(goal, upper=upper, time_limit_seconds=left)
+        if from_dual is None:
+            return
+        relaxation = Relaxation(self.arrays, goal.weights, upper)
+        prices = relaxation.legal(from_dual)
+        cost = relaxation.cost(prices)
+        flat = self.arrays.flat(chosen)
+        value = sum(w * _value(name, self.problem.evaluate(chosen)) for name, w in goal.weights.items())
+        self._keep_within(value + sum(_slack(name, value) for name in goal.weights), relaxation, prices, cost, flat)
 
     def _exactly(self, goal: Goal, limits: dict[str, float], deadline: float | None) -> Answer | None:
         """HiGHS's answer, solved again without solutions that only its tolerances allow; None where infeasible.
@@ -199,7 +221,7 @@ class Solver:
         First a price for every budget, a bound and a solution from the relaxation: a choice that costs more than the
         difference can't be in any better solution and is dropped for this goal and, as its value is held, for the next.
         """
-        upper = {name: value + _slack(name, value) for name, value in limits.items()}
+        upper = self._with_slack(limits)
         plain = self.num_choices > SMALL_ENOUGH and not any(
             name.startswith("excess") for name in (*goal.weights, *upper)
         )
@@ -255,18 +277,28 @@ class Solver:
             return None
         flat = min(solutions, key=relaxation.objective)
         best = int(np.argmax(bounds))
-        lower, cost = bounds[best], costs[best]
+        chosen = self.arrays.chosen(flat)
+        self._keep_within(relaxation.objective(flat), relaxation, candidates[best], costs[best], flat)
+        return Answer(self.arrays.flat(chosen), bounds[best], infeasible=False, timed_out=True)
+
+    def _keep_within(
+        self, value: float, relaxation: Relaxation, prices: Prices, cost: np.ndarray, flat: np.ndarray
+    ) -> None:
+        """Keeps the choices that a solution of at most this value can hold, and those of `flat` (one position per group). `cost`
+        is what choices cost at these prices."""
         cheapest = relaxation.cheapest(cost)
-        value = relaxation.objective(flat)
+        lower = relaxation.lower_bound(prices, cost, cheapest)
         loss = cost - cost[cheapest][self.arrays.group_of]
         keep = lower + loss <= value + REDUCTION_TOLERANCE * max(1e-12, abs(value), abs(lower))
         keep[flat] = True
-        chosen = self.arrays.chosen(flat)
         self._program.classes.keep_alike(keep, self.arrays.starts)
         if not keep.all():
             self.arrays = self.arrays.restricted(keep)
             self._program = Program(self.arrays, merge=self._merge)
-        return Answer(self.arrays.flat(chosen), lower, infeasible=False, timed_out=True)
+
+    @staticmethod
+    def _with_slack(limits: dict[str, float]) -> dict[str, float]:
+        return {name: value + _slack(name, value) for name, value in limits.items()}
 
     def _contradicts(self, answer: Answer, greedy: Answer, goal: Goal) -> bool:
         """HiGHS says it is done and has nothing, or nothing as good as a solution that is known."""

@@ -43,11 +43,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Group:
-    """A place where exactly one of `choices` is taken. Groups of one `kind` share what measurements teach."""
+    """A place where exactly one of `choices` is taken. Groups of one `kind` share what measurements teach.
+
+    `own` says for names that the choices book on which accounts they stand for here. So thousands of groups that differ in nothing
+    else, such as a layer's experts, hold one tuple of choices, and what is worked out of it is worked out once.
+    """
 
     id: str
     choices: tuple[Choice, ...]
     kind: str = ""
+    own: Mapping[str, str] = field(default_factory=dict)
 
     def index(self, choice_id: str) -> int | None:
         """Position of a choice, or None where the group has no such choice."""
@@ -152,7 +157,8 @@ class Problem:
         """Bytes booked on every account by the chosen choices (one index per group)."""
         booked: dict[str, int] = {}
         for group, index in zip(self.groups, chosen, strict=True):
-            for account, num_bytes in group.choices[index].account_bytes.items():
+            for name, num_bytes in group.choices[index].account_bytes.items():
+                account = group.own.get(name, name)
                 booked[account] = booked.get(account, 0) + num_bytes
         return booked
 
@@ -164,7 +170,7 @@ class Problem:
         for point, num_bytes in zip(self.time_points, points, strict=True):
             peaks[point.tier] = max(peaks[point.tier], num_bytes)
         taken = [group.choices[index] for group, index in zip(self.groups, chosen, strict=True)]
-        chosen_ids = {group.id: choice.id for group, choice in zip(self.groups, taken, strict=True)}
+        chosen_ids = self.describe(chosen) if self.links else {}
         damage = largest_sum([as_tuple(choice.damage) for choice in taken])
         seconds = largest_sum([as_tuple(choice.seconds) for choice in taken])
         return Evaluation(
@@ -209,10 +215,14 @@ def _within(value: float, bound: float | None) -> bool:
 
 def _check(problem: Problem) -> None:
     choices_of: dict[str, set[str]] = {}
+    checked: dict[int, set[str]] = {}  # by the tuple of choices, which many groups may hold
     for group in problem.groups:
         if group.id in choices_of:
             raise UsageError(f"group {group.id!r} stands twice in the problem; group ids must be unique.")
-        choices_of[group.id] = {choice.id for choice in group.choices}
+        if id(group.choices) in checked:
+            choices_of[group.id] = checked[id(group.choices)]
+            continue
+        choices_of[group.id] = checked[id(group.choices)] = {choice.id for choice in group.choices}
         if not group.choices or len(choices_of[group.id]) != len(group.choices):
             raise UsageError(f"group {group.id!r} needs at least one choice, each with an id of its own.")
         for choice in group.choices:

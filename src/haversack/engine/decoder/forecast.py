@@ -65,6 +65,7 @@ def _trace(model: Model, config: Mapping[str, Any], num_layers: int, batch_size:
     skeleton: Any = build_skeleton(config, model.name)
     skeleton.to(torch_dtype(model.dtype)).eval()
     with LiveBytes() as live:
+        live.leave_out([*skeleton.parameters(), *skeleton.buffers()])  # GPT-2's weights are met transposed
         try:
             num_bytes = step_bytes(trace_step(skeleton, num_layers, NAME), batch_size)
         except UnsupportedModelError:

@@ -119,7 +119,7 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
     AttentionMaskInterface.register(TRACE_ATTENTION, lambda *args, **kwargs: None)
     layers = layers_of(model, num_layers)
     recorder = _Recorder()
-    device = next(model.buffers(), torch.empty(0)).device
+    device = _device_of(model)
     tokens = torch.zeros(TRACED_ROWS, 1, dtype=torch.int64, device=device)
     positions, ones = torch.zeros_like(tokens), torch.ones_like(tokens)
     recorder.register(tokens, "tokens", "tokens")
@@ -149,6 +149,12 @@ def trace_step(model: Any, num_layers: int, attention_name: str) -> StepGraph:
         model.set_attn_implementation(attention_name)
     logits = recorder.view(output.logits)
     return StepGraph(_live(recorder.nodes, logits.node), logits, recorder.tables)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where what is not packed lies; GPT-2 has no buffers."""
+    plain = (p for p in model.parameters() if not isinstance(p, (PackedTensor, PackedStack)))
+    return next(iter((*model.buffers(), *plain)), torch.empty(0)).device
 
 
 def layers_of(model: nn.Module, num_layers: int) -> nn.ModuleList:

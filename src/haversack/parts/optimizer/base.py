@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 STEP = StoredTensor("step", "F32", ())
 """Steps of one tensor so far, counted in a float32 scalar on the host as torch does."""
 
+BASIS = "basis"
+"""The name under which a subspace's basis is kept."""
 
 PIECE_ELEMENTS = 2**17
 """Elements updated at a time where numbers don't depend on each other: their moments, gradient and weight stay in a core's cache,
@@ -128,6 +130,8 @@ class Subspace(OptimizerPart):
     """Whether moments begin again when the basis is made anew."""
     keeps_basis: ClassVar[bool] = False
     """Whether the basis is kept, since it can't be made again; otherwise it is made at each step."""
+    scalars: ClassVar[tuple[str, ...]] = ()
+    """Names of float32 scalars that it keeps of each tensor."""
 
     rank: float
     refresh_steps: int
@@ -140,12 +144,22 @@ class Subspace(OptimizerPart):
         """Rows of the reduced gradient."""
         return min(short, ceil(self.rank * short) if self.rank < 1 else int(self.rank))
 
-    def refreshes(self, step: int) -> bool:
+    def refreshes(self, step: int, scalars: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the basis is made anew at this step."""
         return (step - 1) % self.refresh_steps == 0
+
+    def refreshed(
+        self, step: int, scalars: Mapping[str, torch.Tensor], before: torch.Tensor, made: torch.Tensor
+    ) -> None:
+        """Told each basis that was made anew, and the one `before` it, of subspaces that have `scalars`."""
+
+    def basis_precision(self, state: StatePrecision | None) -> StatePrecision | None:
+        """How the basis is stored, where moments are stored as `state`."""
+        return state
 
     def basis_moment(self, short: int) -> Moment | None:
         """What is kept of the basis, as moments are kept; None where a seed brings it back."""
-        return Moment("basis", (short, self.rank_of(short)), signed=True) if self.keeps_basis else None
+        return Moment(BASIS, (short, self.rank_of(short)), signed=True) if self.keeps_basis else None
 
     @abstractmethod
     def basis(self, grad: torch.Tensor, step: int, seed: int) -> torch.Tensor:
@@ -261,6 +275,12 @@ class OptimizerOption:
         basis = None if self.subspace is None else self.subspace.basis_moment(min(shape))
         return (*(() if basis is None else (basis,)), *self.rule.moments(self.reduced_shape(shape)))
 
+    def precision_of(self, moment: Moment) -> StatePrecision | None:
+        """How one of `kept` is stored; None in a float's width."""
+        if moment.name == BASIS and self.subspace is not None:
+            return self.subspace.basis_precision(self.state)
+        return self.state if moment.coded else None
+
     def reduced_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that moments have."""
         if self.subspace is None:
@@ -273,11 +293,13 @@ class OptimizerOption:
         rule, subspace, state, residual = option.rule, option.subspace, option.state, option.residual
         declared = [STEP] if rule.counts_steps or subspace is not None else []
         for moment in option.kept(shape):
-            if state is not None and moment.coded:
-                declared += state.stored(moment)
+            precision = option.precision_of(moment)
+            if precision is not None:
+                declared += precision.stored(moment)
             else:
                 declared.append(StoredTensor(moment.name, dtype if state is None else "F32", moment.shape))
         names = rule.scalars + (residual.scalars if residual is not None else ())
+        names += subspace.scalars if subspace is not None else ()
         return (*declared, *(StoredTensor(name, "F32", ()) for name in names))
 
     def stored_bytes(self, shape: tuple[int, ...], dtype: str, *, inner: bool) -> int:

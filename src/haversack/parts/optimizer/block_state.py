@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from haversack.codecs.moment_codes import MomentCode, make_moment_code
 from haversack.ledger import StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.optimizer.base import Moment, StatePrecision
+from haversack.parts.optimizer.base import Moment
+from haversack.parts.optimizer.blockwise import BlockwiseState, scaled
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class BlockState(StatePrecision):
+class BlockState(BlockwiseState):
     """`bits / 8 + 4 / block_size` bytes of a number; moments of fewer than `min_elements` stay in 32 bits.
 
     Blocks run along the flattened moment, each under its largest magnitude. At 8 bits codes are dynamic (an exponent of a
@@ -39,23 +39,16 @@ class BlockState(StatePrecision):
 
     bits: int = 8
     block_size: int = 256
-    """Pieces that are read and written begin at multiples of it."""
     min_elements: int = 4096
 
     def __post_init__(self) -> None:
         check_range(self.id, "bits", self.bits, "8 or 4", self.bits in (4, 8))
-        power = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
-        check_range(self.id, "block_size", self.block_size, "a power of two from 16", power)
-        check_range(self.id, "min_elements", self.min_elements, "0 or more", self.min_elements >= 0)
+        super().__post_init__()
 
-    def stored(self, moment: Moment) -> tuple[StoredTensor, ...]:
-        n = prod(moment.shape)
-        if n < self.min_elements:
-            return (StoredTensor(moment.name, "F32", moment.shape),)
-        blocks = -(-n // self.block_size)
+    def stored_blocks(self, name: str, num_elements: int, num_blocks: int) -> tuple[StoredTensor, ...]:
         return (
-            StoredTensor(moment.name, "U8", (-(-n * self.bits // 8),)),
-            StoredTensor(f"{moment.name}_scale", "F32", (blocks,)),
+            StoredTensor(name, "U8", (-(-num_elements * self.bits // 8),)),
+            StoredTensor(f"{name}_scale", "F32", (num_blocks,)),
         )
 
     def shared(self) -> dict[str, torch.Tensor]:
@@ -68,47 +61,31 @@ class BlockState(StatePrecision):
             }
         return tables
 
-    def read(
+    def read_blocks(
         self, stored: Mapping[str, torch.Tensor], shared: Mapping[str, torch.Tensor], moment: Moment, piece: slice
     ) -> torch.Tensor:
-        import torch
+        values = self._code(shared, moment).decode(stored[moment.name][self._bytes(piece)])
+        return scaled(
+            values[: piece.stop - piece.start],
+            stored[f"{moment.name}_scale"][self.blocks_of(piece)],
+            self.block_size,
+        )
 
-        codes = stored[moment.name]
-        if f"{moment.name}_scale" not in stored:
-            return codes.view(-1)[piece].to(torch.float32, copy=True)
-        values = self._code(shared, moment).decode(codes[self._bytes(piece)])
-        scales = stored[f"{moment.name}_scale"][self._blocks(piece)]
-        n = piece.stop - piece.start
-        whole = n // self.block_size * self.block_size
-        values[:whole].view(-1, self.block_size).mul_(scales[: whole // self.block_size, None])
-        if whole < n:
-            values[whole:].mul_(scales[-1])
-        return values[:n]
-
-    def write(
+    def write_blocks(
         self,
         stored: Mapping[str, torch.Tensor],
         shared: Mapping[str, torch.Tensor],
         moment: Moment,
         piece: slice,
-        values: torch.Tensor,
+        blocks: torch.Tensor,
     ) -> None:
         import torch
 
-        values = values.reshape(-1)
-        if f"{moment.name}_scale" not in stored:
-            stored[moment.name].view(-1)[piece].copy_(values)
-            return
-        n = len(values)
-        padding = -n % self.block_size
-        padded = torch.nn.functional.pad(values, (0, padding)) if padding else values
-        blocks = padded.view(-1, self.block_size)
         scales = torch.linalg.vector_norm(blocks, ord=float("inf"), dim=1)
-        stored[f"{moment.name}_scale"][self._blocks(piece)] = scales
+        stored[f"{moment.name}_scale"][self.blocks_of(piece)] = scales
         shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-        stored[moment.name][self._bytes(piece)] = self._code(shared, moment).encode(shares.view(-1))[
-            : -(-n * self.bits // 8)
-        ]
+        codes = self._code(shared, moment).encode(shares.view(-1))
+        stored[moment.name][self._bytes(piece)] = codes[: -(-(piece.stop - piece.start) * self.bits // 8)]
 
     def _code(self, shared: Mapping[str, torch.Tensor], moment: Moment) -> MomentCode:
         names = (self._table("decode", moment.signed), self._table("encode", moment.signed))
@@ -119,6 +96,3 @@ class BlockState(StatePrecision):
 
     def _bytes(self, piece: slice) -> slice:
         return slice(piece.start * self.bits // 8, -(-piece.stop * self.bits // 8))
-
-    def _blocks(self, piece: slice) -> slice:
-        return slice(piece.start // self.block_size, -(-piece.stop // self.block_size))

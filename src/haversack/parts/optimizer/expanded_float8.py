@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import log, prod
+from math import log
 from typing import TYPE_CHECKING, ClassVar
 
 from haversack.ledger import StoredTensor
 from haversack.parts.base import Source, check_range
-from haversack.parts.optimizer.base import Moment, StatePrecision
+from haversack.parts.optimizer.base import Moment
+from haversack.parts.optimizer.blockwise import BlockwiseState
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ LARGEST, RANGE = 448.0, 448.0 * 2**9
 
 
 @dataclass(frozen=True)
-class ExpandedFloat8(StatePrecision):
+class ExpandedFloat8(BlockwiseState):
     """`1 + 8 / block_size` bytes of a number; moments of fewer than `min_elements` stay in 32 bits.
 
     A number x of a block is stored as `sign(x) (|x| / m)^k` times 448, rounded to e4m3, with `m` the block's largest magnitude and `k` such that its smallest (other than
@@ -42,71 +43,50 @@ class ExpandedFloat8(StatePrecision):
     expand: bool = True
 
     def __post_init__(self) -> None:
-        power = self.block_size >= 16 and self.block_size & (self.block_size - 1) == 0
-        check_range(self.id, "block_size", self.block_size, "a power of two from 16", power)
-        check_range(self.id, "min_elements", self.min_elements, "0 or more", self.min_elements >= 0)
+        super().__post_init__()
         check_range(self.id, "expand", self.expand, "true or false", isinstance(self.expand, bool))
 
-    def stored(self, moment: Moment) -> tuple[StoredTensor, ...]:
-        n = prod(moment.shape)
-        if n < self.min_elements:
-            return (StoredTensor(moment.name, "F32", moment.shape),)
-        blocks = -(-n // self.block_size)
+    def stored_blocks(self, name: str, num_elements: int, num_blocks: int) -> tuple[StoredTensor, ...]:
         kept = ["scale", "power"] if self.expand else ["scale"]
-        beside = (StoredTensor(f"{moment.name}_{name}", "F32", (blocks,)) for name in kept)
-        return (StoredTensor(moment.name, "F8_E4M3", (n,)), *beside)
+        beside = (StoredTensor(f"{name}_{what}", "F32", (num_blocks,)) for what in kept)
+        return (StoredTensor(name, "F8_E4M3", (num_elements,)), *beside)
 
-    def read(
+    def read_blocks(
         self, stored: Mapping[str, torch.Tensor], shared: Mapping[str, torch.Tensor], moment: Moment, piece: slice
     ) -> torch.Tensor:
         import torch
 
         values = stored[moment.name].view(-1)[piece].to(torch.float32, copy=True)
-        if f"{moment.name}_scale" not in stored:
-            return values
-        blocks = self._blocks(values)
+        n, own = len(values), self.blocks_of(piece)
+        padding = -n % self.block_size
+        blocks = (torch.nn.functional.pad(values, (0, padding)) if padding else values).view(-1, self.block_size)
         if self.expand:
-            powers = stored[f"{moment.name}_power"][self._block_slice(piece), None]
+            powers = stored[f"{moment.name}_power"][own, None]
             roots = (blocks.abs() / LARGEST).pow_(1 / powers.clamp(min=torch.finfo(torch.float32).tiny))
             blocks = roots.mul_(blocks.sign())
         else:
             blocks = blocks / LARGEST
-        blocks = blocks * stored[f"{moment.name}_scale"][self._block_slice(piece), None]
-        return blocks.view(-1)[: len(values)]
+        blocks = blocks * stored[f"{moment.name}_scale"][own, None]
+        return blocks.view(-1)[:n]
 
-    def write(
+    def write_blocks(
         self,
         stored: Mapping[str, torch.Tensor],
         shared: Mapping[str, torch.Tensor],
         moment: Moment,
         piece: slice,
-        values: torch.Tensor,
+        blocks: torch.Tensor,
     ) -> None:
         import torch
 
-        values = values.reshape(-1)
-        if f"{moment.name}_scale" not in stored:
-            stored[moment.name].view(-1)[piece].copy_(values)
-            return
-        blocks = self._blocks(values)
-        shares = blocks.abs()
+        shares, own = blocks.abs(), self.blocks_of(piece)
         most = shares.amax(1, keepdim=True)
-        stored[f"{moment.name}_scale"][self._block_slice(piece)] = most[:, 0]
+        stored[f"{moment.name}_scale"][own] = most[:, 0]
         shares = shares / most.clamp(min=torch.finfo(torch.float32).tiny)
         if self.expand:
             least = shares.masked_fill(shares == 0, 1.0).amin(1, keepdim=True)
-            powers = (log(RANGE) / -least.log()).clamp_(max=LARGEST)  # numbers that are all alike need no stretching
-            stored[f"{moment.name}_power"][self._block_slice(piece)] = powers[:, 0]
+            powers = log(RANGE) / least.log().neg_().clamp_(min=log(RANGE) / LARGEST)  # those all alike need none
+            stored[f"{moment.name}_power"][own] = powers[:, 0]
             shares = shares.pow_(powers)
-        codes = shares.mul_(LARGEST).mul_(blocks.sign()).view(-1)[: len(values)]
+        codes = shares.mul_(LARGEST).mul_(blocks.sign()).view(-1)[: piece.stop - piece.start]
         stored[moment.name][piece] = codes.to(torch.float8_e4m3fn)
-
-    def _blocks(self, values: torch.Tensor) -> torch.Tensor:
-        """`(blocks, block_size)`, padded with zeros."""
-        import torch
-
-        padding = -len(values) % self.block_size
-        return (torch.nn.functional.pad(values, (0, padding)) if padding else values).view(-1, self.block_size)
-
-    def _block_slice(self, piece: slice) -> slice:
-        return slice(piece.start // self.block_size, -(-piece.stop // self.block_size))

@@ -37,14 +37,18 @@ class SingularVectors(Subspace):
     refresh_steps: int = 200
 
     def basis(self, grad: torch.Tensor, step: int, seed: int) -> torch.Tensor:
-        import torch
-
-        g = grad.float()
-        vectors = torch.linalg.eigh(g @ g.T).eigenvectors  # their values rise
-        return vectors[:, -self.rank_of(len(g)) :]
+        return leading_directions(grad, self.rank_of(len(grad)))
 
     def reduce(self, grad: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
         return basis.T @ grad
 
     def expand(self, reduced: torch.Tensor, basis: torch.Tensor, short: int) -> torch.Tensor:
         return basis @ reduced
+
+
+def leading_directions(grad: torch.Tensor, rank: int) -> torch.Tensor:
+    """The leading left singular vectors of `(short, long)`, float32 `(short, rank)`."""
+    import torch
+
+    g = grad.float()
+    return torch.linalg.eigh(g @ g.T).eigenvectors[:, -rank:]  # their values rise

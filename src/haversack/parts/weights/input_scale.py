@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,9 @@ class InputScale(Transform):
         task.hessian = factor[:, None] * task.hessian * factor
         return {"inverse": inverse}
 
+    @abstractmethod
     def inverse(self, weight: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
         """What inputs are multiplied by, float16 `(in,)`."""
-        raise NotImplementedError
 
     def transform_input(self, x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return x * tensors["inverse"].to(x.dtype)
