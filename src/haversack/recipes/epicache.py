@@ -38,5 +38,4 @@ RECIPE = Recipe(
     whole_cache=whole_cache,
     needs_statistics=True,
     published="up to 40% better accuracy than other evictions; near the full cache at 4 to 6 times less (abstract)",
-    catalogue=("epicache",),
 )
