@@ -42,9 +42,22 @@ def test_every_layer_gets_tables_that_a_part_takes(family, tmp_path):
     module = DamageMeter(model, torch.zeros(1, 1, dtype=torch.int64)).model
     statistics = AttentionStatistics(module, model.attention, model.dtype, [task])
     part, usual = NonUniformKV(2, 32, 0, 1), tuple(codebook("max2").ordered.tolist())
+    damages = statistics.eviction_damage  # by layer; nothing where everything fits
+    assert damages == [0.0] * len(model.attention)
     tables = statistics.tables(part)
     assert len(tables) == len(model.attention)
     for of_keys, of_values in tables:
         fitted = NonUniformKV(2, 32, 0, 1, key_table=of_keys, value_table=of_values)
         assert fitted.key_table != usual != fitted.value_table
         assert max(map(abs, (*of_keys, *of_values))) < 6  # deviations
+
+
+def test_a_layer_that_evicts_alone_costs_something(tmp_path):
+    folder = save_tiny("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    model, ids = describe_model(folder), random_ids(1, 300, 3)[0].tolist()
+    task = Task("needle", tuple(ids[:290]), (Turn(tuple(ids[290:294]), tuple(ids[294:])),))
+    module = DamageMeter(model, torch.zeros(1, 1, dtype=torch.int64)).model
+    damages = AttentionStatistics(module, model.attention, model.dtype, [task]).eviction_damage
+    assert len(damages) == len(model.attention) and all(damage > 0 for damage in damages)

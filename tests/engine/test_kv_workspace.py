@@ -10,6 +10,7 @@ from tests.parts_kv.recipes import build
 
 from allocations import peak_bytes
 from haversack.describe.site import AttentionSite
+from haversack.parts.kv.anchor_merging import AnchorMerge
 from haversack.parts.kv.base import KVOption, by_head
 from haversack.parts.kv.block_float import BlockFloatKV
 from haversack.parts.kv.channels import ChosenChannels
@@ -27,6 +28,7 @@ from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.kv.salience import SalientAttention
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.parts.kv.token_windows import TokenWindows
 
@@ -39,6 +41,8 @@ OPTIONS = {
     "heavy-per-token": KVOption(HeavyHitters(4, 412, 96, 64), PerTokenKV(4)),
     "heavy-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=Merge(0.1)),
     "heavy-kernel-merged": KVOption(HeavyHitters(4, 412, 96, 64), demote=KernelMerge(0.1)),
+    "heavy-anchors": KVOption(HeavyHitters(4, 412, 96, 64), demote=AnchorMerge()),
+    "salient": KVOption(SalientAttention(4, 412, 96, 64)),
     "stretches": KVOption(TokenWindows(4, 412, 96, 64)),
     "persistent": KVOption(Persistence(4, 412, 96, 64)),
     "corrected": KVOption(None, CorrectedKV(2, 2, 64, 0)),

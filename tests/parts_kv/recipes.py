@@ -79,6 +79,7 @@ def statistics() -> SimpleNamespace:
         shift=[0.1, 0.2, 0.1],
         retrieval=[[0.1, 0.9, 0.2, 0.3], [0.0, 0.1, 0.0, 0.0], [0.5, 0.1, 0.1, 0.1]],
         head_damage=[[0.9, 0.1], [0.0, 0.0], [0.2, 0.3]],
+        eviction_damage=[1.2, 0.1, 0.5],
         tables=lambda part: [(tuple(range(2**part.bits)), tuple(range(-1, 2**part.bits - 1)))] * len(SITES),
     )
 

@@ -15,11 +15,13 @@ from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UnsupportedModelError, UsageError
 from haversack.ledger import total_bytes
 from haversack.parts.base import all_parts, part_from_dict
+from haversack.parts.kv.anchor_merging import AnchorMerge
 from haversack.parts.kv.base import KVOption, KVPart, Selection, by_head
 from haversack.parts.kv.block_float import BlockFloatKV
 from haversack.parts.kv.channels import ChosenChannels
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.depth_merged import DepthMergedKV
+from haversack.parts.kv.episode_attention import EpisodeAttention
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.kernel_merging import KernelMerge
@@ -35,7 +37,9 @@ from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.kv.salience import SalientAttention
 from haversack.parts.kv.sinks import SinksAndWindow
+from haversack.parts.kv.surprise import Surprise
 from haversack.parts.kv.token_windows import TokenWindows
 from haversack.parts.kv.voting_heads import VotingHeads
 
@@ -179,6 +183,10 @@ OPTIONS = [
     KVOption(TokenWindows(4, 20, 8, 16, window_tokens=4)),
     KVOption(HeavyHitters(4, 20, 8, 16), demote=KernelMerge(0.1)),
     KVOption(SinksAndWindow(4, 70), NonUniformKV(2, 32, 0, 2)),
+    KVOption(EpisodeAttention(4, 20, 8, 16)),
+    KVOption(Surprise(4, 20, 8, 16)),
+    KVOption(SalientAttention(4, 20, 8, 16, num_directions=4)),
+    KVOption(HeavyHitters(4, 20, 8, 16), demote=AnchorMerge()),
     KVOption(None, BlockFloatKV(4, 32, 8)),
     KVOption(HeavyHitters(4, 20, 8, 16), BlockFloatKV(8, 16)),
     KVOption(None, QuantizedKV(4, 4, 32, 8), project=ChosenChannels((tuple(range(31, -1, -1)), tuple(range(32))))),
@@ -219,8 +227,8 @@ def test_heads_choose_the_same_tokens_in_any_chunks(option):
 
 
 def test_a_head_keeps_what_was_attended_to():
-    """Three tokens get all the attention of one head, other three of the other head; each keeps its own, sinks and the last."""
-    length, loud = 96, ((20, 33, 47), (21, 50, 51))
+    """Three tokens get all the attention of one head, other three of the other head; each keeps its own, sinks and the last, and the token that began a block."""
+    length, loud = 97, ((20, 33, 47), (21, 50, 51))
     keys = torch.zeros(1, 2, length, DIM)
     for head, positions in enumerate(loud):
         keys[0, head, list(positions), 0] = 40.0
@@ -229,8 +237,108 @@ def test_a_head_keeps_what_was_attended_to():
     layer = KVOption(HeavyHitters(2, 6, 8, 16)).build(site(), batch_size=1, capacity_tokens=length, dtype="F32")
     run(layer, query, keys, torch.zeros_like(keys), [length])
     for head, positions in enumerate(loud):
-        assert {0, 1, *positions, *range(length - 8, length)} <= set(layer.held_by_head(0)[head])
-        assert len(layer.held_by_head(0)[head]) == 16
+        assert {0, 1, *positions, *range(length - 9, length)} <= set(layer.held_by_head(0)[head])
+        assert len(layer.held_by_head(0)[head]) == 17
+
+
+def test_tokens_are_freed_when_their_room_is_needed():
+    """A block's end frees nothing: whoever asks then sees a block more, and all of it can still be taken back."""
+    query, keys, values = tokens(1, 70)
+    layer = KVOption(HeavyHitters(4, 20, 8, 16)).build(site(), batch_size=1, capacity_tokens=200, dtype="F32")
+    run(layer, query, keys, values, [64])
+    assert [len(head) for head in layer.held_by_head(0)] == [48, 48]
+    layer.crop(16)
+    run(layer, *(x[:, :, 48:] for x in (query, keys, values)), [16, 1])
+    assert [len(head) for head in layer.held_by_head(0)] == [33, 33]
+    with pytest.raises(UsageError, match="can't be forgotten"):
+        layer.crop(2)
+
+
+def test_a_guide_decides_what_its_episode_keeps():
+    """Queries that are not stored, of two kinds, look at other tokens; each makes the cache keep its own, and leaves nothing else behind."""
+    length, loud = 64, {0: (20, 33), 1: (21, 40)}
+    keys = torch.zeros(1, 2, length + 1, DIM)
+    for channel, positions in loud.items():
+        keys[:, :, list(positions), channel] = 40.0
+    queries = torch.zeros(1, 4, length + 1, DIM)
+    for channel, positions in loud.items():
+        layer = KVOption(EpisodeAttention(2, 22, 8, 16)).build(site(), batch_size=1, capacity_tokens=200, dtype="F32")
+        guide = torch.zeros(1, 4, 16, DIM)
+        guide[..., channel] = 1.0
+        for start in range(0, length, 16):
+            part = slice(start, start + 16)
+            layer.step(queries[:, :, part], keys[:, :, part], keys[:, :, part], scaling=SCALING)
+            before = layer.tensors["keys"].clone()
+            layer.peek(guide, torch.zeros(1, 2, 16, DIM), torch.zeros(1, 2, 16, DIM), scaling=SCALING)
+            assert layer.seen_tokens() == (start + 16,) and torch.equal(layer.tensors["keys"], before)
+            assert layer.num_bytes() == layer.max_bytes() and len(layer.held_by_head(0)[0]) <= 32 + 16
+        layer.step(queries[:, :, -1:], keys[:, :, -1:], keys[:, :, -1:], scaling=SCALING)
+        assert all(set(positions) <= set(head) for head in layer.held_by_head(0))
+    with pytest.raises(UsageError, match="17 tokens can't be peeked at once; a block has 16"):
+        layer.peek(queries[:, :, :17], keys[:, :, :17], keys[:, :, :17], scaling=SCALING)
+
+
+def test_a_guide_sees_what_attending_sees():
+    query, keys, values = tokens(2, 70)
+    for option in (
+        KVOption(),
+        KVOption(EpisodeAttention(4, 20, 8, 16)),
+        by_head([KVOption(), KVOption(SinksAndWindow(4, 30))]),
+        KVOption(EpisodeAttention(4, 20, 8, 16), project=LowRankKV(16, 24)),
+    ):
+        layer = option.build(site(), batch_size=2, capacity_tokens=90, dtype="F32")
+        run(layer, query, keys, values, [60])
+        new = [x[:, :, 60:] for x in (query, keys, values)]
+        expected = layer.attend(*new, scaling=SCALING)
+        assert all(torch.equal(a, b) for a, b in zip(layer.peek(*new, scaling=SCALING), expected))
+
+
+def test_what_surprised_stays_until_it_fades():
+    """Weights come by row; a token twice as surprising as the others outlives them, and with a fast decay later ones outlive it."""
+    length = 160
+    query, keys, values = tokens(2, length)
+    held = {}
+    for decay in (1.0, 0.5):
+        layer = KVOption(Surprise(2, 22, 8, 16, decay=decay)).build(
+            site(), batch_size=2, capacity_tokens=300, dtype="F32"
+        )
+        for start in range(0, length, 16):
+            part = slice(start, start + 16)
+            layer.step(*(x[:, :, part] for x in (query, keys, values)), scaling=SCALING)
+            weights = torch.ones(2, 16)
+            if start == 16:
+                weights[0, 3] = weights[1, 5] = 2.0
+            layer.weigh(weights)
+            assert layer.num_bytes() == layer.max_bytes()
+        held[decay] = [layer.held_by_head(row) for row in range(2)]
+    for row, place in enumerate((19, 21)):
+        assert all(place in head for head in held[1.0][row])
+        assert all(place not in head for head in held[0.5][row])
+
+
+def test_repeated_frames_are_freed_first():
+    """Pictures of 24 tokens of which 4 are new each time: at room for two pictures, the new tokens of old ones stay, and what is repeated goes."""
+    generator = torch.Generator().manual_seed(0)
+    background, num_frames = torch.randn(1, 2, 20, DIM, generator=generator), 5
+    background[..., 12:] = 0  # a picture that stands still fills few directions
+    frames = []
+    for _ in range(num_frames):
+        new = torch.zeros(1, 2, 4, DIM)
+        new[..., 12:] = torch.randn(1, 2, 4, DIM - 12, generator=generator)
+        frames.append(torch.cat([background, new], 2))
+    values = torch.cat(frames, 2)
+    query, keys, _ = tokens(1, values.shape[2] + 1)
+    values = torch.cat([values, values[:, :, -1:]], 2)
+    kept = {}
+    for number in (12, 0):
+        score = SalientAttention(0, 24, 24, 24, num_directions=number)
+        layer = KVOption(score).build(site(), batch_size=1, capacity_tokens=300, dtype="F32")
+        run(layer, query, keys, values, [24] * num_frames + [1])
+        old = [[p for p in head if p < 24 * (num_frames - 1)] for head in layer.held_by_head(0)]
+        kept[number] = [sum(p % 24 >= 20 for p in head) for head in old]
+        assert all(len(head) == 24 for head in old)
+    assert kept[12] == [16, 16]  # all that was ever new
+    assert all(some < 16 for some in kept[0])
 
 
 def test_demoted_tokens_are_still_attended_to():
@@ -263,19 +371,20 @@ def test_a_kernel_merges_near_keys_more_than_far_ones():
     freed_keys = torch.stack([1.5 * torch.eye(2, DIM)[1], 3 * torch.eye(2, DIM)[1]])[None, None]
     freed_values = torch.zeros(1, 1, 2, DIM)
     freed_values[0, 0, 0, 0] = freed_values[0, 0, 1, 1] = 1.0
-    open_to = torch.tensor([[[False, True]]])
-    _, values = KernelMerge(0.5).merge(kept, (freed_keys, freed_values), open_to)
+    open_to, places = torch.tensor([[[False, True]]]), (torch.tensor([[[0, 9]]]), torch.tensor([[[4, 5]]]))
+    _, values = KernelMerge(0.5).merge(kept, (freed_keys, freed_values), open_to, places, places)
     near, far = torch.exp(-torch.tensor([0.5, 2.0]).div(1.25).square() / 2)  # distances over their mean
     torch.testing.assert_close(values[0, 0, 1, :2], torch.stack([near, far]) / (1 + near + far))
     assert torch.equal(values[0, 0, 0], kept[1][0, 0, 0])
     assert all(
-        torch.equal(a, b) for a, b in zip(KernelMerge(2.0).merge(kept, (freed_keys, freed_values), open_to), kept)
+        torch.equal(a, b)
+        for a, b in zip(KernelMerge(2.0).merge(kept, (freed_keys, freed_values), open_to, places, places), kept)
     )
 
 
 def test_windows_are_kept_whole():
     """One token of a stretch gets all the attention of the latest queries; its neighbours stay with it."""
-    length, loud = 96, 42
+    length, loud = 97, 42
     keys = torch.zeros(1, 2, length, DIM)
     keys[0, :, loud, 0] = 40.0
     query = torch.zeros(1, 4, length, DIM)
@@ -290,8 +399,8 @@ def test_a_freed_token_lives_on_in_the_one_most_like_it():
     """One kept token has the freed one's key, but little of its value: half of that comes over, weighted alike."""
     kept_keys, kept_values = torch.eye(3, DIM)[None, None], torch.zeros(1, 1, 3, DIM)
     freed_keys, freed_values = torch.eye(3, DIM)[None, None, 1:2] * 5, torch.ones(1, 1, 1, DIM)
-    open_to = torch.tensor([[[False, True, True]]])
-    keys, values = Merge(0.5).merge((kept_keys, kept_values), (freed_keys, freed_values), open_to)
+    open_to, places = torch.tensor([[[False, True, True]]]), (torch.tensor([[[0, 8, 9]]]), torch.tensor([[[4]]]))
+    keys, values = Merge(0.5).merge((kept_keys, kept_values), (freed_keys, freed_values), open_to, places, places)
     torch.testing.assert_close(values[0, 0, 1], torch.full((DIM,), 0.5))
     torch.testing.assert_close(keys[0, 0, 1], kept_keys[0, 0, 1] * 3)
     assert torch.equal(values[0, 0, [0, 2]], kept_values[0, 0, [0, 2]])
@@ -564,6 +673,12 @@ def test_options_and_parts_survive_a_plan_file():
         (lambda: QuantizedKV(recent_tokens=-1), "recent_tokens is -1"),
         (lambda: SinksAndWindow(window_tokens=0), "window_tokens is 0"),
         (lambda: SinksAndWindow(sink_tokens=-1), "sink_tokens is -1"),
+        (lambda: EpisodeAttention(num_episodes=0), "num_episodes is 0, but must be 1 or more"),
+        (lambda: EpisodeAttention(segment_tokens=0), "segment_tokens is 0"),
+        (lambda: Surprise(decay=0.0), "decay is 0.0, but must be above 0 and at most 1"),
+        (lambda: Surprise(4, 200, 60, 64), r"sinks, selected and recent tokens \(264\) are whole blocks of 64"),
+        (lambda: SalientAttention(saliency=-1.0), "saliency is -1.0"),
+        (lambda: SalientAttention(num_directions=-1), "num_directions is -1"),
         (lambda: BlockFloatKV(bits=5), "bits is 5"),
         (lambda: BlockFloatKV(block_size=20), "block_size is 20"),
         (lambda: FewerKeyChannels(pruned_share=1.0), "pruned_share is 1.0"),

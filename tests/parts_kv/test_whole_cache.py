@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.parts_kv.recipes import CAPACITY_TOKENS, SITES, asked, build, recipe_options, whole_cache_recipes
 
 from haversack.errors import DoesNotFitError
 from haversack.parts.kv.base import KVOption
+from haversack.recipes.base import all_recipes
 
 
 @pytest.mark.parametrize("recipe", whole_cache_recipes(), ids=lambda r: r.id)
@@ -22,6 +25,21 @@ def test_a_recipe_fills_its_budget_and_never_passes_it(recipe, share):
     assert taken > 0.4 * budget.num_bytes or options == most  # blocks, groups and whole heads come in steps
     for option in options:
         assert KVOption.from_dict(option.to_dict()) == option
+
+
+@pytest.mark.parametrize("share", [0.4, 0.5, 0.7])
+def test_layers_share_all_there_is_by_what_eviction_costs_them(share):
+    """No more than the budget, and with one more block for every layer more than it; where more is lost, more is kept."""
+    budget = asked(share)
+    options = all_recipes()["epicache"].whole_cache(budget)
+    blocks = [option.score.block_tokens for option in options]
+    more = [
+        replace(option, score=replace(option.score, selected_tokens=option.score.selected_tokens + block))
+        for option, block in zip(options, blocks, strict=True)
+    ]
+    assert budget.bytes_of(options) <= budget.num_bytes < budget.bytes_of(more)
+    first, second, third = (option.score.held_tokens for option in options)
+    assert first > third >= second  # as the made-up damages go
 
 
 UNPACKED = [r for r in whole_cache_recipes() if all(o.represent.lossless for o in r.whole_cache(asked(40.0)))]  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from haversack.probes.suite import NUM_STATEMENTS, TEXT_TOKENS, make_suite
+from haversack.probes.suite import NUM_STATEMENTS, TEXT_TOKENS, make_conversations, make_suite
 
 TEXT = "".join(f"line {i} of a long and dull text about nothing much\n" for i in range(2000))
 
@@ -94,3 +94,22 @@ def test_rows_end_with_their_answers_and_score_what_predicts_them(suite):
         assert int(places[-1]) == 1298
         assert sum(int(mask[row].sum()) for mask in rows.scored.values()) == len(answers)
     assert torch.equal(rows.token_ids[-1], torch.tensor(filler[:1300]))
+
+
+def test_conversations_come_back_to_each_topic_and_ask_of_what_was_said_there():
+    tasks = make_conversations(ByteTokenizer(), context_tokens=1500, num_topics=3, num_conversations=2)
+    assert len(tasks) == 2
+    for task in tasks:
+        context = said(task.context)
+        assert len(context) >= 1500 and len(task.turns) == 3 and not task.in_a_row
+        for turn in task.turns:
+            opening, question = said(turn.question).split("\n", 1)
+            visits = context.split(opening + "\n")[1:]
+            own = [visit.split("Let us talk")[0] for visit in visits]
+            assert len(own) > 2 and sum(said(turn.answer).strip() in visit for visit in own) >= 1
+            assert said(turn.answer) not in question
+    for number in (0, 9):
+        with pytest.raises(ValueError, match=f"{number} topics were asked; there are forms for 1 to"):
+            make_conversations(ByteTokenizer(), context_tokens=500, num_topics=number, num_conversations=1)
+    with pytest.raises(ValueError, match="takes more words than there are"):
+        make_conversations(ByteTokenizer(), context_tokens=50_000, num_topics=2, num_conversations=1)

@@ -72,6 +72,8 @@ def kv(
 
 def _show(row: dict[str, Any]) -> None:
     held = f"{format_bytes(row['held_bytes'])}, {row['share_of_whole']:.1%} of the whole"
+    if row["filed_bytes"]:
+        held += f", and {format_bytes(row['filed_bytes'])} in files"
     console.paragraph(f"{row['policy']}: {row['label']}", indent="  ")
     console.paragraph(f"  held {held}; worst {row['worst_kl']:.4g} nats ({row['worst_probe']})", indent="  ")
     rows = []

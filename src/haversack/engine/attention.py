@@ -36,9 +36,10 @@ _ATTRIBUTE = "_haversack_handover"
 
 @dataclass(eq=False)
 class Handover:
-    """A cache layer on its way from `update()` to the attention function; `taken` once it has arrived."""
+    """A cache layer on its way from `update()` to the attention function; `taken` once it has arrived. With `peek` nothing will be stored."""
 
     store: KVLayer
+    peek: bool = False
     taken: bool = False
 
     def attach(self, keys: torch.Tensor) -> None:
@@ -144,7 +145,8 @@ def haversack_attention(
     real = None if attention_mask is None else attention_mask[:, -num_new:]
     if real is not None and bool(real.all()):
         real = None
-    output, _ = layer.step(query, key, value, scaling=scaling, softcap=softcap, sinks=s_aux, real=real)
+    act = layer.peek if handover.peek else layer.step
+    output, _ = act(query, key, value, scaling=scaling, softcap=softcap, sinks=s_aux, real=real)
     return output.transpose(1, 2).contiguous(), None
 
 

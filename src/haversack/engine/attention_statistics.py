@@ -20,6 +20,7 @@ from haversack.engine.attention import haversack_attention, registered
 from haversack.engine.channel_moments import ChannelMoments, channel_moments
 from haversack.engine.probe_meter import ProbeMeter
 from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.non_uniform import NonUniformKV, center_and_deviation, furthest, turned, turns_of, without
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.probes.suite import Task
@@ -31,6 +32,9 @@ GRID = 64
 """Points of a cumulative curve, beyond its beginning at 0."""
 
 LLOYD_STEPS = 30
+
+EVICTING = KVOption(LatestAttention(4, 60, 64, 32))
+"""What a layer's sensitivity to eviction is measured with: 128 tokens, half of them the latest."""
 
 _NAME = "haversack-statistics"
 
@@ -88,16 +92,26 @@ class AttentionStatistics:
     @cached_property
     def head_damage(self) -> list[list[float]]:
         """`[layer][KV head]`: mean nats per answer token with that head alone held to sinks and a window."""
-        meter = ProbeMeter(self._model, self.sites, self._dtype, self._tasks)
         found = []
         for site in self.sites:
             row = []
             for head in range(site.num_kv_heads):
                 options = [self._streaming if i == head else KVOption() for i in range(site.num_kv_heads)]
-                scores = meter.scores({site.id: by_head(options)}, asked=("after",))
-                row.append(fmean(score.kl for score in scores))
+                row.append(self._damage(site, by_head(options)))
             found.append(row)
         return found
+
+    @cached_property
+    def eviction_damage(self) -> list[float]:
+        """By layer, mean nats per answer token where that layer alone keeps what the latest queries attended to (`EVICTING`)."""
+        return [self._damage(site, EVICTING) for site in self.sites]
+
+    def _damage(self, site: AttentionSite, option: KVOption) -> float:
+        return fmean(score.kl for score in self._meter.scores({site.id: option}, asked=("after",)))
+
+    @cached_property
+    def _meter(self) -> ProbeMeter:
+        return ProbeMeter(self._model, self.sites, self._dtype, self._tasks)
 
     def tables(self, part: NonUniformKV) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
         """By layer, the values for keys and for values that lose least under `part`, a number's error weighted by its squared gradient: the diagonal of

@@ -51,6 +51,11 @@ def install_kv_plan(model: PreTrainedModel, plan: KVPlan) -> None:
                 f"planned; leave it out, or pass past_key_values to step outside the plan."
             )
         cache = model_kwargs.get("past_key_values")
+        if any(score.weighed for score in plan.selections):
+            raise UsageError(
+                "this model's cache keeps tokens by how much they surprise, which `generate` does not tell it; read through "
+                "haversack.engine.sequence.PlannedSequence, or plan another cache."
+            )
         if cache is None and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             ahead = _speculated_tokens(generation_config, generation_mode)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from haversack.describe.site import AttentionSite
 from haversack.engine.attention import Handover
 from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
 from haversack.ledger import StoredTensor, total_bytes
-from haversack.parts.kv.base import KVLayer, KVOption
+from haversack.parts.kv.base import KVLayer, KVOption, Selection
+from haversack.parts.kv.episode_attention import EpisodeAttention
 from haversack.units import format_bytes
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -52,6 +54,28 @@ class KVPlan:
             )
         for before, option in zip((None, *self.options), self.options):
             option.represent.check_joined(before)
+
+    @property
+    def selections(self) -> tuple[Selection, ...]:
+        """The distinct scores by which heads choose their tokens, in layer order."""
+        scores = (one.score for option in self.options for one in (option.heads or (option,)))
+        return tuple(dict.fromkeys(score for score in scores if isinstance(score, Selection)))
+
+    @property
+    def episodes(self) -> EpisodeAttention | None:
+        """A score that sorts texts into episodes; None where no layer has one. Raises PlanError where layers would sort them differently."""
+        found = [score for score in self.selections if isinstance(score, EpisodeAttention)]
+        if len({(score.num_episodes, score.segment_tokens) for score in found}) > 1:
+            raise PlanError(
+                "layers sort texts into different episodes: give them one number of episodes and one length of segments."
+            )
+        return found[0] if found else None
+
+    @property
+    def block_tokens(self) -> int | None:
+        """Tokens after which some layer may want to be told what tokens are worth; None where none does."""
+        told = [score.block_tokens for score in self.selections if score.weighed or isinstance(score, EpisodeAttention)]
+        return min(told, default=None)
 
     def stored(self, batch_size: int | None = None, capacity_tokens: int | None = None) -> tuple[StoredTensor, ...]:
         """Every layer's declared tensors, for this plan or for another batch and length under the same options."""
@@ -139,6 +163,7 @@ class PlannedCacheLayer(CacheLayerMixin):
         self.before: PlannedCacheLayer | None = None
         self.store: KVLayer | None = None
         self.columns = 0
+        self.peeking = False
         self.handover: Handover | None = None
 
     @property
@@ -189,9 +214,10 @@ class PlannedCacheLayer(CacheLayerMixin):
                 f"{self.site.id}: the attention function never reached the cache; load the model with "
                 f'attn_implementation="haversack", or plan no KV cache for it.'
             )
-        self.handover = Handover(self.store)
+        self.handover = Handover(self.store, self.peeking)
         self.handover.attach(key_states)
-        self.columns += key_states.shape[2]
+        if not self.peeking:
+            self.columns += key_states.shape[2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -250,6 +276,23 @@ class HaversackCache(Cache):
         for before, layer in zip(self.planned, self.planned[1:]):
             layer.before = before
         super().__init__(layers=[*self.planned])
+
+    @contextmanager
+    def peeking(self) -> Iterator[None]:
+        """Forward passes in here attend to the cache and store nothing; layers that choose between tokens learn from them which ones matter."""
+        for layer in self.planned:
+            layer.peeking = True
+        try:
+            yield
+        finally:
+            for layer in self.planned:
+                layer.peeking = False
+
+    def weigh(self, weights: torch.Tensor) -> None:
+        """What the last `n` tokens of every sequence are worth, float32 `(batch, n)`, told to every layer."""
+        for layer in self.planned:
+            if layer.store is not None:
+                layer.store.weigh(weights)
 
     def num_bytes(self) -> int:
         """Bytes held now over all layers."""

@@ -171,12 +171,12 @@ def packed_matrix(site: WeightSite, option: WeightOption, tensors: Mapping[str, 
 
 
 def paired_bootstrap(
-    first: torch.Tensor, second: torch.Tensor, *, num_samples: int = 2000, seed: int = 0
+    first: torch.Tensor, second: torch.Tensor, *, num_samples: int = 2000, seed: int = 0, block_tokens: int = 64
 ) -> tuple[float, float]:
-    """95% interval of mean(first - second) over paired blocks: rows `(sequences, tokens)` are cut into blocks of 64 tokens,
+    """95% interval of mean(first - second) over paired blocks: rows `(sequences, tokens)` are cut into blocks of `block_tokens`,
     since neighbouring tokens are not independent."""
     difference = (first - second).reshape(-1)
-    blocks = difference[: difference.numel() // 64 * 64].reshape(-1, 64).mean(1)
+    blocks = difference[: difference.numel() // block_tokens * block_tokens].reshape(-1, block_tokens).mean(1)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(blocks), (num_samples, len(blocks)), generator=generator)
     means = blocks[draws].mean(1)

@@ -6,17 +6,21 @@ is asked after its context was read, and compressed as it was read; or also ahea
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import torch
 
 from haversack.describe.site import AttentionSite
+from haversack.engine.episodes import EpisodeCaches
 from haversack.engine.kv_cache import HaversackCache, KVPlan
+from haversack.engine.reading import Reader
 from haversack.parts.kv.base import KVOption
-from haversack.probes.suite import Task
+from haversack.probes.suite import Task, Turn
 
 Asked = Literal["after", "before"]
 """Whether a question is read only after its context, or ahead of it too."""
@@ -27,7 +31,8 @@ CHUNK_TOKENS = 128
 @dataclass(frozen=True)
 class Score:
     """One task's answers: nats per answer token, whether every answer was exact (None for real text, which has no right answer),
-    the text's own negative log-likelihood per token, and the bytes that the cache held when the context was read."""
+    the text's own negative log-likelihood per token, the bytes that the cache held when the context was read, and those that other
+    episodes' caches took in files."""
 
     kind: str
     asked: Asked
@@ -35,6 +40,7 @@ class Score:
     exact: bool | None
     nll: float
     held_bytes: int
+    filed_bytes: int = 0
 
 
 class ProbeMeter:
@@ -72,15 +78,16 @@ class ProbeMeter:
             if i not in self._reference:
                 self._reference[i] = self._answers(task, {})[0]
             reference = self._reference[i]
+            filed_bytes = 0
             if options or not against_own:
-                found, held_bytes = self._answers(task, options)
+                found, held_bytes, filed_bytes = self._answers(task, options)
             else:
                 found, held_bytes = reference, self.cache({}).plan.max_bytes()
             right = torch.tensor([token for turn in task.turns for token in turn.answer])
             kl = (reference.exp() * (reference - found)).sum(-1).mean()
             exact = None if task.kind.startswith("text") else bool((found.argmax(-1) == right).all())
             nll = -float(found.gather(1, right[:, None]).mean())
-            out.append(Score(task.kind, when, max(0.0, float(kl)), exact, nll, held_bytes))
+            out.append(Score(task.kind, when, max(0.0, float(kl)), exact, nll, held_bytes, filed_bytes))
         return out
 
     def cache(self, options: Mapping[str, KVOption]) -> HaversackCache:
@@ -88,22 +95,36 @@ class ProbeMeter:
         chosen = tuple(options.get(site.id, KVOption()) for site in self.sites)
         return HaversackCache(KVPlan(self.sites, chosen, 1, self.capacity_tokens, self.dtype))
 
-    def _answers(self, task: Task, options: Mapping[str, KVOption]) -> tuple[torch.Tensor, int]:
-        """Log-probabilities before every answer token of all turns, `(answer tokens, vocab_size)` float32, and bytes held."""
+    def _answers(self, task: Task, options: Mapping[str, KVOption]) -> tuple[torch.Tensor, int, int]:
+        """Log-probabilities before every answer token of all turns, `(answer tokens, vocab_size)` float32, and bytes held in memory and in files."""
         cache = self.cache(options)
-        with torch.inference_mode():
-            for chunk in torch.tensor(task.context).split(CHUNK_TOKENS):
-                self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            out = []
+        if cache.plan.episodes is not None:
+            return self._answers_by_episode(task, cache.plan)
+        Reader(self.model, cache, chunk_tokens=CHUNK_TOKENS).read_all(task.context)
+        out = []
+        for i, turn in enumerate(task.turns):
+            copied = not task.in_a_row and i + 1 < len(task.turns)  # the last one needs no copy
+            out.append(self._answer(turn, cache.copy() if copied else cache))
+        return torch.cat(out), cache.num_bytes(), 0
+
+    def _answers_by_episode(self, task: Task, plan: KVPlan) -> tuple[torch.Tensor, int, int]:
+        """Every turn in the cache of the episode that its question is nearest to; of turns in a row those before are read again there."""
+        out = []
+        with tempfile.TemporaryDirectory() as folder:
+            caches = EpisodeCaches(self.model, plan, Path(folder), model_fingerprint="as loaded")
+            caches.read(task.context)
             for i, turn in enumerate(task.turns):
-                if not task.in_a_row and i + 1 < len(task.turns):
-                    used = cache.copy()
-                else:
-                    used = cache  # the last one needs no copy
-                ids = torch.tensor([[*turn.question, *turn.answer]])
-                logits = self.model(input_ids=ids, past_key_values=used, use_cache=True).logits[0]
-                out.append(logits[-len(turn.answer) - 1 : -1].float().log_softmax(-1))
-        return torch.cat(out), cache.num_bytes()
+                cache = caches.answering(turn.question)
+                for earlier in task.turns[:i] if task.in_a_row else ():
+                    self._answer(earlier, cache)
+                out.append(self._answer(turn, cache))
+            return torch.cat(out), cache.num_bytes(), caches.num_bytes()
+
+    def _answer(self, turn: Turn, cache: HaversackCache) -> torch.Tensor:
+        ids = (*turn.question, *turn.answer)
+        reader = Reader(self.model, cache, chunk_tokens=len(ids), all_logits=True)
+        logits = torch.cat([reader.read(chunk) for chunk in reader.chunks(ids)])
+        return logits[-len(turn.answer) - 1 : -1].float().log_softmax(-1)
 
 
 def mean_kl(scores: Sequence[Score]) -> dict[str, float]:

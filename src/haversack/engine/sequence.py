@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from haversack.engine.decoder.loop import Decoder, Steps
+from haversack.engine.episodes import guide_for
 from haversack.engine.kv_cache import HaversackCache, KVPlan
+from haversack.engine.reading import Reader
 from haversack.errors import UsageError
 
 
@@ -30,6 +31,7 @@ class TokenSequence(Protocol):
 class PlannedSequence:
     """A sequence of batch 1 through transformers' own forward, chunked as planned; single tokens by `decoder`'s steps.
 
+    Where the plan sorts texts into episodes, a prompt that outgrows its cache is read with the guide of the episode that its last segment, what is asked, belongs to.
     It holds at most `capacity_tokens` (default: the plan's). Raises DoesNotFitError for more than the plan's bytes hold.
     """
 
@@ -39,26 +41,21 @@ class PlannedSequence:
         self.model = model
         self.cache = HaversackCache(plan, batch_size=1, capacity_tokens=capacity_tokens)
         self.tokens: list[int] = []
-        self._decoder = decoder
         self._steps: Steps | None = None
         self._stepped = 0  # tokens that the cache held after the last step
-        self._chunk_tokens = plan.prefill_chunk_tokens or plan.capacity_tokens
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if keeps else {}
+        self._reader = Reader(model, self.cache, chunk_tokens=plan.prefill_chunk_tokens or plan.capacity_tokens)
+        self._decoder = None if self._reader.weighs else decoder  # whose steps tell layers nothing
 
     def read(self, ids: Sequence[int], stopped: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         if self._decoder is not None and self.tokens and len(ids) == 1:
             return self._step(self._decoder, ids[0])
+        if not self.tokens:
+            self._reader.guide = guide_for(self.model, self.cache.plan, ids)
         logits = None
-        for start in range(0, len(ids), self._chunk_tokens):
+        for chunk in self._reader.chunks(ids):
             if stopped():
                 return None
-            chunk = list(ids[start : start + self._chunk_tokens])
-            with torch.inference_mode():
-                out = self.model(
-                    input_ids=torch.tensor([chunk]), past_key_values=self.cache, use_cache=True, **self._last_only
-                )
-            logits = out.logits[0, -1]
+            logits = self._reader.read(chunk)[-1]
             self.tokens += chunk
         return logits
 

@@ -278,6 +278,7 @@ def _row(policy: Policy, meter: Any, sites: Sequence[AttentionSite], whole: int)
         "options": [option.to_dict() for option in policy.options],
         "held_bytes": held,
         "share_of_whole": held / whole,
+        "filed_bytes": max(score.filed_bytes for score in scores),
         "probes": probes,
         "worst_probe": worst,
         "worst_kl": damages[worst],

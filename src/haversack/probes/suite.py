@@ -18,13 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from haversack.probes.score import Tokenizer, encode_probe, token_counter
-from haversack.probes.tasks import SEEN, make_copy, make_recall, make_statements
+from haversack.probes.tasks import SEEN, WORDS, Probe, make_copy, make_recall, make_records, make_statements
 
 NUM_STATEMENTS = 4
 TEXT_TOKENS = 64
 """Scored tokens of real text, after one that is given."""
 
 COPY_TOKENS = 64
+VISIT_TOKENS = 48
+"""What is said of a topic before a conversation turns to another."""
+
 LEAST_CONTEXT_TOKENS = 192
 TURNS_TOKENS = 128
 """Room for questions and answers beside the context, announced ones left out."""
@@ -97,6 +100,51 @@ def make_suite(
         )
         tasks.append(_task("copying", [replace(listed, context=filler[0].context + listed.context)], tokenizer))
     return (*tasks, *_text_tasks(rng, ids, context_tokens, num_per_kind))
+
+
+def make_conversations(
+    tokenizer: Tokenizer, *, context_tokens: int, num_topics: int, num_conversations: int, seed: int = 0
+) -> tuple[Task, ...]:
+    """Conversations that come back to each of `num_topics` topics several times, and then a question on each, asked of a copy of the cache.
+
+    A topic has a name, which opens every visit and the question, and statements of one form, the longest of those that say the key first; a visit takes about `VISIT_TOKENS`, and topics take turns in random order. Raises ValueError for more topics than
+    there are forms or words, and where the tokenizer merges across the probes' borders.
+    """
+    rng, count, forms = (
+        random.Random(seed),
+        token_counter(tokenizer),
+        [form for form in SEEN.values() if form[0].find("{key}") < form[0].find("{value}")],
+    )
+    if not 1 <= num_topics <= len(forms):
+        raise ValueError(f"{num_topics} topics were asked; there are forms for 1 to {len(forms)}")
+    forms.sort(key=lambda form: -count(form[0]))
+    tasks = []
+    for _ in range(num_conversations):
+        pairs = make_records(rng, 3 * len(WORDS) // 4, "word")
+        chosen = rng.sample(forms[:num_topics], num_topics)
+        openings = [f"Let us talk about the {pairs.pop()[0]}.\n" for _ in chosen]
+        told: list[list[tuple[str, str]]] = [[] for _ in chosen]
+        lines: list[str] = []
+        num_tokens = 0
+        while num_tokens < context_tokens:
+            for topic in rng.sample(range(num_topics), num_topics):
+                visit = [openings[topic]]
+                while count("".join(visit)) < VISIT_TOKENS:
+                    if not pairs:
+                        raise ValueError(f"a conversation of {context_tokens} tokens takes more words than there are")
+                    key, value = pairs.pop()
+                    told[topic].append((key, value))
+                    visit.append(chosen[topic][0].format(key=key, value=value))
+                lines += visit
+            num_tokens = count("".join(lines))
+        context = "".join(lines)
+        asked = [rng.choice(of_topic) for of_topic in told]
+        probes = [
+            Probe(context, opening + form[1].format(key=key), f" {value}")
+            for opening, form, (key, value) in zip(openings, chosen, asked)
+        ]
+        tasks.append(_task("conversation", probes, tokenizer))
+    return tuple(tasks)
 
 
 def _task(kind: str, probes: Sequence, tokenizer: Tokenizer, *, in_a_row: bool = False) -> Task:

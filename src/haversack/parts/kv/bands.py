@@ -6,7 +6,7 @@ all tokens, others a window; some are packed, others not. Queries, keys and valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from haversack.describe.site import AttentionSite
@@ -46,25 +46,34 @@ class BandedLayer(KVLayer):
         for band, layer in self._each():
             layer.append(cut_heads(keys, band.heads), cut_heads(values, band.heads), real)
 
+    def weigh(self, weights: torch.Tensor) -> None:
+        for layer in self.layers:
+            layer.weigh(weights)
+
     def _attend(
         self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._joined(query, new_keys, new_values, how, store=False)
+        return self._joined(lambda layer, *given: layer._attend(*given), query, new_keys, new_values, how)
 
     def _step(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._joined(query, keys, values, how, store=True)
+        return self._joined(lambda layer, *given: layer._step(*given), query, keys, values, how)
+
+    def _peek(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._joined(lambda layer, *given: layer._peek(*given), query, keys, values, how)
 
     def _joined(
         self,
+        act: Callable[..., tuple[torch.Tensor, torch.Tensor]],
         query: torch.Tensor,
         new_keys: torch.Tensor | None,
         new_values: torch.Tensor | None,
         how: Attending,
-        *,
-        store: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What every band's layer answers to `act(layer, query, keys, values, how)` on its heads, put together."""
         import torch
 
         batch_size, num_heads, num_queries, _ = query.shape
@@ -78,11 +87,7 @@ class BandedLayer(KVLayer):
             sinks = None if how.sinks is None else cut_heads(how.sinks[None], queries)[0]
             inside = Attending(how.scaling, how.softcap, sinks, how.real)
             cut = cut_heads(query, queries)
-            if store:
-                assert new[0] is not None and new[1] is not None
-                part, part_lse = layer._step(cut, new[0], new[1], inside)
-            else:
-                part, part_lse = layer._attend(cut, new[0], new[1], inside)
+            part, part_lse = act(layer, cut, *new, inside)
             _put(output, queries, part)
             _put(lse, queries, part_lse)
             del cut, new, part, part_lse

@@ -45,8 +45,8 @@ class Regions:
     """Which positions a layer holds: the first `sink_tokens`, the last `recent_tokens`, and `selected_tokens` that each KV head chooses between.
 
     `drops` says whether older tokens are dropped; if not, the total is the planned capacity and growth beyond it is refused. Without selected tokens, a query at
-    position p attends to held tokens at positions k < sink_tokens or k >= p - recent_tokens, whatever the prefill's chunks were. With them, tokens are freed when a
-    block of `block_tokens` positions is complete, and until then a block more is held. Up to `demoted_tokens` freed ones are held in another form.
+    position p attends to held tokens at positions k < sink_tokens or k >= p - recent_tokens, whatever the prefill's chunks were. With them, tokens are freed when another
+    block of `block_tokens` positions begins, and until then a block more is held. Up to `demoted_tokens` freed ones are held in another form.
     """
 
     sink_tokens: int
@@ -93,6 +93,8 @@ class Selection(Score):
 
     memory: ClassVar[float] = 1.0
     """What is left of a token's importance when the next block of positions begins."""
+    weighed: ClassVar[bool] = False
+    """Whether tokens get their importance from outside (`KVLayer.weigh`), as the model's own surprise at them."""
 
     sink_tokens: int = 4
     selected_tokens: int = 188
@@ -104,9 +106,13 @@ class Selection(Score):
         check_range(self.id, "selected_tokens", self.selected_tokens, "1 or more", self.selected_tokens >= 1)
         check_range(self.id, "recent_tokens", self.recent_tokens, "0 or more", self.recent_tokens >= 0)
         check_range(self.id, "block_tokens", self.block_tokens, "1 or more", self.block_tokens >= 1)
-        total = self.sink_tokens + self.selected_tokens + self.recent_tokens
+        total = self.held_tokens
         whole = f"such that sinks, selected and recent tokens ({total}) are whole blocks of {self.block_tokens}"
         check_range(self.id, "selected_tokens", self.selected_tokens, whole, total % self.block_tokens == 0)
+
+    @property
+    def held_tokens(self) -> int:
+        return self.sink_tokens + self.selected_tokens + self.recent_tokens
 
     @property
     def label(self) -> str:
@@ -116,7 +122,7 @@ class Selection(Score):
     """A word for tables."""
 
     def regions(self, capacity_tokens: int) -> Regions:
-        if capacity_tokens <= self.sink_tokens + self.selected_tokens + self.recent_tokens + self.block_tokens:
+        if capacity_tokens <= self.held_tokens + self.block_tokens:
             return Regions(0, capacity_tokens, drops=False)
         return Regions(self.sink_tokens, self.recent_tokens, True, self.selected_tokens, self.block_tokens)
 
@@ -128,8 +134,17 @@ class Selection(Score):
         workspace that nobody declared.
         """
 
-    def priority(self, importance: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """What tokens are kept by, all `(batch, kv_heads, tokens)`; `counts` `(batch, 1, 1)` is the sequence's length."""
+    reads_values: ClassVar[bool] = False
+    """Whether `priority` is given the held tokens' values, which takes a copy of them in float32."""
+
+    def priority(
+        self,
+        importance: torch.Tensor,
+        positions: torch.Tensor,
+        counts: torch.Tensor,
+        values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What tokens are kept by, all `(batch, kv_heads, tokens)`; `counts` `(batch, 1, 1)` is the sequence's length, `values` `(batch, kv_heads, tokens, head_dim)`."""
         return importance.clone()
 
 
@@ -243,9 +258,14 @@ class Demote(KVPart):
         return None
 
     def merge(
-        self, kept: tuple[torch.Tensor, torch.Tensor], freed: tuple[torch.Tensor, torch.Tensor], open_to: torch.Tensor
+        self,
+        kept: tuple[torch.Tensor, torch.Tensor],
+        freed: tuple[torch.Tensor, torch.Tensor],
+        open_to: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        importance: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kept keys and values `(rows, kv_heads, tokens, head_dim)` with what freed ones leave in those that are `open_to` it; float32."""
+        """Kept keys and values `(rows, kv_heads, tokens, head_dim)` with what freed ones leave in those that are `open_to` it; float32. `positions` and `importance` are theirs, `(rows, kv_heads, tokens)`."""
         raise UsageError(f"{self.id} leaves kept tokens as they are.")
 
 
@@ -354,11 +374,35 @@ class KVLayer(ABC):
         """Attend to what is stored and, causally, to the new tokens; then store those. Arguments and results as `attend`'s."""
         return self._step(query, keys, values, Attending(scaling, softcap, sinks, real))
 
+    def peek(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend as `step` does and store nothing; a layer that chooses between tokens learns from it which ones matter."""
+        return self._peek(query, keys, values, Attending(scaling, softcap, sinks, real))
+
+    def weigh(self, weights: torch.Tensor) -> None:
+        """Say what the last `n` tokens of every sequence are worth, float32 `(batch, n)`; for layers whose score asks for it."""
+        return
+
     @abstractmethod
     def _attend(
         self, query: torch.Tensor, new_keys: torch.Tensor | None, new_values: torch.Tensor | None, how: Attending
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `attend` does."""
+
+    def _peek(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `peek` does."""
+        return self._attend(query, keys, values, how)
 
     def _step(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
@@ -566,7 +610,8 @@ class KVOption:
             from haversack.parts.kv.selective import selection_workspace_bytes
 
             packed, merges = not self.represent.lossless, self.demote is not None and self.demote.merges
-            return selection_workspace_bytes(site, regions, packed=packed, merges=merges, **sizes)  # type: ignore[arg-type]
+            reads = isinstance(self.score, Selection) and self.score.reads_values
+            return selection_workspace_bytes(site, regions, packed=packed, merges=merges, reads_values=reads, **sizes)  # type: ignore[arg-type]
         return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:

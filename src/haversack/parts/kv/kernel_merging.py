@@ -39,7 +39,12 @@ class KernelMerge(Demote):
         return f"rest merged by a kernel from {self.threshold:g} on"
 
     def merge(
-        self, kept: tuple[torch.Tensor, torch.Tensor], freed: tuple[torch.Tensor, torch.Tensor], open_to: torch.Tensor
+        self,
+        kept: tuple[torch.Tensor, torch.Tensor],
+        freed: tuple[torch.Tensor, torch.Tensor],
+        open_to: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        importance: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         likeness, places = nearest_kept(kept[0], freed[0], open_to)
         alike = (likeness >= self.threshold).float()

@@ -39,7 +39,12 @@ class Merge(Demote):
     merges: ClassVar[bool] = True
 
     def merge(
-        self, kept: tuple[torch.Tensor, torch.Tensor], freed: tuple[torch.Tensor, torch.Tensor], open_to: torch.Tensor
+        self,
+        kept: tuple[torch.Tensor, torch.Tensor],
+        freed: tuple[torch.Tensor, torch.Tensor],
+        open_to: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        importance: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 

@@ -29,5 +29,11 @@ class NormalizedAttention(Selection):
     def received(self, probabilities: torch.Tensor, *, held_tokens: int) -> torch.Tensor:
         return probabilities.sum((2, 3))
 
-    def priority(self, importance: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def priority(
+        self,
+        importance: torch.Tensor,
+        positions: torch.Tensor,
+        counts: torch.Tensor,
+        values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return importance / (counts - positions).clamp_min(1)

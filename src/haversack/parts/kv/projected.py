@@ -60,6 +60,16 @@ class ProjectedLayer(KVLayer):
         output, lse = self.store._step(self.projection.queries(query), *projected, how)
         return self.projection.outputs(output), lse
 
+    def _peek(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        projected = self.projection.keys(keys), self.projection.values(values)
+        output, lse = self.store._peek(self.projection.queries(query), *projected, how)
+        return self.projection.outputs(output), lse
+
+    def weigh(self, weights: torch.Tensor) -> None:
+        self.store.weigh(weights)
+
     # Batches
 
     def reorder(self, index: torch.Tensor) -> None:

@@ -1,8 +1,9 @@
 """The layer whose heads choose their tokens: slots that are filled, scored by what attention gives them, and freed by blocks.
 
 A sequence is cut into blocks of `block_tokens` by its own positions, whatever the chunks and the padding that it comes in. Within a block a query attends to all that is held
-and, causally, to its block. At the block's end each KV head frees as many tokens as the block brought beyond its room: never the first `sink_tokens`, never the last
-`recent_tokens`, and of the others those of lowest priority. So there are slots for one block more than what is held, and no step needs more.
+and, causally, to its block. When another block begins, each KV head frees as many tokens as the last one brought beyond its room: never the first `sink_tokens`, never the last
+`recent_tokens`, and of the others those of lowest priority. So there are slots for one block more than what is held, and no step needs more. Between two blocks others may say
+what tokens are worth: queries that are not stored (`peek`), or a weight by token (`weigh`).
 
 Held tokens fill the first slots of a row in any order, and new ones the slots behind them; all heads of a row hold the same number. What is freed, a block's number of
 tokens at a time, is dropped, or moves as one group to a store in another form, where it stays.
@@ -81,6 +82,7 @@ class SelectiveLayer(SlabLayer):
         lse = torch.full((batch_size, num_heads, num_new), -torch.inf, device=query.device)
         for rows, columns in self._pieces(num_new, how.real):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
+            self._make_room(rows)
             part, part_lse = self._attend_rows(rows, query[piece], keys[piece], values[piece], how, learn=True)
             output[piece], lse[piece] = part, part_lse
             del part, part_lse  # or they would be alive beside the next piece's
@@ -92,6 +94,7 @@ class SelectiveLayer(SlabLayer):
         self._check_room(keys.shape[2], real)
         for rows, columns in self._pieces(keys.shape[2], real):
             piece = (slice(rows.start, rows.stop), slice(None), columns)
+            self._make_room(rows)
             self._store(rows, keys[piece], values[piece])
 
     def _attend(
@@ -100,6 +103,34 @@ class SelectiveLayer(SlabLayer):
         if how.real is not None and not bool(how.real.all()):
             raise UsageError(f"{self.site.id}: padded tokens must be attended and stored in one step.")
         return self._attend_rows(range(self.batch_size), query, new_keys, new_values, how, learn=False)
+
+    def _peek(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, how: Attending
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if query.shape[2] > self.regions.block_tokens:
+            raise UsageError(
+                f"{self.site.id}: {query.shape[2]} tokens can't be peeked at once; a block has {self.regions.block_tokens}."
+            )
+        if how.real is not None and not bool(how.real.all()):
+            raise UsageError(f"{self.site.id}: padded tokens can't be peeked.")
+        found = []
+        for rows in self._alike():
+            part = slice(rows.start, rows.stop)
+            found.append(self._attend_rows(rows, query[part], keys[part], values[part], how, learn=False))
+            if any(self.counts[row] for row in rows):
+                self._learn(rows, query[part], None, found[-1][1], how)
+        outputs, lses = zip(*found)
+        return (outputs[0], lses[0]) if len(found) == 1 else (torch.cat(outputs), torch.cat(lses))
+
+    def weigh(self, weights: torch.Tensor) -> None:
+        """Weights of the last tokens, all of the block that was read last; older ones count for less by the score's `memory`."""
+        if not self.selection.weighed:
+            return
+        for row, (used, count) in enumerate(zip(self.used, self.counts)):
+            num = min(weights.shape[1], (count - 1) % self.regions.block_tokens + 1) if count else 0
+            self.tensors["importance"][row, :, used - num : used] = weights[row, weights.shape[1] - num :]
 
     def _check_room(self, num_new: int, real: torch.Tensor | None) -> None:
         """What is dropped needs none; what is demoted stays, in as many groups as were planned and one block before the next."""
@@ -112,11 +143,7 @@ class SelectiveLayer(SlabLayer):
         """Rows and columns of new tokens that lie in one block: all rows together where they stand alike."""
         size = self.regions.block_tokens
         together = real is None or bool(real.all())
-        if together and len({count % size for count in self.counts}) == 1 and len(set(self.used)) == 1:
-            groups = [range(self.batch_size)]
-        else:
-            groups = [range(row, row + 1) for row in range(self.batch_size)]
-        for rows in groups:
+        for rows in self._alike() if together else _each(self.batch_size):
             # padding stands on the left, or, in a row that has ended, on the right
             columns = (
                 range(num_new)
@@ -131,6 +158,11 @@ class SelectiveLayer(SlabLayer):
                 stop = min(done + left, len(columns))
                 yield rows, slice(columns[done], columns[stop - 1] + 1)
                 done = stop
+
+    def _alike(self) -> list[range]:
+        """All rows together where they stand alike, else each alone."""
+        alike = len({count % self.regions.block_tokens for count in self.counts}) == 1 and len(set(self.used)) == 1
+        return [range(self.batch_size)] if alike else _each(self.batch_size)
 
     def _attend_rows(
         self,
@@ -153,8 +185,7 @@ class SelectiveLayer(SlabLayer):
             softcap=how.softcap,
             sinks=how.sinks,
         )
-        if learn and self.regions.drops:
-            assert new_keys is not None
+        if learn:
             self._learn(rows, query, new_keys, lse, how)
         return output, lse
 
@@ -211,9 +242,9 @@ class SelectiveLayer(SlabLayer):
             del keys, values, hidden
 
     def _learn(
-        self, rows: range, query: torch.Tensor, new_keys: torch.Tensor, lse: torch.Tensor, how: Attending
+        self, rows: range, query: torch.Tensor, new_keys: torch.Tensor | None, lse: torch.Tensor, how: Attending
     ) -> None:
-        """Add what this piece's queries gave to each token, from the log-sum-exp, a block of probabilities at a time."""
+        """Add what this piece's queries gave to each stored and new token, from the log-sum-exp, a block of probabilities at a time."""
         import torch
 
         batch_size, _, num_queries, head_dim = query.shape
@@ -227,6 +258,8 @@ class SelectiveLayer(SlabLayer):
         shared = self.used[rows.start] - begun + self.regions.block_tokens  # the same for every piece of a block
         if begun == 0 and self.selection.memory != 1:
             weights[row_slice] *= self.selection.memory
+        if self.selection.weighed:
+            return
         for keys, values, hidden in self._blocks(rows, new_keys, new_keys, 0, num_queries, num_queries, demoted=False):
             scores = torch.matmul(q, keys.transpose(-1, -2))
             if how.softcap is not None:
@@ -241,7 +274,7 @@ class SelectiveLayer(SlabLayer):
         # what new tokens gave one another went behind the longest row's slots, where _store puts them
 
     def _store(self, rows: range, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put new tokens of one block behind the held ones, and free what is too much when the block ends."""
+        """Put new tokens of one block behind the held ones."""
         import torch
 
         num_new = keys.shape[2]
@@ -256,20 +289,20 @@ class SelectiveLayer(SlabLayer):
         for row in rows:
             self.counts[row] += num_new
             self.used[row] += num_new
-        if self.counts[rows.start] % self.regions.block_tokens == 0:
-            self._free(rows)
 
-    def _free(self, rows: range) -> None:
-        """Keep `total_tokens` in the first slots: freed ones among them take kept ones from behind."""
+    def _make_room(self, rows: range) -> None:
+        """Where a block begins and slots are short, keep `total_tokens` in the first ones: freed ones among them take kept ones from behind."""
         import torch
 
         used, keep_tokens = self.used[rows.start], self.regions.total_tokens
-        if used <= keep_tokens:
+        if self.counts[rows.start] % self.regions.block_tokens or used <= keep_tokens:
             return
         row_slice = slice(rows.start, rows.stop)
         positions = self.tensors["positions"][row_slice, :, :used]
         counts = torch.tensor([self.counts[row] for row in rows], device=positions.device)[:, None, None]
-        priority = self.selection.priority(self.tensors["importance"][row_slice, :, :used], positions, counts)
+        values = self.slots.read(row_slice, 0, used)[1] if self.selection.reads_values else None
+        priority = self.selection.priority(self.tensors["importance"][row_slice, :, :used], positions, counts, values)
+        del values
         protected = (positions < self.regions.sink_tokens) | (positions >= counts - self.regions.recent_tokens)
         priority = priority.masked_fill(protected, torch.inf)
         kept = torch.zeros_like(protected).scatter_(2, priority.topk(keep_tokens, dim=2, sorted=False).indices, True)
@@ -303,9 +336,13 @@ class SelectiveLayer(SlabLayer):
         assert self.demote is not None
         row_slice = slice(rows.start, rows.stop)
         held = self.slots.read(row_slice, 0, kept.shape[2])
-        places = _places(kept)
-        open_to = positions.gather(2, places) >= self.regions.sink_tokens
-        merged = self.demote.merge(_taken(held, places), _taken(held, _places(~kept)), open_to)
+        both = places, freed = _places(kept), _places(~kept)
+        weights = self.tensors["importance"][row_slice]
+        at, worth = ([x.gather(2, some) for some in both] for x in (positions, weights))
+        open_to = at[0] >= self.regions.sink_tokens
+        merged = self.demote.merge(
+            _taken(held, places), _taken(held, freed), open_to, (at[0], at[1]), (worth[0], worth[1])
+        )
         self.slots.replace(row_slice, places, *merged)
 
     # Batches
@@ -313,8 +350,7 @@ class SelectiveLayer(SlabLayer):
     def check_crop(self, num_tokens: int) -> None:
         size = self.regions.block_tokens
         for count, used in zip(self.counts, self.used):
-            freed = self.regions.drops and count != used
-            if num_tokens > count or (freed and num_tokens > count % size):
+            if num_tokens > count or (count != used and num_tokens > (count - 1) % size + 1):
                 raise UsageError(
                     f"{self.site.id}: the last {num_tokens} tokens can't be forgotten; others were freed for them."
                 )
@@ -330,6 +366,10 @@ class SelectiveLayer(SlabLayer):
         super().reset()
         self.tensors["positions"].fill_(EMPTY)
         self.tensors["importance"].zero_()
+
+
+def _each(num_rows: int) -> list[range]:
+    return [range(row, row + 1) for row in range(num_rows)]
 
 
 def _places(chosen: torch.Tensor) -> torch.Tensor:
@@ -351,11 +391,12 @@ def selection_workspace_bytes(
     dtype: str,
     packed: bool = False,
     merges: bool = False,
+    reads_values: bool = False,
 ) -> int:
     """The most bytes one step of `new_tokens` allocates beyond its output.
 
     Attention over one block's queries, then the same scores once more as probabilities; or what choosing and moving take. `packed` slots are
-    unpacked where they are read; with `merges` freed and kept tokens meet in float32.
+    unpacked where they are read; with `merges` freed and kept tokens meet in float32; with `reads_values` a score sees all values in float32.
     """
     f32, i64 = DTYPE_BYTES["F32"], 8
     queries = min(new_tokens, regions.block_tokens)
@@ -391,6 +432,10 @@ def selection_workspace_bytes(
     if merges:  # all slots, the kept and the freed ones apart, likenesses, sums and what comes out
         freeing += (5 * slots + 3 * moved) * head_dims * f32
         freeing += moved * regions.total_tokens * (2 * f32 + 1) + slots * (3 * i64 + 2 * f32)
+    if reads_values:  # read with the keys; then products with a basis, and what is made of them
+        freeing += (
+            slots * (site.key_head_dim + 3 * site.value_head_dim + 4) * f32 + heads * 4 * site.value_head_dim**2 * f32
+        )
     piece = rows * queries * site.value_head_dim * DTYPE_BYTES[dtype]  # a block's output, before it is put in place
     causal = queries * queries + 2 * queries * i64
     return rows * new_tokens * f32 + causal + max(attending + piece + rounded, learning + piece + rounded, freeing)

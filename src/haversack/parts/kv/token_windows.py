@@ -41,7 +41,13 @@ class TokenWindows(Selection):
     def received(self, probabilities: torch.Tensor, *, held_tokens: int) -> torch.Tensor:
         return probabilities.sum((2, 3))
 
-    def priority(self, importance: torch.Tensor, positions: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def priority(
+        self,
+        importance: torch.Tensor,
+        positions: torch.Tensor,
+        counts: torch.Tensor,
+        values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         import torch
 
         stretch, order = (positions // self.window_tokens).sort(dim=2)
