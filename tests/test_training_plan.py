@@ -185,3 +185,24 @@ def test_changes_that_cannot_lower_what_is_over_are_not_tried(monkeypatch: pytes
     assert "a budget of" in (answer.cheapest_change or "")
     plan_training(question)
     assert len(traced) == 1  # kept with the model
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "complaint"),
+    [
+        ("train", ["precision=int8"], "precision int8 is for one process"),
+        ("train", ["saved=resting"], "saved=resting is for one process"),
+        ("train", ["saved=reversible"], "saved=reversible is for one process"),
+        ("train", ["update=backward"], "update=backward is for one process"),
+        ("tune", ["method=paca"], "methods paca, peqa and side are for one process"),
+    ],
+)
+def test_what_one_process_alone_can_do_is_not_planned_for_ranks(
+    task: str, settings: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["llama"]))
+    asked = ["plan", str(tmp_path), "--task", task, "--budget", "1GiB", "--context", "32"]
+    for setting in (*settings, "data=2"):
+        asked += ["--with", setting]
+    assert run(asked) == 2
+    assert complaint in capsys.readouterr().err

@@ -10,6 +10,8 @@ from torch import nn
 
 from haversack.engine.optimizers import MasterWeights, Stepper, make_optimizer
 from haversack.engine.update_trace import SHORT_SHAPES, TrainedTensor, run_update, trace_updates
+from haversack.kernels import pieces
+from haversack.parts.optimizer.base import PIECE_ELEMENTS
 from haversack.recipes.base import optimizer_option
 
 
@@ -48,3 +50,21 @@ def test_gradients_that_are_dropped_make_room_for_later_tensors() -> None:
     option = optimizer_option("adamw")
     assert trace_updates(make, option, [large, small]) == rise
     assert trace_updates(make, option, [small, large]) == rise - 2 * 64 * 64
+
+
+@pytest.mark.parametrize("name", ["galore8bit", "q-galore", "adamw4bit"])
+def test_pieces_in_the_middle_hold_what_the_second_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = TrainedTensor((1300, 1024), "BF16", True)
+
+    def make(parameters: Sequence[nn.Parameter], matrices: Sequence[nn.Parameter]) -> Stepper:
+        return make_optimizer(name, parameters, matrices)
+
+    assert len(pieces.piece_starts(1300 * 1024, PIECE_ELEMENTS, torch.empty(0, device="meta"))) == 3
+    shown = run_update(make, tensor)
+    monkeypatch.setattr(pieces, "SHOWN_PIECES", 10**9)
+    assert shown == run_update(make, tensor)
+
+
+def test_tensors_with_values_are_walked_whole() -> None:
+    assert list(pieces.piece_starts(10, 2, torch.empty(0), first=1)) == [1, 3, 5, 7, 9]
+    assert list(pieces.piece_starts(10, 2, torch.empty(0, device="meta"), first=1)) == [1, 3, 9]

@@ -9,7 +9,7 @@ from math import ceil
 
 from haversack.cost.training import PASSES, SLACK, SLACK_FRACTION, STATES, TrainingCost, training_cost
 from haversack.describe.model import Model, describe_model
-from haversack.describe.parallel import Parallelism, rank_config, stage_layers
+from haversack.describe.parallel import Parallelism, check_spread, rank_config, stage_layers
 from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.engine.trace import WORKSPACE
 from haversack.engine.training_trace import ACTIVATIONS, EMBED_BACKWARD, GRADIENTS, LOSS, LOSS_BACKWARD
@@ -61,8 +61,10 @@ def rank_cost(
 
     Tensor parallelism is traced: the rank's own heads, columns and vocabulary through the model's code. Pipeline stages
     keep the activations of the micro-batches in flight (one forward, one backward: `stages - stage` of them; Narayanan et al.
-    2021, arXiv 2104.04473, section 2.2). Raises UsageError where a degree does not divide.
+    2021, arXiv 2104.04473, section 2.2). Raises UsageError where a degree does not divide, and for what one process alone can do.
     """
+    if parallel.ranks > 1:
+        check_spread(workload)
     if workload.seq_len % parallel.context:
         raise UsageError(
             f"{parallel.context} context-parallel ranks don't divide sequences of {workload.seq_len} tokens; choose a divisor."

@@ -18,12 +18,15 @@ from haversack.describe.checkpoint import CheckpointTensor
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
 from haversack.engine.streaming import PAGE_BYTES, window_tensors
-from haversack.formats.packed_folder import MAX_SHARD_BYTES, PackedSite, packed_files
-from haversack.formats.safetensors_file import ALIGNMENT_BYTES, layout
+from haversack.formats.packed_folder import MAX_SHARD_BYTES, REST_METADATA, PackedSite, packed_files
+from haversack.formats.safetensors_file import ALIGNMENT_BYTES, layout, total_file_bytes
 from haversack.ledger import DTYPE_BYTES, Ledger, StoredTensor, total_bytes
 from haversack.solve.problem import Choice, Group, PeakTerm, Problem, TimePoint
 
 WEIGHTS, KV, MAPPED, GENERATION = "weights", "kv", "weights (mapped)", "generation"
+REST_FILE = "file of the rest"
+"""What transformers maps of the file of what is not packed, beside the tensors that it reads there."""
+
 PREFILL, DECODE, WINDOW, STREAMED = "prefill at site", "decode at site", "window of layer", "streamed at site"
 """What a site's choices book on beside what all share: accounts of the site's own, or of its layer's."""
 
@@ -126,7 +129,8 @@ def serving_problem(
 
     fixed = {
         "runtime": runtime_bytes,
-        "rest": total_bytes(serving.model.rest) + total_bytes(serving.model.buffers),
+        "rest": total_bytes(serving.model.held_rest) + total_bytes(serving.model.buffers),
+        REST_FILE: rest_file_bytes(serving.model),
         GENERATION: generation_bytes(serving),
     }
     window = PeakTerm(tuple(f"window {layer}" for layer in sorted(layers)), STREAM_BUFFERS)
@@ -146,6 +150,13 @@ def serving_problem(
     )
     weight_rows = {row.site.id: row for row in weights}
     return ServingProblem(serving, problem, weight_rows, kv_rows, {k: v for k, v in fixed.items() if v}, kinds)
+
+
+def rest_file_bytes(model: Model) -> int:
+    """Of the file of what is not packed, its header and the tensors that are held apart from it: the whole of it stays mapped, and torch's
+    allocator reports it."""
+    held_there = total_bytes(tensor for tensor in model.rest if tensor.name not in model.widened)
+    return total_file_bytes(model.rest, REST_METADATA) - held_there
 
 
 def generation_bytes(serving: Serving) -> int:

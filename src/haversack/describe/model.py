@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haversack.describe.attention import attention_sites
-from haversack.describe.checkpoint import Checkpoint, dtype_name, holds_weights
+from haversack.describe.checkpoint import Checkpoint, dtype_name, holds_weights, torch_dtype
 from haversack.describe.conversion import checkpoint_tensors, locate_parameters
 from haversack.describe.experts import experts_per_token, share_of_experts
 from haversack.describe.hub import ModelSource, find_source
 from haversack.describe.layout import Layout
 from haversack.describe.site import AttentionSite, WeightSite
-from haversack.describe.skeleton import build_skeleton
+from haversack.describe.skeleton import build_skeleton, kept_in_float32
 from haversack.describe.weights import weight_sites
 from haversack.errors import CheckpointError
 from haversack.ledger import StoredTensor, total_bytes
@@ -45,7 +45,8 @@ class Model:
     `sources` says for each parameter where its numbers lie in the checkpoint, and `tied` which parameters share a
     storage (the kept name to the others). `quantized` says what of the checkpoint is stored in forms of fewer bits, and its
     bytes there. `cache_problem` says why no layer has an attention site, if none has: only
-    transformers' own cache holds what such a model keeps. `experts_per_token` counts routed experts. `dtype` is the one that most bytes have.
+    transformers' own cache holds what such a model keeps. `experts_per_token` counts routed experts. `dtype` is the one that most bytes have. `widened`
+    names parameters that transformers loads in float32 though the checkpoint has fewer bits.
     """
 
     name: str
@@ -71,6 +72,15 @@ class Model:
     cache_problem: str = ""
     experts_per_token: int | None = None
     quantized: Mapping[str, int] = field(default_factory=dict, compare=False)
+    widened: frozenset[str] = frozenset()
+
+    @cached_property
+    def held_rest(self) -> tuple[StoredTensor, ...]:
+        """`rest` as it is held once it is loaded."""
+        return tuple(
+            StoredTensor(tensor.name, "F32", tensor.shape) if tensor.name in self.widened else tensor
+            for tensor in self.rest
+        )
 
     @cached_property
     def num_parameters(self) -> int:
@@ -170,11 +180,13 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
     bytes_by_dtype: dict[str, int] = {}
     for stored in tensors.values():
         bytes_by_dtype[stored.dtype] = bytes_by_dtype.get(stored.dtype, 0) + stored.num_bytes
+    dtype = max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
+    widened = kept_in_float32(skeleton, torch_dtype(dtype))
     return Model(
         name=found.name,
         architecture=type(skeleton).__name__,
         model_type=skeleton.config.model_type,
-        dtype=max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype]),
+        dtype=dtype,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -185,6 +197,7 @@ def _describe(found: ModelSource, trust_remote_code: bool) -> Model:
         cache_problem=cache_problem,
         experts_per_token=experts_per_token(config.to_dict()),
         rest=rest,
+        widened=frozenset(name for name in widened & set(state) if dtypes[name] != "F32"),
         buffers=tuple(
             StoredTensor(name, dtype_name(buffer.dtype), tuple(buffer.shape))
             for name, buffer in skeleton.named_buffers()

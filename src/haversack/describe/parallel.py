@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from haversack.describe.workload import TrainingWorkload, TuneWorkload
 from haversack.errors import UsageError
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -57,6 +58,19 @@ class Parallelism:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def check_spread(workload: TrainingWorkload) -> None:
+    """Raise UsageError for what is asked of a run that one process alone can do: it looks at whole weights, or at whole gradients."""
+    method = workload.method if isinstance(workload, TuneWorkload) else "full"
+    if method in ("paca", "peqa", "side"):
+        raise UsageError("methods paca, peqa and side are for one process; choose lora or full.")
+    if workload.precision == "int8":
+        raise UsageError("precision int8 is for one process; choose master.")
+    if workload.saved in ("resting", "reversible"):
+        raise UsageError(f"saved={workload.saved} is for one process; choose recompute full.")
+    if workload.update == "backward":
+        raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
 
 
 def rank_config(config: Mapping[str, Any], parallel: Parallelism, name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from haversack.describe.quantized import check_quantization
 from haversack.errors import MissingDependencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _MAX_LAYERS = 4096
@@ -64,6 +65,25 @@ def build_skeleton(
         raise _contradiction(name, error) from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def to_loaded_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a skeleton's tensors the dtype that transformers loads them in: `dtype`, but for those of `kept_in_float32`."""
+    model.to(dtype)
+    for name in kept_in_float32(model, dtype):
+        tensor = model.get_parameter_or_buffer(name)
+        tensor.data = tensor.data.float()
+
+
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Tensors that the family keeps in float32 where the model is loaded in 16 bits (gpt-oss its norms, in float16 alone)."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    patterns = [name for name, wide in model._get_dtype_plan(dtype).items() if wide.itemsize == 4]
+    if not patterns:
+        return set()
+    alternation = build_glob_alternation(patterns)[0]
+    return {name for name, tensor in model.state_dict().items() if alternation.search(name)}
 
 
 def _parse_config(

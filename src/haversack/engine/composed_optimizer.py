@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from haversack.describe.checkpoint import dtype_name, torch_dtype
 from haversack.errors import UsageError
 from haversack.kernels.adamw_codes import adamw_codes_, takes
+from haversack.kernels.pieces import piece_starts
 from haversack.parts.optimizer.adamw import AdamW
 from haversack.parts.optimizer.base import (
     PIECE_ELEMENTS,
@@ -246,7 +247,7 @@ class ComposedOptimizer(Optimizer):
         n = grad.numel()
         flat = grad.reshape(-1)
         length = PIECE_ELEMENTS if rule.elementwise else max(1, n)
-        for start in range(first, n, length):
+        for start in piece_starts(n, length, grad, first):
             piece = slice(start, min(start + length, n))
             shape = (piece.stop - piece.start,) if rule.elementwise else tuple(grad.shape)
             g = flat[piece].view(shape)

@@ -16,7 +16,7 @@ import torch
 
 from haversack.describe.checkpoint import torch_dtype
 from haversack.describe.model import Model
-from haversack.describe.skeleton import build_skeleton
+from haversack.describe.skeleton import build_skeleton, to_loaded_dtype
 from haversack.engine.profile import layer_kinds, skip_layers_but
 from haversack.engine.quiet import quiet_transformers
 from haversack.engine.trace import LiveBytes
@@ -79,7 +79,8 @@ def _trace(model: Model, batch_size: int, prompt_tokens: int) -> NativeServing:
     from transformers import DynamicCache
 
     skeleton: Any = build_skeleton(model.config, model.name)
-    skeleton.to(torch_dtype(model.dtype)).eval()
+    to_loaded_dtype(skeleton, torch_dtype(model.dtype))
+    skeleton.eval()
     if skeleton.config.is_encoder_decoder:
         return _trace_encoder_decoder(skeleton, batch_size, prompt_tokens)
     config = skeleton.config.get_text_config(decoder=True)

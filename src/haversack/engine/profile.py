@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from haversack.describe.checkpoint import torch_dtype
 from haversack.describe.model import Model
 from haversack.describe.site import WeightSite
-from haversack.describe.skeleton import build_skeleton
+from haversack.describe.skeleton import build_skeleton, to_loaded_dtype
 from haversack.describe.weights import layer_of
 from haversack.engine.attach import PackedSite, attach, take_off
 from haversack.engine.packed_tensor import PackedMatrix
@@ -55,12 +57,15 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     """
     compute = torch_dtype(dtype or model.dtype)
     skeleton: Any = build_skeleton(model.config, model.name)
-    skeleton.to(compute).eval()
+    to_loaded_dtype(skeleton, compute)
+    skeleton.eval()
     kinds = layer_kinds(model)
     shown = {layer for same in kinds.values() for layer in same}
     skip_layers_but(skeleton, model, shown)
     sites = [site for site in model.weights if site.layer is None or site.layer in shown]
     probe = _Probe()
+    if any(site.expert is not None for site in sites):
+        skeleton.set_experts_implementation("eager")  # as when it is loaded
     take_off(skeleton, sites)
     attach(
         skeleton,
@@ -69,7 +74,7 @@ def profile_forward(model: Model, *, batch_size: int, new_tokens: int, dtype: st
     )
     for module in skeleton.modules():
         if any(getattr(tensor, "experts", None) for tensor in module.parameters(recurse=False)):
-            module.forward = _dense_experts(module)
+            module.forward = _traced_experts(module)
     _register_probe_attention()
     skeleton.set_attn_implementation(PROBE_ATTENTION)
     tokens = torch.zeros(batch_size, new_tokens, dtype=torch.int64, device="meta")
@@ -214,8 +219,34 @@ class _Skip(nn.Module):
             return "full_attention"
 
 
+def _traced_experts(module: nn.Module) -> Any:
+    """Experts whose routing can't be known beforehand, by their own code: the worst case, every token in each of the first ones, beside
+    which those after them hold nothing more. Code that can't be run so is taken as two products with a gate between them."""
+    own, dense = module.forward, _dense_experts(module)
+
+    def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        with suppress(RuntimeError, NotImplementedError, TypeError, ValueError, IndexError), _EveryTokenRouted():
+            return own(*args, **kwargs)
+        return dense(*args, **kwargs)
+
+    return forward
+
+
+class _EveryTokenRouted(TorchFunctionMode):
+    """Finds the first entries of a vector to be there (which experts are met), and all columns of a matrix (which tokens meet one)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_search = func in (torch.Tensor.nonzero, torch.nonzero) or (func is torch.where and len(args) == 1)
+        if not is_search or not args[0].is_meta or args[0].ndim > 2:
+            return func(*args, **(kwargs or {}))
+        if args[0].ndim == 1:
+            return torch.arange(len(args[0]))[: LAST_SHOWN + 1, None]
+        found = torch.empty(2, args[0].shape[1], dtype=torch.int64, device="meta")
+        return found.unbind() if func is torch.where else found.T
+
+
 def _dense_experts(module: nn.Module) -> Any:
-    """Experts whose routing can't be known beforehand: the worst case, every token in one expert."""
+    """Every token in one expert of two products with a gate between them."""
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         result = torch.zeros_like(hidden_states)

@@ -16,6 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+NUMBER_BYTES = 24
+"""Of a number where torch wants a tensor: made in 64 bits, again where a dispatch mode passes it on, and once in the other's dtype."""
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts bytes of storages created while active: `live_bytes` now, `peak_bytes` the most at one time.
@@ -39,6 +42,8 @@ class LiveBytes(TorchDispatchMode):
         inside = self._workspace.get(func)
         if inside is not None:
             self.peak_bytes = max(self.peak_bytes, self.live_bytes + inside(*args, **(kwargs or {})))
+        elif func._overloadname == "Tensor" and any(isinstance(x, int | float) for x in args[:2]):
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes + NUMBER_BYTES)
         return out
 
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:

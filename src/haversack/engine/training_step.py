@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from haversack.describe.model import Model
+from haversack.describe.parallel import check_spread
 from haversack.describe.workload import PACKED, TrainingWorkload, TuneWorkload, recomputation
 from haversack.engine.adapters import LowRankAdapter, PackedLinear, ReadMatrix, adapt
 from haversack.engine.connections import PartialConnections, connections_of
@@ -119,18 +120,11 @@ class TrainingStep:
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Keep this rank's rows of every weight alone; before `begin`. Losses are then shares of all ranks' together. Raises UsageError
-        for an optimizer that needs whole matrices."""
+        for an optimizer that needs whole matrices, and for what one process alone can do."""
         from haversack.engine.shards import Shards, check_sharded_optimizer
 
         check_sharded_optimizer(self.workload.optimizer)
-        if connections_of(self.model) or side_parameters(self.model) or scales_of(self.model):
-            raise UsageError("methods paca, peqa and side are for one process; choose lora or full.")
-        if rounded_of(self.model):
-            raise UsageError("precision int8 is for one process; choose master.")
-        if self.workload.saved in ("resting", "reversible"):
-            raise UsageError(f"saved={self.workload.saved} is for one process; choose recompute full.")
-        if self.workload.update == "backward":
-            raise UsageError("update=backward is for one process; several ranks shard gradients instead.")
+        check_spread(self.workload)
         self.shards = Shards(self.model, mesh)
 
     def own(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from haversack.errors import UsageError
+from haversack.kernels.pieces import piece_starts
 
 
 def cut_cross_entropy(
@@ -54,10 +55,10 @@ class _CutLosses(torch.autograd.Function):
         total = torch.zeros(num_tokens, device=hidden.device)
         target = torch.zeros(num_tokens, device=hidden.device)
         buffer = _Buffer(tokens * rows, compute, hidden.device)
-        for row in range(0, vocab_size, rows):
+        for row in piece_starts(vocab_size, rows, hidden):
             vocabulary = slice(row, min(row + rows, vocab_size))
             part, shift = weight[vocabulary].to(compute), None if bias is None else bias[vocabulary]
-            for token in range(0, num_tokens, tokens):
+            for token in piece_starts(num_tokens, tokens, hidden):
                 some = slice(token, min(token + tokens, num_tokens))
                 logits = _shape(buffer.logits(states[some], part, shift), scale, softcap)
                 _add_targets(target[some], logits, labels[some], row)
@@ -85,12 +86,12 @@ class _CutLosses(torch.autograd.Function):
         make = torch.empty_like if num_tokens else torch.zeros_like  # without tokens nothing is written
         to_weight = make(weight) if wants_weight else None
         to_bias = torch.zeros(vocab_size, device=hidden.device) if wants_bias else None
-        for row in range(0, vocab_size, rows):
+        for row in piece_starts(vocab_size, rows, hidden):
             vocabulary = slice(row, min(row + rows, vocab_size))
             part, shift = weight[vocabulary].to(compute), None if bias is None else bias[vocabulary]
             whole = num_tokens <= tokens
             sums = None if whole or not wants_weight else torch.zeros(part.shape, device=hidden.device)
-            for token in range(0, num_tokens, tokens):
+            for token in piece_starts(num_tokens, tokens, hidden):
                 some = slice(token, min(token + tokens, num_tokens))
                 product = buffer.logits(states[some], part, shift)
                 steps = _gradient(product, log_sum[some], labels[some], grad[some], row, ctx.scale, ctx.softcap)

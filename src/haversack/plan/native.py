@@ -66,12 +66,16 @@ def _ledger(question: Question, serving: NativeServing) -> Ledger:
     model, workload = question.model, question.workload
     steps = max(0, workload.generate_tokens - 1)
     scores = 2 * DTYPE_BYTES["F32"] * workload.users * model.vocab_size
+    weights = sum(
+        DTYPE_BYTES["F32"] * site.num_parameters if f"{site.module}.{site.parameter}" in model.widened else site.num_bytes
+        for site in model.weights
+    )
     ledger = Ledger()
     for point in ("load", "prefill", "decode"):
         if question.runtime_bytes:
             ledger.add(point, "runtime", "device", question.runtime_bytes)
-        ledger.add(point, "weights", "device", sum(site.num_bytes for site in model.weights))
-        ledger.add(point, "rest", "device", total_bytes(model.rest) + total_bytes(model.buffers))
+        ledger.add(point, "weights", "device", weights)
+        ledger.add(point, "rest", "device", total_bytes(model.held_rest) + total_bytes(model.buffers))
         if point == "load":
             continue
         ledger.add(

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from haversack.describe.checkpoint import torch_dtype
 from haversack.describe.model import Model
-from haversack.describe.skeleton import build_skeleton
+from haversack.describe.skeleton import build_skeleton, to_loaded_dtype
 from haversack.engine.attention import NAME, register
-from haversack.engine.decoder.loop import step_bytes
-from haversack.engine.decoder.trace import trace_step
+from haversack.engine.decoder.loop import make_tables, step_bytes, table_tokens
+from haversack.engine.decoder.schedule import schedule_step
+from haversack.engine.decoder.trace import TRACE_ATTENTION, StepGraph, trace_step
 from haversack.engine.profile import layer_kinds
 from haversack.engine.trace import LiveBytes
 from haversack.errors import UnsupportedModelError
@@ -63,11 +66,28 @@ def _forecast(model: Model, batch_size: int) -> StepForecast:
 
 def _trace(model: Model, config: Mapping[str, Any], num_layers: int, batch_size: int) -> StepForecast:
     skeleton: Any = build_skeleton(config, model.name)
-    skeleton.to(torch_dtype(model.dtype)).eval()
+    to_loaded_dtype(skeleton, torch_dtype(model.dtype))
+    skeleton.eval()
     with LiveBytes() as live:
         live.leave_out([*skeleton.parameters(), *skeleton.buffers()])  # GPT-2's weights are met transposed
         try:
-            num_bytes = step_bytes(trace_step(skeleton, num_layers, NAME), batch_size)
+            graph = trace_step(skeleton, num_layers, NAME)
+            schedule_step(graph, batch_size)
         except UnsupportedModelError:
-            num_bytes = 0
-    return StepForecast(num_bytes, live.peak_bytes)
+            graph = None
+    if graph is None:
+        return StepForecast(0, live.peak_bytes)
+    made = _tables_bytes(skeleton, num_layers, graph, batch_size)
+    return StepForecast(step_bytes(graph, batch_size, made), live.peak_bytes)
+
+
+def _tables_bytes(skeleton: Any, num_layers: int, graph: StepGraph, batch_size: int) -> int:
+    """The most that making tables of positions holds, them included."""
+    ahead = table_tokens(skeleton.config)
+    skeleton.set_attn_implementation(TRACE_ATTENTION)  # whose masks ask for no values
+    with LiveBytes() as live:
+        live.leave_out([*skeleton.parameters(), *skeleton.buffers()])
+        positions = torch.zeros(batch_size, ahead, dtype=torch.int64, device="meta")
+        tables = make_tables(skeleton, num_layers, graph, positions)
+        del tables
+    return live.peak_bytes

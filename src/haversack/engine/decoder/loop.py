@@ -41,7 +41,7 @@ class Decoder:
         self.num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.graph: StepGraph = trace_step(model, self.num_layers, NAME)
         schedule_step(self.graph, 1)  # refuses now what would else be refused after the first token
-        self._table_tokens = 1 if _rope_changes(model.config) else TABLE_TOKENS
+        self._table_tokens = table_tokens(model.config)
 
     def steps(self, cache: HaversackCache, first_tokens: torch.Tensor) -> Steps:
         """Steps over a filled cache from `first_tokens` `(batch,)` on."""
@@ -91,60 +91,61 @@ class Decoder:
             finished |= torch.isin(tokens, ends)
         return torch.cat([input_ids, torch.stack(chosen, 1)], 1), cache
 
-    @contextmanager
-    def _layers_aside(self, found: dict[int, Any]) -> Iterator[None]:
-        """Layers that only note what they are given; the last one that is asked for ends the forward pass."""
-        layers = layers_of(self.model, self.num_layers)
-        wanted = {layer for layer, _ in self.graph.tables.values()}
-
-        def forward_of(index: int) -> Callable[..., torch.Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-                if index in wanted:
-                    found[index] = (args, kwargs)
-                    if set(found) == wanted:
-                        raise _Enough
-                return args[0] if args else kwargs["hidden_states"]
-
-            return forward
-
-        for i, layer in enumerate(layers):
-            layer.forward = forward_of(i)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward  # the class's own comes back
-
     def tables(self, positions: torch.Tensor) -> dict[Node, torch.Tensor]:
         """The model's own functions of `positions` `(batch, tokens)` that layers get, by node of the graph."""
-        if not self.graph.tables:
-            return {}
-        found: dict[int, Any] = {}
-        width = self.model.get_input_embeddings().weight.shape[1]
-        hidden = torch.zeros(*positions.shape, width, dtype=self.model.dtype)
-        with torch.inference_mode(False), torch.no_grad(), self._layers_aside(found), suppress(_Enough):
-            self.model.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False)
-        tables = {}
-        for node, (layer, path) in self.graph.tables.items():
-            value = dict(tensors_in(found[layer]))[path]
-            if value.shape[:2] != positions.shape or value.shape[2:] != node.layout.shape[2:]:
-                raise UnsupportedModelError(f"a table of positions has the shape {tuple(value.shape)}")
-            tables[node] = value
-        return tables
+        return make_tables(self.model, self.num_layers, self.graph, positions)
 
 
-def step_bytes(graph: StepGraph, batch_size: int) -> int:
-    """What steps for `batch_size` sequences allocate beside kernels' workspace: buffers, constants, tables, scores.
+def make_tables(model: Any, num_layers: int, graph: StepGraph, positions: torch.Tensor) -> dict[Node, torch.Tensor]:
+    """What the model's own code makes of `positions` `(batch, tokens)` for its layers, which run aside."""
+    if not graph.tables:
+        return {}
+    found: dict[int, Any] = {}
+    width = model.get_input_embeddings().weight.shape[1]
+    hidden = torch.zeros(*positions.shape, width, dtype=model.dtype, device=positions.device)
+    given = {"attention_mask": torch.ones_like(positions), "position_ids": positions}  # without, values would be asked for
+    layers = layers_of(model, num_layers)
+    wanted = {layer for layer, _ in graph.tables.values()}
+    with torch.inference_mode(False), torch.no_grad(), _layers_aside(layers, wanted, found), suppress(_Enough):
+        model.base_model(inputs_embeds=hidden, **given, use_cache=False)
+    tables = {}
+    for node, (layer, path) in graph.tables.items():
+        value = dict(tensors_in(found[layer]))[path]
+        if value.shape[:2] != positions.shape or value.shape[2:] != node.layout.shape[2:]:
+            raise UnsupportedModelError(f"a table of positions has the shape {tuple(value.shape)}")
+        tables[node] = value
+    return tables
 
-    A table is made with zeros for hidden states, and from two more of its size. Raises UnsupportedModelError.
-    """
+
+@contextmanager
+def _layers_aside(layers: Sequence[Any], wanted: set[int], found: dict[int, Any]) -> Iterator[None]:
+    """Layers that only note what they are given; the last one that is asked for ends the forward pass."""
+
+    def forward_of(index: int) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if index in wanted:
+                found[index] = (args, kwargs)
+                if set(found) == wanted:
+                    raise _Enough
+            return args[0] if args else kwargs["hidden_states"]
+
+        return forward
+
+    for i, layer in enumerate(layers):
+        layer.forward = forward_of(i)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own comes back
+
+
+def step_bytes(graph: StepGraph, batch_size: int, tables_bytes: int) -> int:
+    """What steps for `batch_size` sequences allocate beside kernels' workspace: buffers, constants, scores, and `tables_bytes` while tables of
+    positions are made. Raises UnsupportedModelError."""
     schedule = schedule_step(graph, batch_size)
-    ahead = batch_size * TABLE_TOKENS
-    tables = [ahead * row_elements(node) * DTYPE_BYTES[dtype_name(node.layout)] for node in graph.tables]
-    embedding = next(node for node in graph.nodes if node.kind == "embedding")
-    making = ahead * row_elements(embedding) * DTYPE_BYTES[dtype_name(embedding.layout)] + 2 * max(tables, default=0)
     scores = 4 * batch_size * graph.logits.sizes[-1]
-    return schedule.arena_bytes + ALIGNMENT + constant_bytes(graph) + sum(tables) + making + 2 * scores
+    return schedule.arena_bytes + ALIGNMENT + constant_bytes(graph) + tables_bytes + 2 * scores
 
 
 class Steps:
@@ -161,6 +162,7 @@ class Steps:
         """Logits `(batch, vocab_size)` after `tokens` `(batch,)`, valid until the next step."""
         program = self.program
         if self._used == self._made:
+            self._tables = []  # the last ones go before the next are made
             ahead = torch.arange(self.decoder._table_tokens)
             tables = self.decoder.tables(program.positions + ahead)
             self._tables = [(program.table(node), value) for node, value in tables.items()]
@@ -184,6 +186,11 @@ class Steps:
 
 class _Enough(Exception):
     """Every table was seen."""
+
+
+def table_tokens(config: Any) -> int:
+    """Positions that a model's tables are made for at a time."""
+    return 1 if _rope_changes(config) else TABLE_TOKENS
 
 
 def _rope_changes(config: Any) -> bool:
