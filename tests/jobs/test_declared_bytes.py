@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def test_what_runs_stays_within_what_was_declared(family: str, dtype: str, users
     assert run(["pack", str(model), "-o", str(packed), *asked]) == 0
     timeline = json.loads((packed / "plan.json").read_text())["prediction"]["timeline"]
     measure_tensors(packed)  # what is found once of a family and a machine is found
+    gc.collect()  # or the first run's tensors would be let go during the second
     measured = measure_tensors(packed)
     declared = {point: sum(tiers.get("device", 0) for tiers in owners.values()) for point, owners in timeline.items()}
     assert measured["residents"] == {owner: timeline["decode"][owner]["device"] for owner in ("weights", "rest", "kv")}
