@@ -67,7 +67,9 @@ def _ledger(question: Question, serving: NativeServing) -> Ledger:
     steps = max(0, workload.generate_tokens - 1)
     scores = 2 * DTYPE_BYTES["F32"] * workload.users * model.vocab_size
     weights = sum(
-        DTYPE_BYTES["F32"] * site.num_parameters if f"{site.module}.{site.parameter}" in model.widened else site.num_bytes
+        DTYPE_BYTES["F32"] * site.num_parameters
+        if f"{site.module}.{site.parameter}" in model.widened
+        else site.num_bytes
         for site in model.weights
     )
     ledger = Ledger()

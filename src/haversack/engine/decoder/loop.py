@@ -15,11 +15,10 @@ import torch
 
 from haversack.engine.attention import NAME
 from haversack.engine.decoder.program import StepProgram
-from haversack.engine.decoder.schedule import ALIGNMENT, constant_bytes, dtype_name, row_elements, schedule_step
+from haversack.engine.decoder.schedule import ALIGNMENT, constant_bytes, schedule_step
 from haversack.engine.decoder.trace import Node, StepGraph, layers_of, tensors_in, trace_step
 from haversack.engine.kv_cache import HaversackCache
 from haversack.errors import UnsupportedModelError
-from haversack.kernels.ir_rows import DTYPE_BYTES
 
 LOOP = "compiled step"
 """Name of this loop in results; the other one is transformers' own."""
@@ -103,7 +102,10 @@ def make_tables(model: Any, num_layers: int, graph: StepGraph, positions: torch.
     found: dict[int, Any] = {}
     width = model.get_input_embeddings().weight.shape[1]
     hidden = torch.zeros(*positions.shape, width, dtype=model.dtype, device=positions.device)
-    given = {"attention_mask": torch.ones_like(positions), "position_ids": positions}  # without, values would be asked for
+    given = {
+        "attention_mask": torch.ones_like(positions),
+        "position_ids": positions,
+    }  # without, values would be asked for
     layers = layers_of(model, num_layers)
     wanted = {layer for layer, _ in graph.tables.values()}
     with torch.inference_mode(False), torch.no_grad(), _layers_aside(layers, wanted, found), suppress(_Enough):
