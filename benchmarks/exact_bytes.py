@@ -18,6 +18,7 @@ from benchmarks.results_file import write_results
 from benchmarks.streaming import CONFIG, make_model
 from haversack import data
 from haversack.cost.damage import NONE
+from haversack.cost.serving import REST_FILE
 from haversack.describe.machine import Machine
 from haversack.describe.model import Model, describe_model
 from haversack.describe.workload import ServeWorkload
@@ -74,8 +75,8 @@ WORKLOADS = {
 
 WEIGHTS = WeightOption(IntegerGrid(4, 64, symmetric=False, search=False), NearestRounding())
 CACHE = KVOption(None, QuantizedKV(4, 4, 32, 32))
-TRANSIENT = ("activations", "workspace", "generation")
-"""Owners that a run holds for a while."""
+TRANSIENT = ("activations", "workspace", "generation", REST_FILE)
+"""Owners that a run holds for a while, and what is mapped beside tensors."""
 
 
 def measure(model: Model, workload: ServeWorkload, folder: Path) -> list[dict[str, Any]]:
