@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.describe.families import FAMILIES
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from haversack.describe.model import describe_model
 from haversack.describe.workload import TrainWorkload
 from haversack.engine.cut_loss import CutLoss, _head_output, cuts
+from haversack.engine.trace import LiveBytes
 from haversack.engine.training_step import TrainingStep
+from haversack.engine.true_values import TrueValues
 from haversack.errors import UnsupportedModelError
 from haversack.jobs.training_run import open_model
+from haversack.kernels import pieces
+from haversack.kernels.cut_cross_entropy import cut_cross_entropy
 from haversack.parts.loss.base import HeadOutput
 
 
@@ -77,3 +82,19 @@ def test_a_training_step_with_either_loss(precision: str) -> None:
         step = TrainingStep(open_model(described, dtype, "sdpa"), described, workload).begin(described)
         losses.append([step.run([{"ids": ids}]) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if precision == "fp32" else 5e-3)
+
+
+def test_blocks_in_the_middle_hold_what_the_second_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors without values few blocks are walked: as many bytes, in the time of nine blocks where a long text has thousands."""
+
+    def held() -> int:
+        with FakeTensorMode(), TrueValues(), LiveBytes() as live:
+            hidden = torch.empty(1100, 8, dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.empty(700, 8, dtype=torch.bfloat16, requires_grad=True)
+            labels = torch.zeros(1100, dtype=torch.int64)
+            cut_cross_entropy(hidden, weight, None, labels, (256, 128)).sum().backward()
+        return live.peak_bytes
+
+    few = held()
+    monkeypatch.setattr(pieces, "SHOWN_PIECES", 10**9)
+    assert few == held()
