@@ -14,7 +14,7 @@ from haversack.describe.site import AttentionSite, WeightSite
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.decoder.forecast import StepForecast
 from haversack.engine.profile import ActivationProfile
-from haversack.ledger import DTYPE_BYTES
+from haversack.ledger import DTYPE_BYTES, TIERS
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
 from haversack.parts.weights.base import WeightOption
@@ -71,6 +71,8 @@ class KVCandidate:
     decode_bytes: int
     seconds: float
     damage: Damage
+    elsewhere_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes on other tiers than the device, by tier."""
 
     @property
     def id(self) -> str:
@@ -97,6 +99,11 @@ class Serving:
     @property
     def disk_rate(self) -> float:
         return self.machine.rates.disk_read_bytes_per_second or ASSUMED_DISK_BYTES_PER_SECOND
+
+    def link_rate(self, *tiers: str) -> float:
+        """Bytes/s between the device and the slowest of these tiers."""
+        host = self.machine.devices[0].link_bytes_per_second if self.machine.devices else None
+        return min(self.disk_rate if tier == "disk" else host or self.read_rate for tier in tiers)
 
     @property
     def scores_bytes(self) -> int:
@@ -278,6 +285,10 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
     for option, damage in damages.items():
         shape = {"batch_size": workload.users, "capacity_tokens": workload.cache_tokens, "dtype": model.dtype}
         stored_bytes = option.stored_bytes(site, **shape)  # type: ignore[arg-type]
+        others = {tier: option.stored_bytes(site, tier=tier, **shape) for tier in TIERS if tier != "device"}  # type: ignore[arg-type]
+        elsewhere = {tier: num_bytes for tier, num_bytes in others.items() if num_bytes}
+        # what is fetched is known only once the query is there: nothing else runs meanwhile
+        link_seconds = option.link_bytes(site, **shape) / serving.link_rate(*elsewhere) if elsewhere else 0.0  # type: ignore[arg-type]
         prefill, decode = (option.workspace_bytes(site, new_tokens=p.new_tokens, **shape) for p in passes)  # type: ignore[arg-type]
         out.append(
             KVCandidate(
@@ -286,8 +297,9 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
                 stored_bytes=stored_bytes,
                 prefill_bytes=serving.prefill.at_attention[site.layer] + prefill,
                 decode_bytes=serving.decode_bytes(serving.decode.at_attention[site.layer]) + decode,
-                seconds=_attention_seconds(serving, site, stored_bytes),
+                seconds=_attention_seconds(serving, site, stored_bytes) + link_seconds,
                 damage=damage,
+                elsewhere_bytes=elsewhere,
             )
         )
     return out
