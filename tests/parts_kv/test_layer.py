@@ -449,7 +449,17 @@ def test_padded_rows_are_as_alone(option):
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
             isinstance(
-                part, (QuantizedKV, CorrectedKV, NonUniformKV, BlockFloatKV, FewerKeyChannels, DepthMergedKV, PagedKV, Retrieving)
+                part,
+                (
+                    QuantizedKV,
+                    CorrectedKV,
+                    NonUniformKV,
+                    BlockFloatKV,
+                    FewerKeyChannels,
+                    DepthMergedKV,
+                    PagedKV,
+                    Retrieving,
+                ),
             )
             for part in option.parts
         ):  # packed tokens depend on what was plain when a query came, so on the chunks; pages are a chunk's

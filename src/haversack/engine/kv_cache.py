@@ -72,6 +72,11 @@ class KVPlan:
         return found[0] if found else None
 
     @property
+    def spares_steps(self) -> bool:
+        """Whether some layer reads less in steps than in chunks: what it loses is then seen token by token alone."""
+        return any(one.represent.spares_steps for option in self.options for one in (option.heads or (option,)))
+
+    @property
     def block_tokens(self) -> int | None:
         """Tokens after which some layer may want to be told what tokens are worth; None where none does."""
         told = [score.block_tokens for score in self.selections if score.weighed or isinstance(score, EpisodeAttention)]

@@ -152,6 +152,8 @@ class Represent(KVPart):
     """How held tokens are stored."""
 
     stage: ClassVar[str] = "represent"
+    spares_steps: ClassVar[bool] = False
+    """Whether steps of few tokens read less of the cache than a prompt's chunk does, so that only steps show what is lost."""
 
     @property
     def joins(self) -> bool:
@@ -181,7 +183,9 @@ class Represent(KVPart):
     ) -> KVLayer:
         """A layer whose slabs are the declared tensors."""
 
-    def link_bytes(self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str) -> int:
+    def link_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str
+    ) -> int:
         """The most bytes that a step of one token, with `held_tokens` before it, moves from another tier or to it; new tokens that are put away there included."""
         return 0
 

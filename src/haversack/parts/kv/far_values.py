@@ -38,7 +38,9 @@ class FarValues(Retrieving):
     def label(self) -> str:
         return f"values on {self.tier}, {self.read_tokens} read per step g{self.group_size} +{self.recent_tokens}"
 
-    def link_bytes(self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str) -> int:
+    def link_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str
+    ) -> int:
         behind = self.num_groups(regions) * self.group_size
         tokens = min(self.read_tokens, behind, held_tokens) + (self.group_size if behind else 0)
         return batch_size * site.num_kv_heads * tokens * site.value_head_dim * DTYPE_BYTES[dtype]

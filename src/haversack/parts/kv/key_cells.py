@@ -56,7 +56,9 @@ class KeyCells(Retrieving):
             StoredTensor("cells.of", "U8", (*leading, num_tokens)),
         )
 
-    def link_bytes(self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str) -> int:
+    def link_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str
+    ) -> int:
         behind = self.num_groups(regions) * self.group_size
         put_away = self.group_size if behind else 0
         keys = (min(self.scan_tokens, behind, held_tokens) + put_away) * site.key_head_dim
@@ -75,7 +77,9 @@ class KeyCells(Retrieving):
         """One group's keys, its distances to cells, and which cell each is in; the cells before and after."""
         heads, f32 = batch_size * site.num_kv_heads, DTYPE_BYTES["F32"]
         keys = 2 * self.group_size * site.key_head_dim * f32
-        return heads * (keys + self.group_size * (4 * self.num_cells * f32 + 8) + 4 * self.num_cells * site.key_head_dim * f32)
+        return heads * (
+            keys + self.group_size * (4 * self.num_cells * f32 + 8) + 4 * self.num_cells * site.key_head_dim * f32
+        )
 
     def groups(self, site: AttentionSite, num_groups: int, tensors: dict[str, torch.Tensor]) -> RetrievedGroups:
         return _ByCells(self, num_groups, tensors)

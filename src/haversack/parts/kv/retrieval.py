@@ -31,6 +31,7 @@ class Retrieving(Represent):
     """Tokens leave the recent window in groups of `group_size`; of those behind it, each KV head reads `read_tokens` per step of up to `FEW_QUERIES` tokens, and a
     prompt's chunk all of them, block by block. Where old tokens are dropped, everything held stays on the device as it is."""
 
+    spares_steps: ClassVar[bool] = True
     far: ClassVar[tuple[str, ...]]
     """Which of keys and values lie on the other tier, once they have left the window."""
 
@@ -77,7 +78,9 @@ class Retrieving(Represent):
         window = plain_slabs(site, batch_size, regions.sink_tokens + self._split.split(regions)[0], dtype)
         behind = (slab.prefixed("behind") for slab in plain_slabs(site, batch_size, num_tokens, dtype))
         placed = (
-            StoredTensor(slab.name, slab.dtype, slab.shape, self.tier if slab.name.split(".")[1] in self.far else "device")
+            StoredTensor(
+                slab.name, slab.dtype, slab.shape, self.tier if slab.name.split(".")[1] in self.far else "device"
+            )
             for slab in behind
         )
         return (*window, *placed, *self.index(site, num_tokens, batch_size))

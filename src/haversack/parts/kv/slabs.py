@@ -57,7 +57,9 @@ def _room(declared: StoredTensor, device: str | torch.device) -> torch.Tensor:
         return _room_on_disk(declared)
     if declared.tier == "host":
         if torch.device(device).type == "cpu":
-            raise UsageError("main memory is the device here, so that nothing can lie in the host beside it; take the disk.")
+            raise UsageError(
+                "main memory is the device here, so that nothing can lie in the host beside it; take the disk."
+            )
         device = "cpu"
     return torch.zeros(declared.shape, dtype=torch_dtype(declared.dtype), device=device)
 
