@@ -46,7 +46,7 @@ fuzz: env
 # Each benchmark writes benchmarks/results/NAME.json, from which the documentation draws its figures, with the seconds that it took;
 # `make bench-NAME` runs one, and goes on where it was stopped. docs/results.md states what each took, and the sum. bench-quick needs no peers.
 QUICK := plan_time kernels exact_bytes process_peak streaming
-LONG := calibration decode decode_time fsdp kv_claims kv_prefill loss optimizers packing plans prediction feedback recipes \
+LONG := calibration decode decode_time depth elastic fsdp kv_claims kv_prefill loss optimizers packing plans prediction feedback recipes \
 	recomputation choosers kills
 BESIDE_PEERS := exports decode_peers weights kv pretraining tuning
 bench: bench-quick $(LONG:%=bench-%) peers $(BESIDE_PEERS:%=bench-%)

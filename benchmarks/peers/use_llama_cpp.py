@@ -12,6 +12,7 @@ from decoding import turns
 from exchange import serve
 
 LONG_CONTEXT = 1024
+HELD = []  # callbacks of ours that llama.cpp calls for as long as it lives
 KV_TYPES = {"f16": 1, "q4_0": 2, "q8_0": 8}
 MATRICES = {
     "attn_q": "q",
@@ -113,8 +114,8 @@ def prepare(request):
         partial.rename(path)
     batch, context, tokens = settings["batch"], settings["context"], settings["tokens"]
     api.llama_backend_init()
-    silent = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(silent, None)
+    HELD.append(api.llama_log_callback(lambda level, text, data: None))
+    api.llama_log_set(HELD[-1], None)
     model_params = api.llama_model_default_params()
     model = api.llama_model_load_from_file(str(path).encode(), model_params)
     params = api.llama_context_default_params()

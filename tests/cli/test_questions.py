@@ -54,7 +54,7 @@ PLAN_KEYS = {
         ([*B, "--machine", "nofile.json"], ["no machine file 'nofile.json'"]),
         ([*B, "--potatoes"], ["--potatoes", "--help"]),
         ([*B, "--recipe", "gptx"], ["no recipe 'gptx'", "did you mean 'gptq'?"]),
-        ([*B, "--recipe", "gptq", "--recipe", ""], ["no recipe ''", "gptq", "kivi"]),
+        ([*B, "--recipe", "gptq", "--recipe", ""], ["no recipe ''", "haversack methods", "adaquant to zipcache"]),
         (["--task", "tune", *B, "--recipe", "gptq"], ["--recipe", "--task"]),
         (
             ["--task", "tune", *B, "--with", "saved=tokens", "--with", "recompute=full"],

@@ -236,7 +236,7 @@ def test_rows_of_blocks_are_cut_where_heads_are(tmp_path: Path) -> None:
 
 def test_outputs_and_folders_are_checked(tmp_path: Path) -> None:
     _, packed = packed_folder(tmp_path, "llama", by_role)
-    with pytest.raises(PlanError, match="not a packed model"):
+    with pytest.raises(PlanError, match="is not packed; run"):
         export(tmp_path / "model", tmp_path / "out", "gguf")
     with pytest.raises(UsageError, match="'onnx' is not one of"):
         export(packed, tmp_path / "out", "onnx")

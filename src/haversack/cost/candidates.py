@@ -24,10 +24,10 @@ ASSUMED_READ_BYTES_PER_SECOND = 10e9
 
 ASSUMED_DISK_BYTES_PER_SECOND = 1e9
 
-COMPILED_LAYER_SECONDS, PLAIN_LAYER_SECONDS = 1e-4, 3e-4
-"""Beside reading weights and cache, per layer and step: norms, rotations and activations in one thread, and the starts of teams; and in
-transformers' own loop, which is Python. A 1.1B shape of 16 layers at 4 bits took 16.2 ms compiled where its bytes take 14.0, and 3.4 ms more in
-transformers' loop (2-core EPYC)."""
+COMPILED_LAYER_SECONDS, PLAIN_LAYER_SECONDS = 2e-4, 4e-4
+"""Beside reading weights and cache, per layer and step: norms, rotations and activations in one thread, and the starts and ends of teams; and
+in transformers' own loop, which is Python. A 1.1B shape of 16 layers at 4 bits took 11.8 ms compiled where its bytes take 8.9 at the rate
+read in turns with it (one product beyond its bytes: 30 to 40 us, at any width), and 3.4 ms more in transformers' loop (2-core EPYC)."""
 
 FURTHER_TOKEN_SECONDS_PER_WEIGHT = {16: 8e-12, 8: 5.5e-12}
 """One thread's, for each token beside the first that meets a packed weight, by bits of activations: that shape at 8 users took 29.5 ms more

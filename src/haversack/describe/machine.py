@@ -30,7 +30,7 @@ from haversack.cache import cache_folder
 from haversack.errors import MachineError, MissingDependencyError, OutputError
 from haversack.units import format_bytes
 
-RATES_VERSION = 1
+RATES_VERSION = 2
 """Raised when the meaning of a measured rate changes, so that older cache files are measured again."""
 
 

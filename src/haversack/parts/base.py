@@ -13,6 +13,7 @@ import pkgutil
 from abc import ABC
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from haversack.errors import PlanError, UsageError
@@ -82,11 +83,26 @@ def all_parts() -> dict[str, type[Part]]:
     return dict(sorted(found.items()))
 
 
+@cache
+def part_class(name: str) -> type[Part] | None:
+    """The part of an id: looked for in the module that the id names, since importing all of them takes longer than reading a small model."""
+    import haversack.parts as package
+
+    stem = name.rpartition(".")[2].replace("-", "_")
+    for folder in pkgutil.iter_modules(package.__path__):
+        path = f"{package.__name__}.{folder.name}.{stem}"
+        if folder.ispkg and stem.isidentifier() and find_spec(path) is not None:
+            for value in vars(importlib.import_module(path)).values():
+                if isinstance(value, type) and issubclass(value, Part) and value.__dict__.get("id") == name:
+                    return value
+    return all_parts().get(name)
+
+
 def part_from_dict(data: dict[str, Any]) -> Part:
     """The part that `to_dict` wrote. Raises PlanError naming an unknown part or field."""
     fields = dict(data)
     name = fields.pop("part", None)
-    cls = all_parts().get(name) if isinstance(name, str) else None
+    cls = part_class(name) if isinstance(name, str) else None
     if cls is None:
         raise PlanError(f"the plan names a part {name!r}, which this version of haversack does not have.")
     try:

@@ -144,7 +144,9 @@ def check_recipes(ids: Sequence[str], residents: Sequence[str]) -> None:
                 f"recipe {name!r} is for {known[name]}, but only {' and '.join(residents)} are planned here."
             )
         near = difflib.get_close_matches(name, able, 1, 0.5)
-        way = f"did you mean {near[0]!r}?" if near else f"name one of {', '.join(able)}."
+        way = (
+            f"did you mean {near[0]!r}?" if near else f"`haversack methods` lists {len(able)}, {able[0]} to {able[-1]}."
+        )
         raise UsageError(f"there is no recipe {name!r}; {way}")
 
 
