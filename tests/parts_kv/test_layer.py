@@ -21,6 +21,7 @@ from haversack.parts.kv.block_float import BlockFloatKV
 from haversack.parts.kv.channels import ChosenChannels
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.depth_merged import DepthMergedKV
+from haversack.parts.kv.elsewhere import Elsewhere
 from haversack.parts.kv.episode_attention import EpisodeAttention
 from haversack.parts.kv.far_values import FarValues
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
@@ -206,6 +207,7 @@ OPTIONS = [
     KVOption(None, PagedKV(8, 5)),
     KVOption(None, FarValues(8, 8, 32), project=LowRankKV(16, 32)),
     KVOption(None, KeyCells(8, 8, 32, scan_tokens=16, num_cells=8)),
+    KVOption(SinksAndWindow(4, 30), Elsewhere()),
 ]
 
 

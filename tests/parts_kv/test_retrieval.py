@@ -14,6 +14,7 @@ import torch
 from haversack.describe.site import AttentionSite
 from haversack.errors import DoesNotFitError, UsageError
 from haversack.parts.kv.base import KVOption, by_head
+from haversack.parts.kv.elsewhere import Elsewhere
 from haversack.parts.kv.far_values import FarValues
 from haversack.parts.kv.key_cells import KeyCells
 from haversack.parts.kv.low_rank import LowRankKV
@@ -220,3 +221,34 @@ def test_a_full_disk_is_refused_before_anything_is_held(monkeypatch):
 def test_bad_fields_are_refused_by_name(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+# Everything elsewhere
+
+
+@pytest.mark.parametrize("attends_there", [True, False])
+@pytest.mark.parametrize("score", [None, SinksAndWindow(4, 100)], ids=["all", "window"])
+def test_what_a_drive_attends_to_comes_out_as_here_and_only_queries_and_outputs_cross(attends_there, score):
+    query, keys, values = tokens(LENGTH, batch_size=2)
+    outputs = []
+    for represent in (None, Elsewhere(attends_there)):
+        option = KVOption(score) if represent is None else KVOption(score, represent)
+        layer = option.build(site(), batch_size=2, capacity_tokens=LENGTH, dtype="F32")
+        steps = [torch.arange(LENGTH - 3), *torch.arange(LENGTH - 3, LENGTH).split(1)]
+        before = 0
+        for some in steps:
+            before = getattr(layer, "crossed_bytes", 0)
+            outputs.append(layer.step(query[:, :, some], keys[:, :, some], values[:, :, some], scaling=SCALING)[0])
+    for plain, away in zip(outputs[:4], outputs[4:], strict=True):
+        assert torch.equal(plain, away)
+    assert layer.num_bytes() == layer.max_bytes() == 0
+    held = LENGTH if score is None else 104
+    assert layer.num_bytes("disk") == 2 * KV_HEADS * held * 2 * DIM * 4
+    new = KV_HEADS * 2 * DIM * 4
+    queries, outputs_and_lse = HEADS * DIM * 4, HEADS * (DIM + 1) * 4
+    fetched = queries + outputs_and_lse if attends_there else min(held, LENGTH - 1) * KV_HEADS * 2 * DIM * 4
+    assert layer.crossed_bytes - before == 2 * (new + fetched)
+    most = option.link_bytes(site(), batch_size=2, capacity_tokens=LENGTH, dtype="F32")
+    assert most - (layer.crossed_bytes - before) == (
+        0 if attends_there or score else 2 * new
+    )  # a full cache has one token more

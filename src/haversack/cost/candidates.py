@@ -14,6 +14,7 @@ from haversack.describe.site import AttentionSite, WeightSite
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.decoder.forecast import StepForecast
 from haversack.engine.profile import ActivationProfile
+from haversack.errors import MachineError
 from haversack.ledger import DTYPE_BYTES, TIERS
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
@@ -278,6 +279,17 @@ def _attention_seconds(serving: Serving, site: AttentionSite, stored_bytes: int)
     return max(reading, multiplying) + (COMPILED_LAYER_SECONDS if serving.step.step_bytes else PLAIN_LAYER_SECONDS)
 
 
+def _attention_rate(machine: Machine, option: KVOption) -> float:
+    """Bytes/s of keys and values that the machine's drive attends to by itself. Raises MachineError where it has none that can."""
+    rate = None if machine.disk is None else machine.disk.attention_bytes_per_second
+    if not rate:
+        raise MachineError(
+            f"{option.label} needs a drive that computes, but {machine.name} names none; give disk.attention_bytes_per_second in a "
+            "machine file to simulate one."
+        )
+    return rate
+
+
 def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]) -> list[KVCandidate]:
     """Every KV option at a layer, for the planned users and context."""
     workload, model, passes = serving.workload, serving.model, (serving.prefill, serving.decode)
@@ -288,7 +300,11 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
         others = {tier: option.stored_bytes(site, tier=tier, **shape) for tier in TIERS if tier != "device"}  # type: ignore[arg-type]
         elsewhere = {tier: num_bytes for tier, num_bytes in others.items() if num_bytes}
         # what is fetched is known only once the query is there: nothing else runs meanwhile
-        link_seconds = option.link_bytes(site, **shape) / serving.link_rate(*elsewhere) if elsewhere else 0.0  # type: ignore[arg-type]
+        away_seconds = 0.0
+        if elsewhere:
+            away_seconds = option.link_bytes(site, **shape) / serving.link_rate(*elsewhere)  # type: ignore[arg-type]
+            if there := option.read_there_bytes(site, **shape):  # type: ignore[arg-type]
+                away_seconds += there / _attention_rate(serving.machine, option)
         prefill, decode = (option.workspace_bytes(site, new_tokens=p.new_tokens, **shape) for p in passes)  # type: ignore[arg-type]
         out.append(
             KVCandidate(
@@ -297,7 +313,7 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
                 stored_bytes=stored_bytes,
                 prefill_bytes=serving.prefill.at_attention[site.layer] + prefill,
                 decode_bytes=serving.decode_bytes(serving.decode.at_attention[site.layer]) + decode,
-                seconds=_attention_seconds(serving, site, stored_bytes) + link_seconds,
+                seconds=_attention_seconds(serving, site, stored_bytes) + away_seconds,
                 damage=damage,
                 elsewhere_bytes=elsewhere,
             )

@@ -189,6 +189,10 @@ class Represent(KVPart):
         """The most bytes that a step of one token, with `held_tokens` before it, moves from another tier or to it; new tokens that are put away there included."""
         return 0
 
+    def read_there_bytes(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> int:
+        """The most bytes of a full cache that another tier reads by itself per step, where it attends to what it holds."""
+        return 0
+
     def stored_slots(
         self, site: AttentionSite, num_slots: int, *, batch_size: int, dtype: str
     ) -> tuple[StoredTensor, ...]:
@@ -642,6 +646,16 @@ class KVOption:
         return self.represent.link_bytes(
             site, regions, batch_size=batch_size, held_tokens=regions.total_tokens, dtype=dtype
         )
+
+    def read_there_bytes(self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str) -> int:
+        """The most bytes that another tier reads by itself in one step with a full cache."""
+        sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
+        if self.heads:
+            return sum(band.option.read_there_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type]
+        if self.project is not None:
+            return self.unprojected.read_there_bytes(self.project.inside(site), **sizes)  # type: ignore[arg-type]
+        regions = self.regions(site, capacity_tokens)
+        return self.represent.read_there_bytes(site, regions, batch_size=batch_size, dtype=dtype)
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
         """What attends with one new token per sequence on this machine."""
