@@ -43,7 +43,7 @@ def weights(request):
 
 
 def dequantized(folder):
-    """Checkpoint name -> float32 matrix, from the stored codes, zeros and scales (the GPTQ layout)."""
+    """Checkpoint name -> float32 matrix, from the stored codes, zeros and scales (the GPTQ layout, or AWQ's, which has 4 bits)."""
     import torch
     from safetensors import safe_open
 
@@ -52,15 +52,18 @@ def dequantized(folder):
         with safe_open(path, "pt") as file:
             stored |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    bits = config["bits"]
+    bits, layout = config["bits"], config.get("packing_format", "")
     dense = {}
     for name, tensor in stored.items():
         if name.endswith(".qweight"):
             module = name.removesuffix(".qweight")
-            codes = unpacked(tensor.T, bits).T  # (in, out)
             scales = stored[f"{module}.scales"].float()  # (groups, out)
             zeros = unpacked(stored[f"{module}.qzeros"], bits)[:, : scales.shape[1]]
-            if "gptq" in config.get("packing_format", "") and "v2" not in config["packing_format"]:
+            if "awq" in layout:
+                codes, zeros = in_order(unpacked(tensor, bits)), in_order(zeros)
+            else:
+                codes = unpacked(tensor.T, bits).T  # (in, out)
+            if "gptq" in layout and "v2" not in layout:
                 zeros = zeros + 1
             group = codes.shape[0] // scales.shape[0]
             spread = scales.repeat_interleave(group, 0), zeros.repeat_interleave(group, 0)
@@ -68,6 +71,12 @@ def dequantized(folder):
         elif not name.endswith((".scales", ".qzeros", ".g_idx")):
             dense[name] = tensor.to(torch.float32).contiguous()
     return dense
+
+
+def in_order(codes):
+    """AWQ's words hold outputs 0, 2, 4, 6, 1, 3, 5, 7 of each eight."""
+    eights = codes.reshape(codes.shape[0], -1, 8)
+    return eights[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].reshape(codes.shape)
 
 
 def unpacked(words, bits):

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from haversack.engine.recompute import decoder_layers
+from haversack.engine.rerouted import Rerouted
 from haversack.errors import UnsupportedModelError, UsageError
 
 DEFAULT_SHARE = 0.75
@@ -23,7 +23,7 @@ LEAST_LAYERS = 3
 """Below it there is no layer between the first and the last."""
 
 
-class FewerTokens:
+class FewerTokens(Rerouted):
     """While it lasts, a transformers model in training runs its inner decoder layers on a `share` of each sequence's tokens; usable in anybody's loop.
 
     Other tokens pass a layer as they are: they are not attended to there, and nothing of them is kept for the backward pass, so that an inner layer keeps `ceil(share * tokens) / tokens` of its activations. A layer runs
@@ -43,25 +43,13 @@ class FewerTokens:
             )
         self.share, self._last = share, len(layers) - 1
         self._turned: torch.Tensor | None = None
-        self._layers = [
-            layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)
-        ]  # a trace leaves some out
-        for position, layer in enumerate(layers):
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(self._forward, position, layer, layer.forward)
-
-    def remove(self) -> None:
-        """Let layers run all tokens."""
-        for layer in self._layers:
-            layer.__dict__.pop("forward", None)
-
-    def __enter__(self) -> FewerTokens:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+        super().__init__(
+            {
+                layer: partial(self._forward, position, layer, layer.forward)
+                for position, layer in enumerate(layers)
+                if isinstance(layer, GradientCheckpointingLayer)  # a trace leaves some out
+            }
+        )
 
     def _forward(
         self, position: int, layer: Any, run: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any

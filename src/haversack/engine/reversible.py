@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from haversack.engine.recompute import decoder_layers, has_dropout
+from haversack.engine.rerouted import Rerouted
 from haversack.errors import UnsupportedModelError, UsageError
 
 LEAST_MOMENTUM = 1 / 8
@@ -25,7 +25,7 @@ def momentum_of(num_layers: int) -> float:
     return max(LEAST_MOMENTUM, 2 ** (-LOST_BITS / num_layers))
 
 
-class ReversibleLayers:
+class ReversibleLayers(Rerouted):
     """While it lasts, a transformers model in training runs its decoder layers so that their inputs can be found again; usable in anybody's loop.
 
     With `f(x) = layer(x) - x` of the model's own layer (and whatever adapters are in it), two streams go from layer to layer: `v' = m v + (1 - m) f(x)` and `x' = x + v'`, `m` the momentum; so `x = x' - v'` and `v = (v' - (1 - m) f(x)) / m`. What `v` still
@@ -50,26 +50,17 @@ class ReversibleLayers:
         self._shown: torch.Tensor | None = None
         self._change: torch.Tensor | None = None
         self._last = len(layers) - 1
-        self._layers = [
-            layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)
-        ]  # a trace leaves some out
-        for position, layer in enumerate(layers):
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.forward = partial(self._forward, position, layer, layer.forward)
+        super().__init__(
+            {
+                layer: partial(self._forward, position, layer, layer.forward)
+                for position, layer in enumerate(layers)
+                if isinstance(layer, GradientCheckpointingLayer)  # a trace leaves some out
+            }
+        )
 
     def remove(self) -> None:
-        """Let layers run as they are."""
-        for layer in self._layers:
-            layer.__dict__.pop("forward", None)
+        super().remove()
         self.forget()
-
-    def __enter__(self) -> ReversibleLayers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def _forward(
         self, position: int, layer: Any, run: Callable[..., Any], hidden: torch.Tensor, *args: Any, **kwargs: Any

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from haversack.codecs.hadamard import block_columns, hadamard_transform
 from haversack.engine.recompute import decoder_layers
+from haversack.engine.rerouted import Rerouted
 from haversack.errors import UsageError
 
 LARGEST = 127
@@ -49,7 +49,7 @@ class Rotated:
         return integer_product(self.codes, other.codes).mul_(self.scales).mul_(other.scales.T)
 
 
-class RotatedProducts:
+class RotatedProducts(Rerouted):
     """While it lasts, linears of a transformers model's decoder layers multiply 8-bit integers in all three products: outputs, gradients of inputs and of weights; usable in anybody's loop.
 
     Both factors of each are rotated along what is summed over (inputs, outputs, tokens) by a Hadamard matrix, which cancels in the product, and rounded row by row. Of the inputs, the rotated codes are kept for the backward pass: a byte per number and 4 per token, where linears with the
@@ -58,27 +58,13 @@ class RotatedProducts:
     """
 
     def __init__(self, model: Any, *, rotate: bool = True):
-        self._linears = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
-        if not self._linears:
+        linears = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
+        if not linears:
             raise UsageError(
                 "products of rotated integers are of linears, but the layers have none; choose another precision."
             )
-        self.emulated = not multiplies_integers(self._linears[0].weight.device)
-        for linear in self._linears:
-            linear.forward = partial(_forward, linear, rotate)  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Let linears multiply floats."""
-        for linear in self._linears:
-            linear.__dict__.pop("forward", None)
-
-    def __enter__(self) -> RotatedProducts:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+        self.emulated = not multiplies_integers(linears[0].weight.device)
+        super().__init__({linear: partial(_forward, linear, rotate) for linear in linears})
 
 
 def _forward(linear: nn.Linear, rotate: bool, x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from math import ceil
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from haversack.engine.recompute import decoder_layers
+from haversack.engine.rerouted import Rerouted
 from haversack.errors import UsageError
 
 DEFAULT_SHARE = 0.3
@@ -41,7 +41,7 @@ def choose_rows(x: torch.Tensor, share: float, *, winners: bool = True) -> tuple
     return order[rows], torch.where(certain, torch.ones_like(weights), weights)
 
 
-class SampleRows:
+class SampleRows(Rerouted):
     """While it lasts, the trained linears of a transformers model's decoder layers keep a `share` of their inputs' rows; usable in anybody's loop.
 
     Forward results and gradients of inputs are exact, gradients of weights are right on average. Linears with one input keep the same rows, once. As a context manager it gives the model back as
@@ -55,28 +55,14 @@ class SampleRows:
         self.share = share
         self._last: tuple[weakref.ref[Any], Any, _Kept] | None = None
         layers = decoder_layers(model)
-        self._linears = [
+        linears = [
             m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad
         ]
-        if not self._linears:
+        if not linears:
             raise UsageError(
                 "rows of inputs can be sampled where linears are trained, but none is; keep activations as they are."
             )
-        for linear in self._linears:
-            linear.forward = partial(self._forward, linear)  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Let linears keep their inputs."""
-        for linear in self._linears:
-            linear.__dict__.pop("forward", None)
-
-    def __enter__(self) -> SampleRows:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+        super().__init__({linear: partial(self._forward, linear) for linear in linears})
 
     def _forward(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
