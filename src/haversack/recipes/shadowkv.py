@@ -46,4 +46,5 @@ RECIPE = Recipe(
     needs_statistics=True,
     candidates=False,
     published="batches up to 6 times as large and up to 3.04 times the throughput on an A100 (abstract)",
+    catalogue=("shadowkv",),
 )
