@@ -72,7 +72,7 @@ class KVCandidate:
     decode_bytes: int
     seconds: float
     damage: Damage
-    elsewhere_bytes: Mapping[str, int] = field(default_factory=dict)
+    elsewhere_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Bytes on other tiers than the device, by tier."""
 
     @property
