@@ -7,11 +7,15 @@ import json
 import pytest
 from tests.describe.families import FAMILIES
 
-from haversack.cost.damage import NONE
-from haversack.describe.machine import Machine, Rates
+from haversack.cost.damage import NONE, Damage
+from haversack.describe.machine import Disk, Machine, Rates
 from haversack.describe.model import describe_model
 from haversack.describe.workload import ServeWorkload
-from haversack.errors import DoesNotFitError, PlanError, UsageError
+from haversack.errors import DoesNotFitError, MachineError, PlanError, UsageError
+from haversack.parts.kv.base import KVOption
+from haversack.parts.kv.elsewhere import Elsewhere
+from haversack.parts.kv.far_values import FarValues
+from haversack.parts.kv.key_cells import KeyCells
 from haversack.parts.weights.base import WeightOption
 from haversack.parts.weights.integer import IntegerGrid
 from haversack.parts.weights.nearest import NearestRounding
@@ -134,3 +138,51 @@ def test_every_family_gets_a_plan(family: str) -> None:
     model = describe_model({**FAMILIES[family], "dtype": "bfloat16"})
     answer = ask(model, 2**30, workload=ServeWorkload(24, 8), budget_kind="tensor")
     assert answer.fits and len(answer.plan.weights) == len(model.weights)
+
+
+@pytest.mark.parametrize(
+    ("part", "far"), [(FarValues(64), 1), (KeyCells(64, scan_tokens=128), 2)], ids=["values", "both"]
+)
+def test_a_cache_on_two_tiers_is_booked_on_both_and_waits_for_its_link(big, part, far: int) -> None:
+    """As many bytes as the options declare on either; a step takes longer by what it fetches, at the disk's rate."""
+    rates = Rates({2: 1e10}, disk_read_bytes_per_second=1e8)
+    machine = Machine("test", 2, 2**35, 2**35, rates=rates)
+    workload, found = ServeWorkload(768, 256), {}
+    option = KVOption(None, part)
+    for name, its in (("whole", KVOption()), ("far", option)):
+        damages = {site.id: {KVOption(): Damage(1.0, "measured"), its: NONE} for site in big.attention}
+        found[name] = make_plan(Question(big, workload, machine, 2**35, kv_damages=damages)).plan.prediction
+    sizes = {"batch_size": 1, "capacity_tokens": workload.cache_tokens, "dtype": "BF16"}
+    booked = found["far"].timeline["decode"]["kv"]
+    declared = {tier: sum(option.stored_bytes(s, tier=tier, **sizes) for s in big.attention) for tier in booked}
+    assert booked == declared and set(booked) == {"device", "disk"}
+    behind = (workload.cache_tokens - 64) // 64 * 64
+    assert booked["disk"] == 32 * 8 * behind * 128 * 2 * far
+    assert found["whole"].timeline["decode"]["kv"].keys() == {"device"}
+    link_seconds = sum(option.link_bytes(site, **sizes) for site in big.attention) / 1e8
+    times = [found[name].seconds_per_token for name in ("whole", "far")]
+    assert times[1] - times[0] == pytest.approx(link_seconds, rel=0.2)
+
+
+def test_a_drive_that_attends_is_faster_than_fetching_by_what_does_not_cross_its_link(big) -> None:
+    """8,192 tokens of 32 layers: a step's queries and outputs instead of every key and value; the drive reads four times as fast as its link carries."""
+    rates, workload = Rates({2: 1e10}, disk_read_bytes_per_second=1e9), ServeWorkload(8000, 192)
+    drive = Disk("/", 2**40, 2**40, attention_bytes_per_second=4e9)
+    machine = Machine("test", 2, 2**35, 2**35, disk=drive, rates=rates)
+
+    def predict(option: KVOption, machine: Machine = machine):
+        damages = {site.id: {KVOption(): Damage(1.0, "measured"), option: NONE} for site in big.attention}
+        return make_plan(Question(big, workload, machine, 2**35, kv_damages=damages)).plan.prediction
+
+    there, fetched = (predict(KVOption(represent=Elsewhere(attends))) for attends in (True, False))
+    tokens = workload.cache_tokens
+    for found in (there, fetched):
+        assert found.timeline["decode"]["kv"] == {"device": 0, "disk": 32 * tokens * 8 * 2 * 128 * 2}
+    sizes = {"batch_size": 1, "capacity_tokens": tokens, "dtype": "BF16"}
+    links = [32 * KVOption(represent=Elsewhere(a)).link_bytes(big.attention[0], **sizes) for a in (True, False)]
+    assert links == [32 * (8 * 2 * 128 * 2 + 32 * (2 * 128 * 2 + 4)), 32 * 8 * 2 * 128 * 2 * (tokens + 1)]
+    read_there = fetched.timeline["decode"]["kv"]["disk"] / 4e9
+    gained = (links[1] - links[0]) / 1e9 - read_there
+    assert fetched.seconds_per_token - there.seconds_per_token == pytest.approx(gained, rel=1e-3)
+    with pytest.raises(MachineError, match="needs a drive that computes, but test names none"):
+        predict(KVOption(represent=Elsewhere()), Machine("test", 2, 2**35, 2**35, rates=rates))

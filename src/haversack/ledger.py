@@ -24,23 +24,24 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that an option declares it will create: name, safetensors dtype name, shape. `num_bytes` is exact."""
+    """A tensor that an option declares it will create: name, safetensors dtype name, shape, tier. `num_bytes` is exact."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    tier: str = "device"
 
     @property
     def num_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype] * prod(self.shape)
 
     def prefixed(self, prefix: str) -> StoredTensor:
-        return StoredTensor(f"{prefix}.{self.name}", self.dtype, self.shape)
+        return StoredTensor(f"{prefix}.{self.name}", self.dtype, self.shape, self.tier)
 
 
-def total_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Sum over declared tensors."""
-    return sum(tensor.num_bytes for tensor in tensors)
+def total_bytes(tensors: Iterable[StoredTensor], tier: str = "device") -> int:
+    """Sum over the declared tensors that lie on a tier."""
+    return sum(tensor.num_bytes for tensor in tensors if tensor.tier == tier)
 
 
 @dataclass

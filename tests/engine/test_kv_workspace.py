@@ -16,9 +16,12 @@ from haversack.parts.kv.block_float import BlockFloatKV
 from haversack.parts.kv.channels import ChosenChannels
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.depth_merged import DepthMergedKV
+from haversack.parts.kv.elsewhere import Elsewhere
+from haversack.parts.kv.far_values import FarValues
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.kernel_merging import KernelMerge
+from haversack.parts.kv.key_cells import KeyCells
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.low_rank import LowRankKV
 from haversack.parts.kv.merging import Merge
@@ -57,6 +60,9 @@ OPTIONS = {
     "low-rank": KVOption(project=LowRankKV(32, 32)),
     "low-rank-packed": KVOption(None, QuantizedKV(4, 4, 64, 64), project=LowRankKV(48, 64, 2)),
     "paged": KVOption(None, PagedKV(32, 16)),
+    "far-values": KVOption(None, FarValues(256), project=LowRankKV(32, 64)),
+    "elsewhere": KVOption(SinksAndWindow(4, 700), Elsewhere()),
+    "key-cells": KVOption(None, KeyCells(128)),
     "merged": KVOption(None, DepthMergedKV()),
     "merged-deeper": KVOption(None, DepthMergedKV(True, 4)),
     "by-head": by_head(

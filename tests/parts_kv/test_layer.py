@@ -21,10 +21,13 @@ from haversack.parts.kv.block_float import BlockFloatKV
 from haversack.parts.kv.channels import ChosenChannels
 from haversack.parts.kv.corrected import CorrectedKV
 from haversack.parts.kv.depth_merged import DepthMergedKV
+from haversack.parts.kv.elsewhere import Elsewhere
 from haversack.parts.kv.episode_attention import EpisodeAttention
+from haversack.parts.kv.far_values import FarValues
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.heavy_hitters import HeavyHitters
 from haversack.parts.kv.kernel_merging import KernelMerge
+from haversack.parts.kv.key_cells import KeyCells
 from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_precision import LowPrecision
 from haversack.parts.kv.low_rank import LowRankKV
@@ -37,6 +40,7 @@ from haversack.parts.kv.per_token import PerTokenKV
 from haversack.parts.kv.persistence import Persistence
 from haversack.parts.kv.plain import PlainKV
 from haversack.parts.kv.quantized import QuantizedKV
+from haversack.parts.kv.retrieval import Retrieving
 from haversack.parts.kv.salience import SalientAttention
 from haversack.parts.kv.sinks import SinksAndWindow
 from haversack.parts.kv.surprise import Surprise
@@ -201,6 +205,9 @@ OPTIONS = [
     KVOption(SinksAndWindow(4, 70), DepthMergedKV(False, 4, 32, 8)),
     KVOption(SinksAndWindow(4, 70), DepthMergedKV(True, 4, 32, 8)),
     KVOption(None, PagedKV(8, 5)),
+    KVOption(None, FarValues(8, 8, 32), project=LowRankKV(16, 32)),
+    KVOption(None, KeyCells(8, 8, 32, scan_tokens=16, num_cells=8)),
+    KVOption(SinksAndWindow(4, 30), Elsewhere()),
 ]
 
 
@@ -444,7 +451,17 @@ def test_padded_rows_are_as_alone(option):
         torch.testing.assert_close(after, alone.attend(probe, scaling=SCALING)[0], atol=1e-5, rtol=0)
         if not any(
             isinstance(
-                part, (QuantizedKV, CorrectedKV, NonUniformKV, BlockFloatKV, FewerKeyChannels, DepthMergedKV, PagedKV)
+                part,
+                (
+                    QuantizedKV,
+                    CorrectedKV,
+                    NonUniformKV,
+                    BlockFloatKV,
+                    FewerKeyChannels,
+                    DepthMergedKV,
+                    PagedKV,
+                    Retrieving,
+                ),
             )
             for part in option.parts
         ):  # packed tokens depend on what was plain when a query came, so on the chunks; pages are a chunk's

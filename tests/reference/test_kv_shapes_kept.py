@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from haversack.engine.kv_cache import HaversackCache, KVPlan
 from haversack.engine.probe_meter import ProbeMeter
 from haversack.engine.whole import load_whole
 from haversack.jobs.run import open_tokenizer
+from haversack.ledger import TIERS
 from haversack.parts.kv.base import KVOption
 from haversack.parts.kv.block_float import BlockFloatKV
 from haversack.parts.kv.channels import ChosenChannels, by_falling
+from haversack.parts.kv.far_values import FarValues
 from haversack.parts.kv.fewer_channels import FewerKeyChannels
 from haversack.parts.kv.latest_attention import LatestAttention
 from haversack.parts.kv.low_rank import LowRankKV
@@ -57,20 +60,38 @@ class Model:
         texts = [calibration[:1024], calibration[1024:2048]]
         self.moments = channel_moments(self.module, self.sites, texts)
         self._caches: list[HaversackCache] = []
+        self._queries: list[torch.Tensor] = []
         self.whole = self.perplexity([KVOption()] * len(self.sites))
 
-    def perplexity(self, options: Sequence[KVOption]) -> float:
+    def perplexity(self, options: Sequence[KVOption], *, by_step: bool = False) -> float:
+        """Of the scored tokens, which are read in chunks or, `by_step`, one at a time."""
         plan = KVPlan(self.sites, tuple(options), 2, NUM_TOKENS, self.described.dtype)
         cache = HaversackCache(plan)
         with torch.inference_mode():
             chunks = [
                 self.module(input_ids=chunk, past_key_values=cache, use_cache=True).logits
-                for chunk in self.windows.split(64, 1)
+                for chunk in self.chunks(by_step)
             ]
-        assert cache.num_bytes() == plan.max_bytes()
+        assert all(cache.num_bytes(tier) == plan.max_bytes(tier) for tier in TIERS)
         logits = torch.cat(chunks, 1)[:, -SCORED_TOKENS - 1 : -1].float()
         right = self.windows[:, -SCORED_TOKENS:]
         return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), right.flatten()))
+
+    def chunks(self, by_step: bool) -> list[torch.Tensor]:
+        first, last = self.windows.split([NUM_TOKENS - SCORED_TOKENS, SCORED_TOKENS], 1)
+        return [*first.split(64, 1), *last.split(1 if by_step else 64, 1)]
+
+    def queries(self, layer: int) -> torch.Tensor:
+        """Queries of the windows, `(2, heads, tokens, head_dim)`."""
+        if not self._queries:
+
+            def observe(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                self._queries.append(query)
+                return attention.haversack_attention(module, query, *args, **kwargs)
+
+            with attention.registered(self.module, "observed queries", observe), torch.inference_mode():
+                self.module(input_ids=self.windows, use_cache=False)
+        return self._queries[layer]
 
     def stored(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the windows as a whole cache holds them."""
@@ -172,3 +193,38 @@ def test_needles_are_found_in_the_pages_that_are_read(model):
     pages = -(-meter.capacity_tokens // 16)
     assert pages > 2 * 16
     assert found[0].held_bytes - whole[0].held_bytes == pages * 2 * 4 * 4 * WIDTH * 2  # keys, layers, heads
+
+
+def shadowed(model, rank: int, read_tokens: int) -> list[KVOption]:
+    values = FarValues(read_tokens, 16, 32)
+    return [KVOption(represent=values, project=m.fitted(LowRankKV(rank))) for m in model.moments]
+
+
+def test_low_rank_keys_choose_the_values_that_full_keys_would(model):
+    """Of the sixteen tokens that each head attends to most, at an eighth of the values fetched, at least 0.95; real queries, chosen through keys of three quarters of their channels."""
+    hits, total = 0, 0
+    for i, option in enumerate(shadowed(model, WIDTH * 3 // 4, NUM_TOKENS // 8)):
+        site, (keys, values), queries = model.sites[i], model.stored(i), model.queries(i)
+        layer = option.build(site, batch_size=2, capacity_tokens=NUM_TOKENS, dtype=model.described.dtype)
+        for some in torch.arange(NUM_TOKENS - 1).split(64):
+            layer.append(keys[:, :, some], values[:, :, some])
+        until = layer.store.packed_until[0]
+        asked = WIDTH**-0.5 * layer.projection.queries(queries[:, :, -1:]).float()
+        places, _ = layer.store.behind.chosen(asked, torch.full((2, 1, 1), until), None, None)
+        best = (queries[:, :, -1:].float() @ keys[:, :, :until].float().mT)[:, :, 0].topk(16, -1).indices
+        hits += int((places[..., None] == best[..., None, :]).sum())
+        total += best.numel()
+    assert hits >= 0.95 * total
+
+
+def test_values_elsewhere_keep_perplexity_at_a_fixed_number_fetched(model):
+    """An eighth of the values behind the window per step, keys of three quarters of their channels; and the bytes of either tier as declared."""
+    options = shadowed(model, WIDTH * 3 // 4, NUM_TOKENS // 8)
+    found = model.perplexity(options, by_step=True)
+    assert found < 1.05 * model.whole
+    window, behind = 16 + 31, (NUM_TOKENS - 16) // 32 * 32
+    plan = KVPlan(model.sites, tuple(options), 2, NUM_TOKENS, model.described.dtype)
+    rank, rows = WIDTH * 3 // 4, 2 * len(model.sites) * 4
+    bases = len(model.sites) * 4 * 2 * WIDTH * rank * 2
+    assert plan.max_bytes() == rows * (window * (rank + WIDTH) + behind * rank) * 2 + bases
+    assert plan.max_bytes("disk") == rows * behind * WIDTH * 2

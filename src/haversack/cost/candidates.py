@@ -14,7 +14,8 @@ from haversack.describe.site import AttentionSite, WeightSite
 from haversack.describe.workload import ServeWorkload
 from haversack.engine.decoder.forecast import StepForecast
 from haversack.engine.profile import ActivationProfile
-from haversack.ledger import DTYPE_BYTES
+from haversack.errors import MachineError
+from haversack.ledger import DTYPE_BYTES, TIERS
 from haversack.parts.kv.base import KVOption
 from haversack.parts.placement.base import Placement
 from haversack.parts.weights.base import WeightOption
@@ -71,6 +72,8 @@ class KVCandidate:
     decode_bytes: int
     seconds: float
     damage: Damage
+    elsewhere_bytes: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Bytes on other tiers than the device, by tier."""
 
     @property
     def id(self) -> str:
@@ -97,6 +100,11 @@ class Serving:
     @property
     def disk_rate(self) -> float:
         return self.machine.rates.disk_read_bytes_per_second or ASSUMED_DISK_BYTES_PER_SECOND
+
+    def link_rate(self, *tiers: str) -> float:
+        """Bytes/s between the device and the slowest of these tiers."""
+        host = self.machine.devices[0].link_bytes_per_second if self.machine.devices else None
+        return min(self.disk_rate if tier == "disk" else host or self.read_rate for tier in tiers)
 
     @property
     def scores_bytes(self) -> int:
@@ -271,6 +279,17 @@ def _attention_seconds(serving: Serving, site: AttentionSite, stored_bytes: int)
     return max(reading, multiplying) + (COMPILED_LAYER_SECONDS if serving.step.step_bytes else PLAIN_LAYER_SECONDS)
 
 
+def _attention_rate(machine: Machine, option: KVOption) -> float:
+    """Bytes/s of keys and values that the machine's drive attends to by itself. Raises MachineError where it has none that can."""
+    rate = None if machine.disk is None else machine.disk.attention_bytes_per_second
+    if not rate:
+        raise MachineError(
+            f"{option.label} needs a drive that computes, but {machine.name} names none; give disk.attention_bytes_per_second in a "
+            "machine file to simulate one."
+        )
+    return rate
+
+
 def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOption, Damage]) -> list[KVCandidate]:
     """Every KV option at a layer, for the planned users and context."""
     workload, model, passes = serving.workload, serving.model, (serving.prefill, serving.decode)
@@ -278,6 +297,14 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
     for option, damage in damages.items():
         shape = {"batch_size": workload.users, "capacity_tokens": workload.cache_tokens, "dtype": model.dtype}
         stored_bytes = option.stored_bytes(site, **shape)  # type: ignore[arg-type]
+        others = {tier: option.stored_bytes(site, tier=tier, **shape) for tier in TIERS if tier != "device"}  # type: ignore[arg-type]
+        elsewhere = {tier: num_bytes for tier, num_bytes in others.items() if num_bytes}
+        # what is fetched is known only once the query is there: nothing else runs meanwhile
+        away_seconds = 0.0
+        if elsewhere:
+            away_seconds = option.link_bytes(site, **shape) / serving.link_rate(*elsewhere)  # type: ignore[arg-type]
+            if there := option.read_there_bytes(site, **shape):  # type: ignore[arg-type]
+                away_seconds += there / _attention_rate(serving.machine, option)
         prefill, decode = (option.workspace_bytes(site, new_tokens=p.new_tokens, **shape) for p in passes)  # type: ignore[arg-type]
         out.append(
             KVCandidate(
@@ -286,8 +313,9 @@ def kv_candidates(serving: Serving, site: AttentionSite, damages: Mapping[KVOpti
                 stored_bytes=stored_bytes,
                 prefill_bytes=serving.prefill.at_attention[site.layer] + prefill,
                 decode_bytes=serving.decode_bytes(serving.decode.at_attention[site.layer]) + decode,
-                seconds=_attention_seconds(serving, site, stored_bytes),
+                seconds=_attention_seconds(serving, site, stored_bytes) + away_seconds,
                 damage=damage,
+                elsewhere_bytes=elsewhere,
             )
         )
     return out

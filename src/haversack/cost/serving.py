@@ -81,6 +81,9 @@ class ServingProblem:
                 ledger.add(point, "activations", "device", self.serving.base_bytes(point))
             else:
                 ledger.add(point, KV, "device", sum(c.stored_bytes for c in kv))
+                for candidate in kv:
+                    for tier, num_bytes in candidate.elsewhere_bytes.items():
+                        ledger.add(point, KV, tier, num_bytes)
                 base = self.serving.base_bytes(point)
                 running = max([base, *(getattr(c, f"{point}_bytes") for c in (*weights, *kv))])
                 ledger.add(point, "activations", "device", base)

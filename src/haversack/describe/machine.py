@@ -110,11 +110,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Disk:
-    """The file system under `path`, in bytes."""
+    """The file system under `path`, in bytes. `attention_bytes_per_second` is how fast a drive that computes attends to keys and values that it holds (None: it
+    can't); nothing here measures it, so that it comes from a machine file."""
 
     path: str
     capacity_bytes: int
     free_bytes: int
+    attention_bytes_per_second: float | None = None
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class ChannelMoments:
 
     def fitted(self, part: LowRankKV, *, per_frequency: bool = False) -> LowRankKV:
         """The part with bases that lose least: of keys in the logits' mean square, of values in what the gradients weigh (their outer products' mean, a diagonal
-        added). `per_frequency` keeps to bases that commute with a rotary embedding of whole heads, halves paired."""
+        added); what it leaves as it is stays so. `per_frequency` keeps to bases that commute with a rotary embedding of whole heads, halves paired."""
         heads, width = self.site.num_kv_heads, self.site.key_head_dim
         together = part.heads_together
         asked = self.queries.unflatten(0, (heads, -1)).sum(1)
@@ -87,13 +87,11 @@ class ChannelMoments:
         (keys_in, keys_out), (values_in, values_out) = (
             [torch.stack(basis) for basis in zip(*bases)] for bases in (key_bases, value_bases)
         )
-        return replace(
-            part,
-            key_basis=encoded(keys_in),
-            query_basis=encoded(keys_out),
-            value_basis=encoded(values_in),
-            output_basis=encoded(values_out),
-        )
+        if part.projects_keys:
+            part = replace(part, key_basis=encoded(keys_in), query_basis=encoded(keys_out))
+        if part.projects_values:
+            part = replace(part, value_basis=encoded(values_in), output_basis=encoded(values_out))
+        return part
 
 
 def least_loss(moment: torch.Tensor, weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from haversack.describe.site import AttentionSite
 from haversack.engine.attention import Handover
 from haversack.errors import DoesNotFitError, PlanError, UnsupportedModelError, UsageError
-from haversack.ledger import StoredTensor, total_bytes
+from haversack.ledger import TIERS, StoredTensor, total_bytes
 from haversack.parts.kv.base import KVLayer, KVOption, Selection
 from haversack.parts.kv.episode_attention import EpisodeAttention
 from haversack.units import format_bytes
@@ -72,6 +72,11 @@ class KVPlan:
         return found[0] if found else None
 
     @property
+    def spares_steps(self) -> bool:
+        """Whether some layer reads less in steps than in chunks: what it loses is then seen token by token alone."""
+        return any(one.represent.spares_steps for option in self.options for one in (option.heads or (option,)))
+
+    @property
     def block_tokens(self) -> int | None:
         """Tokens after which some layer may want to be told what tokens are worth; None where none does."""
         told = [score.block_tokens for score in self.selections if score.weighed or isinstance(score, EpisodeAttention)]
@@ -90,8 +95,8 @@ class KVPlan:
             declared += [tensor.prefixed(site.id) for tensor in tensors]
         return tuple(declared)
 
-    def max_bytes(self) -> int:
-        return total_bytes(self.stored())
+    def max_bytes(self, tier: str = "device") -> int:
+        return total_bytes(self.stored(), tier)
 
     def workspace_bytes(self, new_tokens: int) -> int:
         """The most bytes one layer's attention allocates for `new_tokens` per sequence; layers take turns."""
@@ -111,10 +116,14 @@ class KVPlan:
 
         Fewer, longer sequences may; so may longer ones where old tokens are dropped.
         """
-        asked, planned = total_bytes(self.stored(batch_size, capacity_tokens)), self.max_bytes()
-        if asked > planned:
+        declared = self.stored(batch_size, capacity_tokens)
+        for tier in TIERS:
+            asked, planned = total_bytes(declared, tier), self.max_bytes(tier)
+            if asked <= planned:
+                continue
+            where = "" if tier == "device" else f" on the {tier}"
             raise DoesNotFitError(
-                f"{batch_size} sequences of {capacity_tokens} tokens need {format_bytes(asked)} of KV cache, but the plan "
+                f"{batch_size} sequences of {capacity_tokens} tokens need {format_bytes(asked)} of KV cache{where}, but the plan "
                 f"has {format_bytes(planned)} for {self.batch_size} of {self.capacity_tokens}; ask for fewer or shorter "
                 f"sequences, or plan for these.",
                 budget_bytes=planned,
@@ -294,9 +303,9 @@ class HaversackCache(Cache):
             if layer.store is not None:
                 layer.store.weigh(weights)
 
-    def num_bytes(self) -> int:
-        """Bytes held now over all layers."""
-        return sum(layer.store.num_bytes() for layer in self.planned if layer.store is not None)
+    def num_bytes(self, tier: str = "device") -> int:
+        """Bytes held now on a tier over all layers."""
+        return sum(layer.store.num_bytes(tier) for layer in self.planned if layer.store is not None)
 
     def copy(self) -> HaversackCache:
         """Another cache that goes on from here; as many bytes again."""

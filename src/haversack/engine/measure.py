@@ -158,8 +158,7 @@ class DamageMeter:
         cache = self._cache(kv, len(row))
         out = []
         with torch.inference_mode():
-            for start in range(0, len(row), self.chunk_tokens):
-                chunk = row[start : start + self.chunk_tokens]
+            for chunk in row.split(1 if cache.plan.spares_steps else self.chunk_tokens):
                 logits = self.model(input_ids=chunk[None], past_key_values=cache, use_cache=True).logits[0]
                 out.append(torch.log_softmax(logits.float(), -1))
         return torch.cat(out)

@@ -122,7 +122,8 @@ class ProbeMeter:
 
     def _answer(self, turn: Turn, cache: HaversackCache) -> torch.Tensor:
         ids = (*turn.question, *turn.answer)
-        reader = Reader(self.model, cache, chunk_tokens=len(ids), all_logits=True)
+        chunk_tokens = 1 if cache.plan.spares_steps else len(ids)
+        reader = Reader(self.model, cache, chunk_tokens=chunk_tokens, all_logits=True)
         logits = torch.cat([reader.read(chunk) for chunk in reader.chunks(ids)])
         return logits[-len(turn.answer) - 1 : -1].float().log_softmax(-1)
 

@@ -30,6 +30,10 @@ class BandedLayer(KVLayer):
     def _each(self) -> Iterator[tuple[Band, KVLayer]]:
         return zip(self.bands, self.layers, strict=True)
 
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        return {f"{b.name}.{name}": tier for b, layer in self._each() for name, tier in layer.elsewhere.items()}
+
     def max_bytes(self) -> int:
         return sum(layer.max_bytes() for layer in self.layers)
 

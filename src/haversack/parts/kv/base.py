@@ -152,6 +152,8 @@ class Represent(KVPart):
     """How held tokens are stored."""
 
     stage: ClassVar[str] = "represent"
+    spares_steps: ClassVar[bool] = False
+    """Whether steps of few tokens read less of the cache than a prompt's chunk does, so that only steps show what is lost."""
 
     @property
     def joins(self) -> bool:
@@ -180,6 +182,16 @@ class Represent(KVPart):
         self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str, device: str | torch.device
     ) -> KVLayer:
         """A layer whose slabs are the declared tensors."""
+
+    def link_bytes(
+        self, site: AttentionSite, regions: Regions, *, batch_size: int, held_tokens: int, dtype: str
+    ) -> int:
+        """The most bytes that a step of one token, with `held_tokens` before it, moves from another tier or to it; new tokens that are put away there included."""
+        return 0
+
+    def read_there_bytes(self, site: AttentionSite, regions: Regions, *, batch_size: int, dtype: str) -> int:
+        """The most bytes of a full cache that another tier reads by itself per step, where it attends to what it holds."""
+        return 0
 
     def stored_slots(
         self, site: AttentionSite, num_slots: int, *, batch_size: int, dtype: str
@@ -332,6 +344,11 @@ class KVLayer(ABC):
     batch_size: int
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        """The tier of every tensor that does not lie on the device, by name."""
+        return {}
+
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None = None) -> None:
         """Store new tokens: keys and values `(batch, kv_heads, new_tokens, head_dim)`.
@@ -458,14 +475,14 @@ class KVLayer(ABC):
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continue from `state()` of a layer of the same shape; UsageError names the first difference."""
 
-    def num_bytes(self) -> int:
-        """Bytes held now, on distinct storages."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors.values()}
-        return sum(storages.values())
+    def num_bytes(self, tier: str = "device") -> int:
+        """Bytes held now on a tier, on distinct storages."""
+        there = [t for name, t in self.tensors.items() if self.elsewhere.get(name, "device") == tier]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in there}.values())
 
     @abstractmethod
     def max_bytes(self) -> int:
-        """Bytes this layer may ever hold: the sum of its declared tensors."""
+        """Bytes this layer may ever hold on the device: the sum of the tensors declared there."""
 
 
 def check_room(site: AttentionSite, longest_tokens: int, room_tokens: int) -> None:
@@ -583,8 +600,12 @@ class KVOption:
         demoted = self.demote.stored(site, regions, batch_size=batch_size) if self.demote else ()
         return (*slots, *selection_slabs(site, batch_size, regions.slot_tokens), *demoted)
 
-    def stored_bytes(self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str) -> int:
-        return total_bytes(self.stored(site, batch_size=batch_size, capacity_tokens=capacity_tokens, dtype=dtype))
+    def stored_bytes(
+        self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str, tier: str = "device"
+    ) -> int:
+        """Declared bytes on a tier."""
+        declared = self.stored(site, batch_size=batch_size, capacity_tokens=capacity_tokens, dtype=dtype)
+        return total_bytes(declared, tier)
 
     def workspace_bytes(
         self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, new_tokens: int, dtype: str
@@ -613,6 +634,28 @@ class KVOption:
             reads = isinstance(self.score, Selection) and self.score.reads_values
             return selection_workspace_bytes(site, regions, packed=packed, merges=merges, reads_values=reads, **sizes)  # type: ignore[arg-type]
         return self.represent.workspace_bytes(site, regions, **sizes)  # type: ignore[arg-type]
+
+    def link_bytes(self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str) -> int:
+        """The most bytes that one step with a full cache moves from another tier or to it."""
+        sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
+        if self.heads:
+            return sum(band.option.link_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type]
+        if self.project is not None:
+            return self.unprojected.link_bytes(self.project.inside(site), **sizes)  # type: ignore[arg-type]
+        regions = self.regions(site, capacity_tokens)
+        return self.represent.link_bytes(
+            site, regions, batch_size=batch_size, held_tokens=regions.total_tokens, dtype=dtype
+        )
+
+    def read_there_bytes(self, site: AttentionSite, *, batch_size: int, capacity_tokens: int, dtype: str) -> int:
+        """The most bytes that another tier reads by itself in one step with a full cache."""
+        sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
+        if self.heads:
+            return sum(band.option.read_there_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type]
+        if self.project is not None:
+            return self.unprojected.read_there_bytes(self.project.inside(site), **sizes)  # type: ignore[arg-type]
+        regions = self.regions(site, capacity_tokens)
+        return self.represent.read_there_bytes(site, regions, batch_size=batch_size, dtype=dtype)
 
     def kernel_name(self, site: AttentionSite, *, capacity_tokens: int, dtype: str) -> str:
         """What attends with one new token per sequence on this machine."""

@@ -28,6 +28,8 @@ class LowRankKV(Project):
     keys are projected: a basis that mixes channels of different speeds depends on the position, one that keeps to a speed's
     pairs commutes with the rotation (`per_frequency` when it is calibrated), and could be folded into the weights.
 
+    Of heads that stay apart, what has rank 0 and no basis is stored as it comes: keys alone can be projected.
+
     Bytes per token: those of `num_kv_heads / heads_together` heads of these ranks; and 2 rank head_dim num_kv_heads for each of the four bases of a layer.
     Error: the projection's; none at full rank but the rounding of bases to float16. Everything behind sees fewer, narrower heads.
     """
@@ -74,12 +76,22 @@ class LowRankKV(Project):
     def _bases(self, site: AttentionSite) -> dict[str, tuple[str, int, int]]:
         """By name the stored bases: their base64, and a head's width and rank."""
         key_rank, value_rank = self._ranks(site)
-        return {
-            "keys": (self.key_basis, site.key_head_dim, key_rank),
-            "queries": (self.query_basis or self.key_basis, site.key_head_dim, key_rank),
-            "values": (self.value_basis, site.value_head_dim, value_rank),
-            "outputs": (self.output_basis or self.value_basis, site.value_head_dim, value_rank),
-        }
+        found = {}
+        if self.projects_keys:
+            found["keys"] = self.key_basis, site.key_head_dim, key_rank
+            found["queries"] = self.query_basis or self.key_basis, site.key_head_dim, key_rank
+        if self.projects_values:
+            found["values"] = self.value_basis, site.value_head_dim, value_rank
+            found["outputs"] = self.output_basis or self.value_basis, site.value_head_dim, value_rank
+        return found
+
+    @property
+    def projects_keys(self) -> bool:
+        return self.heads_together > 1 or bool(self.key_rank or self.key_basis)
+
+    @property
+    def projects_values(self) -> bool:
+        return self.heads_together > 1 or bool(self.value_rank or self.value_basis)
 
     def stored(self, site: AttentionSite) -> tuple[StoredTensor, ...]:
         groups = site.num_kv_heads // self.heads_together
@@ -116,7 +128,7 @@ class _Directions(Projection):
         self.heads_together = heads_together
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
-        return self._by_head(x, self._basis("queries"))
+        return self._by_head(x, self._basis("queries")) if "queries" in self.tensors else x
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         return self._stored(x, "keys")
@@ -125,7 +137,7 @@ class _Directions(Projection):
         return self._stored(x, "values")
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        return self._by_head(x, self._basis("outputs").transpose(1, 2))
+        return self._by_head(x, self._basis("outputs").transpose(1, 2)) if "outputs" in self.tensors else x
 
     def _basis(self, name: str) -> torch.Tensor:
         """`(num_kv_heads, head_dim, rank)` float32."""
@@ -133,6 +145,8 @@ class _Directions(Projection):
         return basis.reshape(self.num_kv_heads, -1, basis.shape[-1])
 
     def _stored(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if name not in self.tensors:
+            return x
         batch_size, _, num_tokens, head_dim = x.shape
         together = x.float().reshape(batch_size, -1, self.heads_together, num_tokens, head_dim)
         together = together.transpose(2, 3).reshape(batch_size, -1, num_tokens, self.heads_together * head_dim)

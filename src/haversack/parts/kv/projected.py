@@ -28,6 +28,10 @@ class ProjectedLayer(KVLayer):
         self.batch_size = store.batch_size
         self.tensors = {**store.tensors, **{f"projection.{name}": t for name, t in projection.tensors.items()}}
 
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        return self.store.elsewhere
+
     def max_bytes(self) -> int:
         return self.store.max_bytes() + sum(tensor.nbytes for tensor in self.projection.tensors.values())
 

@@ -42,6 +42,10 @@ class SlabLayer(KVLayer):
         self.rebuild = rebuild
         self.reset()
 
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        return {t.name: t.tier for t in self.declared if t.tier != "device"}
+
     def max_bytes(self) -> int:
         return total_bytes(self.declared)
 
