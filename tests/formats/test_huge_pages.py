@@ -23,7 +23,9 @@ def test_the_tensor_is_the_same_whatever_its_size(num_bytes):
 )
 def test_whole_huge_pages_within_a_tensor_are_huge():
     tensor = on_huge_pages(torch.empty(64 * HUGE_PAGE_BYTES, dtype=torch.uint8)).fill_(1)
-    assert huge_bytes(tensor.data_ptr() + HUGE_PAGE_BYTES) > 0  # all of it, unless memory is in pieces; so large, it is a mapping of its own
+    assert (
+        huge_bytes(tensor.data_ptr() + HUGE_PAGE_BYTES) > 0
+    )  # all of it, unless memory is in pieces; so large, it is a mapping of its own
 
 
 def huge_bytes(address: int) -> int:

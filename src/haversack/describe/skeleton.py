@@ -69,7 +69,7 @@ def build_skeleton(
 
 def to_loaded_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give a skeleton's tensors the dtype that transformers loads them in: `dtype`, but for those of `kept_in_float32`."""
-    model.to(dtype)
+    model.to(dtype)  # type: ignore[arg-type]
     for name in kept_in_float32(model, dtype):
         tensor = model.get_parameter_or_buffer(name)
         tensor.data = tensor.data.float()

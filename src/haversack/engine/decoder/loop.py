@@ -7,7 +7,7 @@ made for some positions ahead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -120,7 +120,7 @@ def make_tables(model: Any, num_layers: int, graph: StepGraph, positions: torch.
 
 
 @contextmanager
-def _layers_aside(layers: Sequence[Any], wanted: set[int], found: dict[int, Any]) -> Iterator[None]:
+def _layers_aside(layers: Iterable[Any], wanted: set[int], found: dict[int, Any]) -> Iterator[None]:
     """Layers that only note what they are given; the last one that is asked for ends the forward pass."""
 
     def forward_of(index: int) -> Callable[..., torch.Tensor]:

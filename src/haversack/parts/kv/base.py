@@ -639,7 +639,7 @@ class KVOption:
         """The most bytes that one step with a full cache moves from another tier or to it."""
         sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
         if self.heads:
-            return sum(band.option.link_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type]
+            return sum(band.option.link_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type, misc]
         if self.project is not None:
             return self.unprojected.link_bytes(self.project.inside(site), **sizes)  # type: ignore[arg-type]
         regions = self.regions(site, capacity_tokens)
@@ -651,7 +651,7 @@ class KVOption:
         """The most bytes that another tier reads by itself in one step with a full cache."""
         sizes = {"batch_size": batch_size, "capacity_tokens": capacity_tokens, "dtype": dtype}
         if self.heads:
-            return sum(band.option.read_there_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type]
+            return sum(band.option.read_there_bytes(band.site, **sizes) for band in self.bands(site))  # type: ignore[arg-type, misc]
         if self.project is not None:
             return self.unprojected.read_there_bytes(self.project.inside(site), **sizes)  # type: ignore[arg-type]
         regions = self.regions(site, capacity_tokens)
