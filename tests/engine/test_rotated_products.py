@@ -104,7 +104,7 @@ def test_hardware_without_such_products_is_named(monkeypatch: pytest.MonkeyPatch
 def test_the_model_is_given_back_and_bad_settings_are_refused() -> None:
     model = open_model(describe_model(CONFIG), torch.float32, "sdpa")
     with RotatedProducts(model) as products_of:
-        assert len(products_of._linears) == 7 * 4
+        assert len(products_of._rerouted) == 7 * 4
     assert not any("forward" in module.__dict__ for module in model.modules())
     with pytest.raises(UsageError, match="layers have none"):
         described = describe_model(CONFIG)

@@ -1,5 +1,6 @@
 """Huge pages change no value and no byte count, and are there where the system gives them."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -22,10 +23,9 @@ def test_the_tensor_is_the_same_whatever_its_size(num_bytes):
     not SWITCH.exists() or "[never]" in SWITCH.read_text(), reason="this system gives no transparent huge pages"
 )
 def test_whole_huge_pages_within_a_tensor_are_huge():
-    tensor = on_huge_pages(torch.empty(64 * HUGE_PAGE_BYTES, dtype=torch.uint8)).fill_(1)
-    assert (
-        huge_bytes(tensor.data_ptr() + HUGE_PAGE_BYTES) > 0
-    )  # all of it, unless memory is in pieces; so large, it is a mapping of its own
+    own = mmap.mmap(-1, 16 * HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # never touched before
+    tensor = on_huge_pages(torch.frombuffer(own, dtype=torch.uint8)).fill_(1)
+    assert huge_bytes(tensor.data_ptr() + HUGE_PAGE_BYTES) > 0  # all of it, unless memory is in pieces
 
 
 def huge_bytes(address: int) -> int:
